@@ -1,0 +1,403 @@
+"""Samples: load STVQA-7K or a look-alike, check every row, build prompts, resize, pack, and order batches.
+
+    samples = load_samples("OX-PIXL/STVQA-7K", split="train")        # or a .parquet, .jsonl or save_to_disk folder
+    samples[0].question, samples[0].load_images()
+
+One prompt builder and one image path serve training, vLLM and evaluation, so that all three see the same tokens.
+Boxes are in the pixels of the original image, whatever size the model is shown; the prompt states that size.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from rewards import parse_ground_truth
+
+# The column names of STVQA-7K. A data set with other names maps them: columns={"question": "my_question", ...}.
+COLUMNS = {
+    "id": "image_id",
+    "images": "images",
+    "problem": "problem",
+    "question": "question_with_options",
+    "options": "options",
+    "scene_answer": "answer_option_text",  # <scene>{json}</scene>\n<answer>(C) holding</answer>
+    "answer": "answer_option_text_only",  # (C) holding
+    "category": "category",
+    "level": "level",
+    "completion": "completion",  # a worked example, for supervised training only
+}
+OPTIONAL_COLUMNS = ("id", "problem", "category", "level", "completion")
+
+# The first is the released inference template, word for word: the published checkpoints expect it.
+TEMPLATES = {
+    "spatial_thinker": (
+        "You FIRST observe the image in <observe> </observe> tags, then visualise the relevant scene graph in <scene> "
+        "</scene> tags, followed by thinking about the reasoning process as an internal monologue within <think> "
+        "</think> tags and then provide the final answer. The final answer MUST BE put within <answer> </answer> "
+        "tags, and only return the final choice including the correct option and answer within the answer tags, "
+        "e.g., <answer> (A) cat </answer>."
+    ),
+    "reasoning": (
+        "First reason step by step within <think> </think> tags, then give the final answer within <answer> </answer> "
+        "tags: the letter of the correct option and its text, e.g., <answer> (A) cat </answer>."
+    ),
+    "no_reasoning": "Answer with the letter of the correct option and its text, e.g., (A) cat.",
+}
+SHOWS_SIZE = ("spatial_thinker",)  # only boxes need the frame they live in
+SIZE_IN_PROMPT = re.compile(r"Image size: \(?(\d+) x (\d+)\)?")
+
+
+# ---- samples -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sample:
+    """One question about one or more images; the images stay encoded until `load_images`."""
+
+    id: str
+    encoded_images: tuple[dict, ...]  # {"bytes": ..., "path": ...} as the datasets library stores them
+    size: tuple[int, int]  # (W, H) of the first image, pixels: the frame of every box
+    question: str  # with its lettered options
+    options: tuple[str, ...]
+    answer: str  # "(C) holding"
+    ground_truth: str  # "<scene>{json}</scene>\n<answer>(C) holding</answer>", or the answer where there is no scene
+    problem: str = ""  # the row's own full prompt
+    category: str = ""
+    level: str = ""
+    completion: str = ""
+
+    def load_images(self) -> list[Image.Image]:
+        return [open_image(e).convert("RGB") for e in self.encoded_images]
+
+
+def open_image(encoded: dict) -> Image.Image:
+    """The PIL image behind a {"bytes", "path"} record; only the header is read until pixels are asked for."""
+    return Image.open(io.BytesIO(encoded["bytes"]) if encoded.get("bytes") else encoded["path"])
+
+
+class Samples(Sequence):
+    """The usable rows of a table, decoded one at a time, so that memory does not grow with the number of rows."""
+
+    def __init__(self, table, columns, rows, need_scene, clipped=0, skipped=()):
+        self.table, self.columns, self.rows, self.need_scene = table, columns, rows, need_scene
+        self.clipped, self.skipped = clipped, list(skipped)  # rows whose boxes were clipped; messages of bad rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        row = self.rows[i]
+        return row_to_sample(self.table[row], self.columns, row, self.need_scene)[0]
+
+
+def load_samples(
+    source: str,
+    split: str = "train",
+    revision: str | None = None,
+    columns: dict[str, str] | None = None,
+    need_scene: bool = True,
+    skip_bad_rows: bool = False,
+    limit: int | None = None,
+    prompt_length: Callable[[Sample], int] | None = None,
+    max_prompt_length: int | None = None,
+    skip_long_prompts: bool = False,
+) -> Samples:
+    """Load a data set and check every row before anything is trained on it.
+
+    Args:
+        source: Hub id, .parquet or .jsonl file, folder of parquet files, or `save_to_disk` folder.
+        columns: names that differ from STVQA-7K's, as {our name: their name}; our names are the keys of COLUMNS.
+        need_scene: the row must hold a gold scene (False for the sparse reward).
+        skip_bad_rows: leave bad rows out and list them in `.skipped` instead of raising.
+        prompt_length, max_prompt_length: a prompt of more tokens is an error too (or, with skip_long_prompts, left
+            out). Prompts are never truncated: half a question has no answer.
+    Raises: ValueError naming the row and the column.
+    """
+    if unknown := set(columns or {}) - set(COLUMNS):
+        raise ValueError(f"columns: expected some of {list(COLUMNS)}, got {sorted(unknown)}")
+    columns = COLUMNS | (columns or {})
+    table = read_table(source, split, revision, columns["images"])
+    needed = [c for key, c in columns.items()
+              if key not in OPTIONAL_COLUMNS and (key != "scene_answer" or need_scene)]
+    if missing := [c for c in needed if c not in table.column_names]:
+        raise ValueError(f"{source} ({split}): expected columns {needed}, missing {missing}, got {table.column_names}")
+
+    rows, skipped, clipped = [], [], 0
+    total = min(limit or len(table), len(table))
+    for row in tqdm(range(total), desc=f"checking {Path(source).name} {split}", disable=None, leave=False):
+        try:
+            sample, was_clipped = row_to_sample(table[row], columns, row, need_scene)
+            if prompt_length and (n := prompt_length(sample)) > max_prompt_length:
+                message = f"row {sample.id}: prompt is {n} tokens long, expected at most {max_prompt_length}"
+                if not skip_long_prompts:
+                    raise ValueError(f"{message} (raise max_prompt_length, lower max_pixels or set skip_long_prompts)")
+                skipped.append(message)
+                continue
+        except ValueError as error:
+            if not skip_bad_rows:
+                raise ValueError(f"{source} ({split}): {error}") from None
+            skipped.append(str(error))
+            continue
+        rows.append(row)
+        clipped += was_clipped
+    if not rows:
+        raise ValueError(f"{source} ({split}): no usable rows out of {total}" + "".join(f"\n  {s}" for s in skipped[:5]))
+    return Samples(table, columns, np.array(rows), need_scene, clipped, skipped)
+
+
+def read_table(source: str, split: str, revision: str | None, image_column: str):
+    """The rows as a memory-mapped `datasets.Dataset` whose images are left encoded."""
+    import datasets
+
+    path = Path(source)
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        table = datasets.load_from_disk(source)
+        if isinstance(table, datasets.DatasetDict):
+            if split not in table:
+                raise ValueError(f"{source}: expected split {split!r}, got {list(table)}")
+            table = table[split]
+    elif path.is_dir():
+        files = sorted(path.glob(f"{split}*.parquet")) or sorted(path.glob(f"**/{split}*.parquet"))
+        if not files:
+            raise ValueError(f"{source}: expected {split}*.parquet in the folder, got {sorted(p.name for p in path.iterdir())}")
+        table = datasets.Dataset.from_parquet([str(f) for f in files])
+    elif path.suffix in (".parquet", ".jsonl", ".json"):
+        if not path.exists():
+            raise ValueError(f"{source}: no such file")
+        read = datasets.Dataset.from_parquet if path.suffix == ".parquet" else datasets.Dataset.from_json
+        table = read(str(path))
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
+        table = datasets.load_dataset(source, split=split, revision=revision)
+    else:
+        raise ValueError(f"{source}: expected a Hub id, a .parquet or .jsonl file, or a folder; found none of these")
+
+    feature = table.features.get(image_column)
+    if isinstance(feature, datasets.Image):
+        table = table.cast_column(image_column, datasets.Image(decode=False))
+    elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+        table = table.cast_column(image_column, datasets.List(datasets.Image(decode=False)))
+    elif feature is not None:  # paths, relative to the file that names them
+        base = path if path.is_dir() else path.parent
+        encode = lambda p: {"bytes": None, "path": str(base / p)}  # noqa: E731
+        table = table.with_transform(lambda batch: batch | {image_column: [
+            [encode(p) for p in x] if isinstance(x, list) else encode(x) for x in batch[image_column]]}
+            if image_column in batch else batch)
+    return table
+
+
+def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bool) -> tuple[Sample, bool]:
+    """-> (sample, whether a gold box was clipped). Raises ValueError naming the row and the column."""
+    get = lambda key: row.get(columns[key])  # noqa: E731
+    row_id = f"{get('id')} (#{index})" if get("id") is not None else f"#{index}"
+
+    def bad(key, expected, got):
+        return ValueError(f"row {row_id}, column {columns[key]}: expected {expected}, got {got}")
+
+    images = get("images")
+    images = images if isinstance(images, list) else [images]
+    if not images or any(e is None for e in images):
+        raise bad("images", "an image", images or "nothing")
+    try:
+        size = open_image(images[0]).size
+    except OSError as error:
+        raise bad("images", "a readable image", error) from None
+
+    options, answer, question = get("options"), get("answer"), get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise bad("question", "a question", repr(question))
+    if not isinstance(options, list) or len(options) < 2:
+        raise bad("options", "a list of at least two options", repr(options))
+    choices = {f"({'ABCDEFGHIJ'[i]}) {o}".strip().lower() for i, o in enumerate(options[:10])}
+    if not isinstance(answer, str) or answer.strip().lower() not in choices:
+        raise bad("answer", f"one of {sorted(choices)}", repr(answer))
+    problem = get("problem") or ""
+    if (stated := SIZE_IN_PROMPT.search(problem)) and tuple(map(int, stated.groups())) != size:
+        raise bad("problem", f"the image's size {size}", f"{stated[0]!r}")
+
+    ground_truth, clipped = answer, False
+    if need_scene:
+        try:
+            scene, scene_answer = parse_ground_truth(get("scene_answer"))
+        except ValueError as error:
+            raise bad("scene_answer", "a gold scene and answer", error) from None
+        if scene_answer.strip().lower() != answer.strip().lower():
+            raise bad("scene_answer", f"the answer {answer!r}", repr(scene_answer))
+        ground_truth = get("scene_answer")
+        limit = (*size, *size)
+        for o in scene["objects"]:
+            if any(not -1 <= c <= m + 1 for c, m in zip(o["bbox"], limit, strict=True)):
+                raise bad("scene_answer", f"boxes inside the image {size}", f"{o['id']} {o['bbox']}")
+            inside = [min(max(c, 0), m) for c, m in zip(o["bbox"], limit, strict=True)]
+            clipped |= inside != list(o["bbox"])
+            o["bbox"] = inside
+        if clipped:
+            ground_truth = f"<scene>{json.dumps(scene)}</scene>\n<answer>{scene_answer}</answer>"
+
+    sample = Sample(str(row_id if get("id") is None else get("id")), tuple(images), size, question, tuple(options),
+                    answer, ground_truth, problem, get("category") or "", get("level") or "", get("completion") or "")
+    return sample, clipped
+
+
+# ---- prompts -------------------------------------------------------------------------------------------------
+def build_prompt_text(template: str, question: str, size: tuple[int, int]) -> str:
+    """The user's words: instructions, the image's size (W x H) where boxes are asked for, the question."""
+    if template not in TEMPLATES:
+        raise ValueError(f"template: expected one of {[*TEMPLATES, 'problem']}, got {template!r}")
+    frame = f"\n\nImage size: ({size[0]} x {size[1]})" if template in SHOWS_SIZE else ""
+    return f"{TEMPLATES[template]}{frame}\n\n{question}"
+
+
+def build_prompt(sample: Sample, template: str) -> list[dict]:
+    """Chat messages for a sample: its images in order, then the text. Template "problem" is the row's own prompt."""
+    text = sample.problem if template == "problem" else build_prompt_text(template, sample.question, sample.size)
+    text = text.replace("<image>", "").lstrip()
+    if not text:
+        raise ValueError(f"row {sample.id}: template 'problem' needs the column {COLUMNS['problem']}")
+    images = [{"type": "image"} for _ in sample.encoded_images]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def smart_size(width: int, height: int, min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:
+    """(W, H), multiples of `factor` with W * H in [min_pixels, max_pixels]: where Qwen2.5-VL's processor ends up."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    h, w = smart_resize(height, width, factor, min_pixels, max_pixels)
+    return w, h
+
+
+def resize(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
+    """The image at `smart_size`, resized once and here, so that no later stage resizes again."""
+    size = smart_size(*image.size, min_pixels, max_pixels)
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample as the model reads it."""
+
+    sample: Sample
+    images: list[Image.Image]  # resized
+    vllm_ids: list[int]  # one image token per image: vLLM expands it to the ids below
+    ids: list[int]  # (L,)
+    pixel_values: object  # (patches, 1176) float32, or None without images
+    image_grid_thw: object  # (images, 3) int64, or None
+
+
+class PromptEncoder:
+    """Sample -> Prompt with one processor, template and pixel budget; the sampler gets the same budget."""
+
+    def __init__(self, processor, template: str, min_pixels: int, max_pixels: int):
+        self.processor, self.template = processor, template
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+
+    def text(self, sample: Sample) -> str:
+        return self.processor.apply_chat_template(
+            build_prompt(sample, self.template), tokenize=False, add_generation_prompt=True)
+
+    def __call__(self, sample: Sample) -> Prompt:
+        text = self.text(sample)
+        images = [resize(i, self.min_pixels, self.max_pixels) for i in sample.load_images()]
+        out = self.processor(text=[text], images=images, return_tensors="pt")
+        vllm_ids = self.processor.tokenizer(text)["input_ids"]
+        return Prompt(sample, images, vllm_ids, out["input_ids"][0].tolist(), out["pixel_values"], out["image_grid_thw"])
+
+    def length(self, sample: Sample) -> int:
+        """Tokens of the prompt, from the images' headers alone."""
+        cells = [math.prod(smart_size(*open_image(e).size, self.min_pixels, self.max_pixels)) // 28**2
+                 for e in sample.encoded_images]
+        return len(self.processor.tokenizer(self.text(sample))["input_ids"]) + sum(cells) - len(cells)
+
+
+# ---- batches -------------------------------------------------------------------------------------------------
+def batch_at(seed: int, step: int, batch_size: int, n: int) -> list[int]:
+    """Indices of step's batch: a pure function, so that a resumed run needs no loader state.
+
+    The steps read through one endless row of epochs, each a permutation of range(n) of its own: nothing is dropped
+    or repeated within an epoch, also where a batch straddles two.
+    """
+    at = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {e: np.random.default_rng([seed, e]).permutation(n) for e in {i // n for i in at}}
+    return [int(epochs[i // n][i % n]) for i in at]
+
+
+@dataclass(frozen=True)
+class Sequenced:
+    """A prompt with one completion of it."""
+
+    prompt: Prompt
+    completion_ids: list[int]  # (T,)
+
+    def __len__(self):
+        return len(self.prompt.ids) + len(self.completion_ids)
+
+
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped in order so that no group exceeds max_tokens (a longer single sequence stands alone)."""
+    groups, used = [], math.inf
+    for i, length in enumerate(lengths):
+        if used + length > max_tokens:
+            groups.append([])
+            used = 0
+        groups[-1].append(i)
+        used += length
+    return groups
+
+
+def pack(sequences: list[Sequenced], model, image_token_id: int) -> dict:
+    """Lay sequences end to end in one row without padding, as a batch for Qwen2.5-VL's forward.
+
+    Returns: input_ids (1, T), position_ids (4, 1, T), pixel_values, image_grid_thw, and target_positions (N,): the
+        positions of all completion tokens, sequence by sequence. position_ids row 0 restarts at 0 with every sequence, which
+        is how transformers tells packed sequences apart; rows 1-3 are the multi-dimensional rope positions.
+    """
+    import torch
+
+    ids, positions, targets, start = [], [], [], 0
+    for s in sequences:
+        row = torch.tensor([s.prompt.ids + s.completion_ids])
+        rope, _ = model.model.get_rope_index(row, (row == image_token_id).int(), s.prompt.image_grid_thw)
+        positions.append(torch.cat([torch.arange(row.shape[1]).view(1, 1, -1), rope]))  # (4, 1, len)
+        ids.append(row)
+        targets.append(torch.arange(start + len(s.prompt.ids), start + row.shape[1]))
+        start += row.shape[1]
+    images = [s.prompt for s in sequences if s.prompt.pixel_values is not None]
+    return {
+        "sequence_lengths": [len(s) for s in sequences],
+        "input_ids": torch.cat(ids, dim=1),  # (1, T)
+        "position_ids": torch.cat(positions, dim=2),  # (4, 1, T)
+        "target_positions": torch.cat(targets),  # (N,)
+        "pixel_values": torch.cat([p.pixel_values for p in images]) if images else None,
+        "image_grid_thw": torch.cat([p.image_grid_thw for p in images]) if images else None,
+    }
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sequence_lengths=None, **kwargs):
+    """SDPA that runs sequence by sequence over a packed row, so that no T x T mask is ever built.
+
+    Args: query (1, H, T, D), key and value (1, H_kv, T, D); sequence_lengths: ints that sum to T, handed to the
+        model's forward by `pack`. Returns: ((1, T, H, D), None), transformers' convention.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    lengths = sequence_lengths if module.is_causal and sequence_lengths else [query.shape[2]]  # vision: no causality
+    pieces = [F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=module.is_causal, enable_gqa=True)
+              for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)]
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def use_packed_attention() -> str:
+    """Register `packed_attention` with transformers; returns the name to load a model with."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("packed_sdpa", packed_attention)
+    return "packed_sdpa"

@@ -1,0 +1,376 @@
+"""Draw a run: training curves, and a page that shows held-out items before and after training.
+
+    python report.py --metrics runs/tiny/metrics.jsonl --before results/before.jsonl --after results/after.jsonl \
+        --data runs/tiny/data/val.parquet --out runs/tiny/report
+
+Writes curves.png and page.html into the folder, in seconds. `--before` and `--after` are results of evaluate.py
+on the same items, `--data` the file they were read from. The page is one file, loads nothing and runs offline.
+What a model wrote is escaped, and the page's policy lets no other script than its own run.
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import io
+import json
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from data import Sample, load_samples, open_image
+from evaluate import read_records, summarise, write_text
+from rewards import Weights, parse_ground_truth, parse_scene
+
+PANELS = (  # title, key of the samples, key of the held-out set
+    ("Reward", "reward", "val_reward"),
+    ("Answer accuracy", "accuracy", "val_accuracy"),
+    ("IoU of matched boxes", "mean_iou", "val_mean_iou"),
+    ("Spatial term", "spatial", "val_spatial"),
+    ("Count term", "count", "val_count"),
+    ("Format", "format", "val_format"),
+)
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7b5ea7", "#555555")
+OUTCOMES = {"fixed": "fixed", "broken": "broken", "wrong": "still wrong", "right": "right before and after"}
+
+
+# ---- curves ----
+def read_metrics(path) -> list[dict]:
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Centred running mean over `window` values, fewer at the ends.
+
+    >>> smooth([0, 3, 6, 3], 3)
+    [1.5, 3.0, 4.0, 4.5]
+    """
+    half = window // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def draw_curves(metrics: list[dict], path: Path):
+    """One panel for each of PANELS that has data: samples raw and smoothed, the held-out set as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [p for p in PANELS if any(key in m for m in metrics for key in p[1:])]
+    if not panels:
+        raise ValueError(f"expected metrics with some of {[p[1] for p in PANELS]}, got none in {len(metrics)} lines")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa0a6",
+             "xtick.color": "#5f6368", "ytick.color": "#5f6368", "axes.titlesize": 10.5}  # fmt: skip
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.35 * rows + 0.35), squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        for axis, (title, key, held_out) in zip(axes.flat, panels, strict=False):
+            draw_panel(axis, title, *series(metrics, key), *series(metrics, held_out))
+        for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
+            axis.set_xlabel("step", color="#5f6368")
+        handles, labels = max((a.get_legend_handles_labels() for a in axes.flat), key=lambda found: len(found[0]))
+        figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()), h_pad=1.2, w_pad=1.6)
+        tmp = path.with_name(f".{path.name}.tmp")
+        figure.savefig(tmp, format="png", dpi=180)
+        plt.close(figure)
+    os.replace(tmp, path)
+
+
+def series(metrics: list[dict], key: str) -> tuple[list, list]:
+    found = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def draw_panel(axis, title: str, steps, values, val_steps, val_values):
+    axis.set_title(title, loc="left", fontweight="bold", color="#202124")
+    axis.grid(axis="y", color="#e8eaed", linewidth=0.8)
+    axis.set_axisbelow(True)
+    if values:
+        axis.plot(steps, values, color=HUES[0], alpha=0.25, linewidth=1)
+        window = max(1, len(values) // 10)
+        axis.plot(steps, smooth(values, window), color=HUES[0], linewidth=2, label="training samples, smoothed")
+    if val_values:
+        axis.plot(val_steps, val_values, color=HUES[1], linewidth=1.2, marker="o", markersize=4.5,
+                  markeredgecolor="white", markeredgewidth=0.8, label="held-out, greedy")  # fmt: skip
+        for at, where in ((0, "bottom"), (-1, "bottom"))[: len(val_values)]:
+            axis.annotate(f"{val_values[at]:.2f}", (val_steps[at], val_values[at]), xytext=(0, 6), ha="center",
+                          textcoords="offset points", va=where, fontsize=8, color=HUES[1])  # fmt: skip
+    axis.margins(x=0.06, y=0.2)
+
+
+# ---- items ----
+def pair_up(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
+    """Records of the same items, in order. Raises: ValueError naming the first that differs."""
+    if len(before) != len(after):
+        raise ValueError(f"expected the same items before and after, got {len(before)} and {len(after)}")
+    for b, a in zip(before, after, strict=True):
+        if (b["row"], b["id"]) != (a["row"], a["id"]):
+            raise ValueError(f"expected the same items before and after, got {b['id']} and {a['id']}")
+    return list(zip(before, after, strict=True))
+
+
+def outcome(before: dict, after: dict) -> str:
+    """One of OUTCOMES."""
+    if before["correct"]:
+        return "right" if after["correct"] else "broken"
+    return "fixed" if after["correct"] else "wrong"
+
+
+def choose(pairs: list[tuple[dict, dict]], n: int, seed: int) -> list[int]:
+    """Indices in order of at most n pairs, drawn in turn from every combination of category and outcome."""
+    cells = defaultdict(list)
+    for i, (b, a) in enumerate(pairs):
+        cells[b["category"], outcome(b, a)].append(i)
+    rng = random.Random(seed)
+    for key in sorted(cells):
+        rng.shuffle(cells[key])
+    chosen = []
+    while len(chosen) < min(n, len(pairs)):
+        for key in sorted(cells):
+            if cells[key] and len(chosen) < n:
+                chosen.append(cells[key].pop())
+    return sorted(chosen)
+
+
+# ---- page ----
+e = html.escape
+
+
+def image_uri(sample: Sample, longest: int = 720) -> str:
+    """The sample's first image for an <img>: PNG where it is small, else a JPEG of at most `longest` pixels."""
+    image = open_image(sample.encoded_images[0]).convert("RGB")
+    small = max(image.size) <= 256
+    image.thumbnail((longest, longest))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG" if small else "JPEG", quality=85)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def draw_box(box: Sequence[float], name: str, kind: str, unit: float) -> str:
+    """A rectangle of kind gold or guess on a white halo, and its name: above a gold box, below a guess."""
+    x1, y1, x2, y2 = box
+    shape = f'x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}"/>'
+    y = y1 - 0.7 * unit if kind == "gold" else y2 + 2.4 * unit
+    name = f'<text class="{kind}" x="{x1:g}" y="{y:g}" font-size="{2.5 * unit:g}">{e(name)}</text>' if name else ""
+    return f'<rect class="halo" {shape}<rect class="{kind}" {shape}{name}'
+
+
+def draw_scene(sample: Sample, uri: str, gold: list[dict], record: dict) -> str:
+    """The image with gold and predicted boxes; predicted ones that match none bear their names."""
+    width, height = sample.size
+    unit = max(width, height) / 60
+    matched = {m[0] for m in record.get("matches", [])}
+    guesses = (parse_scene(record["reply"]) or {"objects": []})["objects"]
+    boxes = [draw_box(o["bbox"], o["id"], "gold", unit) for o in gold]
+    boxes += [draw_box(o["bbox"], "" if i in matched else o["id"], "guess", unit) for i, o in enumerate(guesses)]
+    crisp = ' style="image-rendering:pixelated"' if max(sample.size) <= 256 else ""
+    image = f'<image href="{uri}" width="{width}" height="{height}"{crisp}/>'
+    return f'<svg viewBox="0 0 {width} {height}">{image}{"".join(boxes)}</svg>'
+
+
+def show_terms(record: dict) -> str:
+    """Every reward term with its weight and what it contributes."""
+    if "terms" not in record:
+        return ""
+    weights, rows = Weights(), []
+    for term in ("format", "count", "accuracy", "spatial"):
+        value, weight = record["terms"][term], getattr(weights, term)
+        bar = f'<td class="bar"><i style="width:{100 * value:.0f}%"></i></td>'
+        rows.append(f"<tr><td>{term}</td>{bar}<td>{value:.2f}</td><td>&times; {weight:g}</td>"
+                    f"<td>{value * weight:.3f}</td></tr>")  # fmt: skip
+    note = "" if record["mean_iou"] is None else f"mean IoU {record['mean_iou']:.2f}"
+    note = f"refused: {e(record['reason'])}" if record["reason"] else note
+    total = f'<td>reward</td><td colspan="3">{note}</td><td>{record["terms"]["reward"]:.3f}</td>'
+    return f'<table>{"".join(rows)}<tr class="total">{total}</tr></table>'
+
+
+def show_reply(text: str) -> str:
+    """The completion, escaped, with its block tags set off."""
+    text = e(text)
+    for name in ("observe", "scene", "think", "answer"):
+        for tag in (f"&lt;{name}&gt;", f"&lt;/{name}&gt;"):
+            text = text.replace(tag, f"<b>{tag}</b>")
+    return f"<pre>{text}</pre>"
+
+
+def show_side(title: str, sample: Sample, uri: str, gold: list[dict], record: dict) -> str:
+    mark = "right" if record["correct"] else "wrong"
+    answer = f"({e(record['parsed'])}) {mark}" if record["parsed"] else f"no answer ({e(record['method'])})"
+    look = draw_scene(sample, uri, gold, record) + show_terms(record)
+    return (f'<section><h3>{title} <span class="{mark}">{answer}</span></h3><div class="look">{look}</div>'
+            f"{show_reply(record['reply'])}</section>")  # fmt: skip
+
+
+def show_item(sample: Sample, before: dict, after: dict) -> str:
+    """One article of the page."""
+    gold = parse_ground_truth(sample.ground_truth)[0]["objects"] if "<scene>" in sample.ground_truth else []
+    kind, uri = outcome(before, after), image_uri(sample)
+    sides = show_side("Before", sample, uri, gold, before) + show_side("After", sample, uri, gold, after)
+    return (f'<article data-category="{e(sample.category)}" data-outcome="{kind}"><header>'
+            f'<span class="tag {kind}">{OUTCOMES[kind]}</span><span class="tag">{e(sample.category)}</span>'
+            f'<span class="id">{e(sample.id)}</span><p>{e(sample.question)}</p>'
+            f'<p class="answer">{e(sample.answer)}</p></header><div class="sides">{sides}</div></article>')  # fmt: skip
+
+
+def show_summary(before: dict, after: dict) -> str:
+    """The figures over all items, before and after."""
+    named = {"accuracy": "answer accuracy", "reward": "reward", "format": "format", "count": "count term",
+             "exact": "accuracy term", "spatial": "spatial term", "mean_iou": "mean IoU of matched boxes",
+             "recall50": "objects found at IoU 0.5"}  # fmt: skip
+    cells = []
+    for key, name in named.items():
+        if key in before and key in after:
+            b, a = before[key], after[key]
+            trend = "up" if a > b else "down" if a < b else ""
+            cells.append(f'<div><span>{name}</span><b>{b:.3f} &rarr; {a:.3f}</b><em class="{trend}">{a - b:+.3f}</em></div>')
+    return f'<div class="figures">{"".join(cells)}</div>'
+
+
+def page(samples: Sequence[Sample], pairs: list[tuple[dict, dict]], chosen: list[int], title: str) -> str:
+    """The whole page; samples[i] belongs to pairs[i], and `chosen` are those shown."""
+    before, after = (summarise(records) for records in zip(*pairs, strict=True))
+    counts = Counter(outcome(b, a) for b, a in pairs)
+    shown = Counter(outcome(*pairs[i]) for i in chosen)
+    categories = sorted({pairs[i][0]["category"] for i in chosen})
+    options = "".join(f'<option value="{e(c)}">{e(c)}</option>' for c in categories)
+    buttons = "".join(f'<button data-outcome="{k}" class="{k}">{name} <small>{shown[k]}</small></button>'
+                      for k, name in OUTCOMES.items())  # fmt: skip
+    tally = ", ".join(f"{counts[k]} {name}" for k, name in OUTCOMES.items())
+    policy = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    w = Weights()
+    return PAGE.substitute(
+        style=STYLE, script=SCRIPT, policy=policy, title=e(title), summary=show_summary(before, after),
+        tally=f"{len(pairs)} held-out items: {tally}. {len(chosen)} of them are shown.",
+        formula=f"reward = {w.format:g} format + {w.count:g} count + {w.accuracy:g} accuracy + {w.spatial:g} spatial",
+        options=options, buttons=buttons, total=len(chosen),
+        items="".join(show_item(samples[i], *pairs[i]) for i in chosen))  # fmt: skip
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
+script-src 'sha256-$policy'">
+<title>$title</title><style>$style</style></head><body>
+<h1>$title</h1>$summary
+<p class="note">$tally $formula; a malformed completion scores 0, a wrong answer earns no spatial term.
+<span class="key gold"></span> gold box <span class="key guess"></span> predicted box</p>
+<nav><select id="category"><option value="">all categories</option>$options</select>
+<button data-outcome="" class="on">all <small>$total</small></button>$buttons</nav>
+<main>$items</main><script>$script</script></body></html>
+""")
+
+SCRIPT = """
+const items = [...document.querySelectorAll("article")], buttons = [...document.querySelectorAll("nav button")];
+const category = document.getElementById("category");
+let outcome = "";
+function update() {
+  for (const a of items)
+    a.hidden = (outcome && a.dataset.outcome !== outcome) || (category.value && a.dataset.category !== category.value);
+  for (const b of buttons) b.classList.toggle("on", b.dataset.outcome === outcome);
+}
+category.onchange = update;
+for (const b of buttons) b.onclick = () => { outcome = b.dataset.outcome; update(); };
+"""
+
+STYLE = """
+:root { --ink: #1f2328; --soft: #656d76; --line: #dde1e6; --good: #1a7f37; --bad: #cf222e; --guess: #d6008f; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1180px; padding: 28px 20px 60px; color: var(--ink); background: #f6f7f9;
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 26px; margin: 0 0 14px; }
+.figures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 10px; }
+.figures div { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 9px 13px; }
+.figures span { display: block; color: var(--soft); font-size: 13px; }
+.figures b { font-size: 18px; font-variant-numeric: tabular-nums; }
+.figures em { float: right; font-style: normal; font-size: 13px; line-height: 27px; color: var(--soft); }
+.figures .up { color: var(--good); } .figures .down { color: var(--bad); }
+.note { color: var(--soft); font-size: 13.5px; }
+.key { display: inline-block; width: 22px; height: 0; margin: 0 3px 4px 12px; border-top: 2.5px solid #111; }
+.key.guess { border-top: 2.5px dashed var(--guess); }
+nav { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 8px; padding: 10px 0;
+  background: #f6f7f9; }
+nav select, nav button { font: inherit; font-size: 14px; padding: 5px 12px; border-radius: 16px; cursor: pointer;
+  border: 1px solid var(--line); background: #fff; color: inherit; }
+nav button.on { background: var(--ink); color: #fff; border-color: var(--ink); }
+nav small { opacity: 0.6; margin-left: 3px; }
+article { background: #fff; border: 1px solid var(--line); border-radius: 10px; margin: 0 0 16px; padding: 14px 18px; }
+article[hidden] { display: none; }
+article p { margin: 8px 0 0; font-size: 16px; } article p.answer { color: var(--good); font-weight: 600; margin: 0; }
+.tag { font-size: 12.5px; padding: 2px 10px; border-radius: 11px; background: #eceff2; margin-right: 6px; }
+.tag.fixed { background: #d5f2dc; color: var(--good); } .tag.broken { background: #ffe0e0; color: var(--bad); }
+.id { color: var(--soft); font-size: 12.5px; float: right; }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 22px; margin-top: 6px; }
+section { min-width: 0; }
+h3 { font-size: 14px; margin: 8px 0; } h3 span { font-weight: 600; margin-left: 5px; }
+.right { color: var(--good); } .wrong { color: var(--bad); }
+.look { display: flex; gap: 14px; align-items: flex-start; }
+svg { flex: 1 1 0; min-width: 0; max-width: 300px; max-height: 300px; border-radius: 4px; }
+rect { fill: none; vector-effect: non-scaling-stroke; }
+rect.halo { stroke: #fff; stroke-width: 4.5; stroke-opacity: 0.75; }
+rect.gold { stroke: #111; stroke-width: 2; } rect.guess { stroke: var(--guess); stroke-width: 2; stroke-dasharray: 6 4; }
+text { font-family: system-ui, sans-serif; font-weight: 600; paint-order: stroke; stroke: #fff; stroke-width: 0.22em;
+  stroke-opacity: 0.85; }
+text.gold { fill: #111; } text.guess { fill: var(--guess); }
+table { flex: 0 0 235px; border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+td { padding: 2.5px 4px; color: var(--soft); white-space: nowrap; } td:first-child { color: var(--ink); }
+td:nth-child(n+3) { text-align: right; }
+.bar { width: 62px; } .bar i { display: block; height: 8px; border-radius: 4px; background: #4a8fd8; }
+.total td { border-top: 1px solid var(--line); font-weight: 600; color: var(--ink); }
+.total td:nth-child(2) { text-align: left; font-weight: 400; color: var(--soft); white-space: normal; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 190px; overflow-y: auto; margin: 12px 0 0;
+  padding: 9px 11px; background: #f6f7f9; border-radius: 6px; font: 12px/1.45 ui-monospace, monospace; }
+pre b { color: #8250df; font-weight: 600; }
+@media (max-width: 900px) { .sides, .figures { grid-template-columns: 1fr; } }
+"""
+
+
+# ---- main ----
+def write_page(before_path, after_path, data: str, path: Path, n: int, seed: int, title: str):
+    before, after = (read_records(p)[1] for p in (before_path, after_path))
+    pairs = pair_up(before, after)
+    rows = load_samples(data, "val", need_scene="terms" in before[0])
+    by_row = {int(row): i for i, row in enumerate(rows.rows)}
+    chosen = choose(pairs, n, seed)
+    samples = {i: rows[by_row[pairs[i][0]["row"]]] for i in chosen}
+    for i, sample in samples.items():
+        if sample.id != pairs[i][0]["id"]:
+            raise ValueError(f"{data}: expected item {pairs[i][0]['id']} in row {pairs[i][0]['row']}, got {sample.id}")
+    write_text(path, page(samples, pairs, chosen, title))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--metrics", help="metrics.jsonl of a run: draws curves.png")
+    p.add_argument("--before", help="evaluate.py's results at the start")
+    p.add_argument("--after", help="its results on the same items at the end: with --before, makes page.html")
+    p.add_argument("--data", help="the data set of these items: file, folder or Hub id")
+    p.add_argument("--out", default=".", help="folder to write into")
+    p.add_argument("--items", type=int, default=48, help="items on the page")
+    p.add_argument("--seed", type=int, default=0, help="of the choice of items")
+    p.add_argument("--title", default="Before and after training", help="of the page")
+    args = p.parse_args(argv)
+    if bool(args.before) != bool(args.after) or (args.before and not args.data):
+        p.error("--before, --after and --data belong together")
+    if not args.metrics and not args.before:
+        p.error("expected --metrics, or --before with --after and --data")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.metrics:
+        draw_curves(read_metrics(args.metrics), out / "curves.png")
+        print(f"wrote {out / 'curves.png'}")
+    if args.before:
+        write_page(args.before, args.after, args.data, out / "page.html", args.items, args.seed, args.title)
+        print(f"wrote {out / 'page.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,570 @@
+"""The gated dense spatial reward of SpatialThinker (arXiv:2511.07403) in one file. Needs numpy and scipy.
+
+    >>> scene = '<scene>{"objects": [{"id": "dog.1", "bbox": [10, 20, 60, 80]}]}</scene>'
+    >>> gold = scene + "<answer>(B) left</answer>"
+    >>> text = f"<observe>A dog.</observe>{scene}<think>Near the edge.</think><answer>(B) left</answer>"
+    >>> {term: round(value, 3) for term, value in spatial_reward(text, gold, (100, 100)).items()}
+    {'reward': 1.0, 'format': 1.0, 'count': 1.0, 'accuracy': 1.0, 'spatial': 1.0}
+
+    reward = 0.1 format + 0.2 count + 0.5 accuracy + 0.2 spatial
+    gates: a malformed completion scores 0 in every term, a wrong answer 0 in the spatial term.
+
+A completion is well formed if it is <observe>..</observe> <scene>..</scene> <think>..</think>
+<answer>..</answer>, each tag exactly once, in this order, only white space around the blocks, and if the
+scene is one JSON object, not empty, with lists (absent = empty) of
+    objects        {"id": "traffic_light.1", "bbox": [x1, y1, x2, y2]}, unique ids, finite numbers in pixels
+                   of the original image, 0 <= x1 < x2 <= W and 0 <= y1 < y2 <= H, no other keys;
+    relationships  {"subject": id, "predicate": text, "object": id} between ids of these objects.
+There, and given the same label similarity, every number equals the released code's to 1e-6.
+
+Deviations from the released code:
+  1. Tags out of order, stray text around the blocks and repeated closing tags are malformed (released:
+     accepted). The policy is to look before it answers and to stop after it.
+  2. NaN, Infinity and `true` are no coordinates (released: the first two crash the matcher, hence the run).
+  3. x2 <= x1 or y2 <= y1 is malformed (released: an inverted box around the right centre earns half credit).
+  4. A box over the image's edge is clipped to it, one wholly outside is malformed (released: not looked at).
+  5. Relationships must join declared objects (released: any ids, so empty claims fill the count term).
+  6. Repeated JSON keys are malformed (released: the last one wins). What is shown is what is scored.
+  7. The MAX_* below and the length of an id bound the work, far above what 2,048 tokens of scene can hold
+     (released: one text of brackets, digits or 10,000 objects stalls or kills the run).
+  8. The spatial term ends at 0 (released: CIoU of slim boxes far apart is below -1, and so the term below 0).
+  9. A scene without an `objects` list has no objects (released: also, but count is 0 even if gold has none).
+ 10. The default label similarity is lexical (released: vectors of spaCy's en_core_web_md, which no package
+     registry carries; see `spacy_similarity`). It decides what is matched, never what a match earns.
+The paper differs from its code, with which the released checkpoints were trained: it has IoU in the matching
+cost, averages raw CIoU over matched pairs only, and always splits the count term.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from numbers import Real
+
+import numpy as np
+
+TERMS = ("reward", "format", "count", "accuracy", "spatial")
+BLOCKS = ("observe", "scene", "think", "answer")
+MAX_CHARS = 65_536  # of a completion; checked before anything else reads it
+MAX_DEPTH = 32  # of JSON brackets; a scene needs 4, and the parser recurses once per level
+MAX_OBJECTS = 256
+MAX_RELATIONSHIPS = 1024
+OBJECT_ID = re.compile(r"[A-Za-z_]{1,80}\.[0-9]{1,9}")
+IMAGE_SIZE = re.compile(r"Image size: \(?(\d{1,6}) x (\d{1,6})\)?")
+EPS = 1e-7  # in CIoU's denominators, with boxes in units of the image
+LABEL_COST, BOX_COST = 2.0, 1.0  # matching cost of 1 - label similarity and of 1 - (CIoU + 1) / 2
+
+REJECTION_REASONS = (
+    "not_text", "too_long", "missing_tag", "repeated_tag", "tag_order", "stray_text",
+    "too_deep", "bad_json", "duplicate_key", "bad_scene",
+    "too_many_objects", "bad_object", "bad_id", "duplicate_id", "bad_box", "box_outside",
+    "too_many_relationships", "bad_relationship", "dangling_relationship",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the terms, and of the two parts of the count term where gold has relationships.
+
+    Raises: ValueError if one is negative or not finite, or if the terms or the parts add up to more than 1.
+    """
+
+    format: float = 0.1
+    count: float = 0.2
+    accuracy: float = 0.5
+    spatial: float = 0.2
+    count_objects: float = 0.7
+    count_relationships: float = 0.3
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"weight {f.name}: expected a finite number >= 0, got {value!r}")
+        for names in ("format", "count", "accuracy", "spatial"), ("count_objects", "count_relationships"):
+            if (total := sum(getattr(self, name) for name in names)) > 1 + 1e-9:
+                raise ValueError(f"weights: expected {' + '.join(names)} <= 1, got {total}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one completion earned and why; `score_completion` explains the terms."""
+
+    reward: float = 0.0
+    format: float = 0.0
+    count: float = 0.0
+    accuracy: float = 0.0
+    spatial: float = 0.0
+    reason: str | None = None  # one of REJECTION_REASONS, None if the completion is well formed
+    matches: tuple[tuple[int, int, float, float], ...] = ()  # (predicted index, gold index, IoU, CIoU)
+
+
+# ---- grammar: text -> blocks -> scene ----------------------------------------------------------------------
+class _Rejected(ValueError):
+    """A text breaks the grammar: one of REJECTION_REASONS, and what was expected and found."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+def _split(text: str, names: Sequence[str]) -> list[str]:
+    """The texts inside the named blocks, if the text is these blocks in this order and nothing else."""
+    if not isinstance(text, str):
+        raise _Rejected("not_text", f"expected text, got {type(text).__name__}")
+    if len(text) > MAX_CHARS:
+        raise _Rejected("too_long", f"expected at most {MAX_CHARS} characters, got {len(text)}")
+    tags = [tag for name in names for tag in (f"<{name}>", f"</{name}>")]
+    counts = {tag: text.count(tag) for tag in tags}
+    if missing := [tag for tag in tags if counts[tag] == 0]:
+        raise _Rejected("missing_tag", f"expected {missing[0]}, got {text[:40]!r}")
+    if repeated := [tag for tag in tags if counts[tag] > 1]:
+        raise _Rejected("repeated_tag", f"expected one {repeated[0]}, got {counts[repeated[0]]}")
+    starts = [text.index(tag) for tag in tags]
+    if starts != sorted(starts):
+        raise _Rejected("tag_order", f"expected the order {' '.join(tags)}")
+    ends = [start + len(tag) for start, tag in zip(starts, tags, strict=True)]
+    gaps = [text[i:j] for i, j in zip([0, *ends[1::2]], [*starts[::2], None], strict=True)]
+    if stray := "".join(gaps).strip():
+        raise _Rejected("stray_text", f"expected white space around the blocks, got {stray[:40]!r}")
+    return [text[i:j] for i, j in zip(ends[::2], starts[1::2], strict=True)]
+
+
+def _last_block(text: str, name: str) -> str | None:
+    """The text inside the last <name>..</name> that encloses neither of its own tags, or None. Linear."""
+    for part in reversed(text.split(f"</{name}>")[:-1]):
+        before, opening, inside = part.rpartition(f"<{name}>")
+        if opening:
+            return inside
+    return None
+
+
+def extract_answer(text: str) -> str:
+    """The stripped text of the last complete <answer> block, or "". Never raises.
+
+    Only the last MAX_CHARS characters are read.
+
+    >>> extract_answer("<think>First <answer>A</answer>? No.</think> <answer> (B) left </answer> Done.")
+    '(B) left'
+    """
+    return (_last_block(text[-MAX_CHARS:], "answer") or "").strip() if isinstance(text, str) else ""
+
+
+def _unique_keys(pairs: list[tuple]) -> dict:
+    d = dict(pairs)
+    if len(d) != len(pairs):
+        raise _Rejected("duplicate_key", f"expected unique keys, got {[key[:40] for key, _ in pairs][:8]}")
+    return d
+
+
+def _no_constant(name: str):
+    raise _Rejected("bad_json", f"expected JSON, got {name}")
+
+
+# A long integer becomes a float: Python refuses to read more than 4,300 digits, and 10**400 fits no float.
+_JSON = json.JSONDecoder(
+    object_pairs_hook=_unique_keys,
+    parse_constant=_no_constant,
+    parse_int=lambda digits: int(digits) if len(digits) < 17 else float(digits),
+)
+_JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # optional closing quote: never backtracks
+_BRACKET = re.compile(r"[\[\]{}]")
+
+
+def _load_json(text: str):
+    depth = 0
+    for bracket in _BRACKET.findall(_JSON_STRING.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise _Rejected("too_deep", f"expected at most {MAX_DEPTH} nested brackets")
+    try:
+        return _JSON.decode(text)
+    except json.JSONDecodeError as error:
+        raise _Rejected("bad_json", f"expected JSON, got {text[:40]!r}: {error}") from None
+
+
+def _check_object(o) -> None:
+    if not isinstance(o, dict) or o.keys() != {"id", "bbox"}:
+        raise _Rejected("bad_object", f"expected an object with exactly id and bbox, got {str(o)[:80]}")
+    name, box = o["id"], o["bbox"]
+    if not isinstance(name, str) or not OBJECT_ID.fullmatch(name):
+        raise _Rejected("bad_id", f"expected an id like traffic_light.1, got {str(name)[:80]!r}")
+    # type(), because isinstance(True, int).
+    if not isinstance(box, list) or len(box) != 4 or not all(type(c) in (int, float) for c in box):
+        raise _Rejected("bad_box", f"expected four numbers, got {name} {str(box)[:80]}")
+    if not all(map(math.isfinite, box)) or not (box[0] < box[2] and box[1] < box[3]):
+        raise _Rejected("bad_box", f"expected finite x1 < x2 and y1 < y2, got {name} {box}")
+
+
+def _check_relationship(r) -> tuple[str, str]:
+    """-> the ids at its ends."""
+    words = [r.get(key) for key in ("subject", "predicate", "object")] if isinstance(r, dict) else [None]
+    if not all(isinstance(word, str) for word in words):
+        raise _Rejected("bad_relationship", f"expected subject, predicate and object, got {str(r)[:80]}")
+    ends = words[0], words[2]
+    if not all(map(OBJECT_ID.fullmatch, ends)):
+        raise _Rejected("bad_relationship", f"expected ids like cup.1 at both ends, got {str(r)[:80]}")
+    return ends
+
+
+def _parse(text: str, closed: bool = True) -> dict:
+    """Scene JSON -> {"objects": [..], "relationships": [..]}. Closed: relationships join declared objects."""
+    scene = _load_json(text.strip())
+    if not isinstance(scene, dict) or not scene:
+        raise _Rejected("bad_scene", f"expected a JSON object with objects, got {text[:40]!r}")
+    objects, relationships = scene.get("objects", []), scene.get("relationships", [])
+    if not isinstance(objects, list) or not isinstance(relationships, list):
+        raise _Rejected("bad_scene", "expected `objects` and `relationships` to be lists")
+    if (n := len(objects)) > MAX_OBJECTS:
+        raise _Rejected("too_many_objects", f"expected at most {MAX_OBJECTS}, got {n}")
+    if (n := len(relationships)) > MAX_RELATIONSHIPS:
+        raise _Rejected("too_many_relationships", f"expected at most {MAX_RELATIONSHIPS}, got {n}")
+    ids = set()
+    for o in objects:
+        _check_object(o)
+        if o["id"] in ids:
+            raise _Rejected("duplicate_id", f"expected unique ids, got {o['id']} twice")
+        ids.add(o["id"])
+    for r in relationships:
+        ends = _check_relationship(r)
+        if closed and not ids.issuperset(ends):
+            raise _Rejected("dangling_relationship", f"expected declared objects, got {ends}")
+    return {"objects": objects, "relationships": relationships}
+
+
+def parse_scene(text: str) -> dict | None:
+    """The scene graph in a text, or None if there is none that follows the grammar. Never raises.
+
+    Args: text, whose last complete <scene> block counts, or which is itself the JSON.
+    Returns: {"objects": [{"id", "bbox"}], "relationships": [{"subject", "predicate", "object"}]}, boxes as
+    written, in pixels. The image's size is not known here: boxes may lie outside.
+
+    >>> parse_scene('<scene>{"objects": [{"id": "cup.1", "bbox": [0, 0, 5, 9]}]}</scene>')
+    {'objects': [{'id': 'cup.1', 'bbox': [0, 0, 5, 9]}], 'relationships': []}
+    >>> parse_scene('{"objects": [{"id": "cup.1", "bbox": [0, 0, 5, NaN]}]}') is None
+    True
+    """
+    if not isinstance(text, str) or len(text) > MAX_CHARS:
+        return None
+    try:
+        return _parse(text if (block := _last_block(text, "scene")) is None else block)
+    except _Rejected:
+        return None
+
+
+def parse_ground_truth(ground_truth: str) -> tuple[dict, str]:
+    r"""(scene as from `parse_scene`, answer) of "<scene>{json}</scene>\n<answer>(C) holding</answer>".
+
+    Gold relationships may name objects that were filtered out of the scene: only their number is scored.
+    Raises: ValueError that says what is wrong.
+    """
+    try:
+        scene_text, answer = _split(ground_truth, ("scene", "answer"))
+        scene = _parse(scene_text, closed=False)
+    except _Rejected as error:
+        raise ValueError(f"ground truth: {error}") from None
+    if not answer.strip():
+        raise ValueError("ground truth: expected an answer, got an empty <answer> block")
+    return scene, answer.strip()
+
+
+# ---- label similarity --------------------------------------------------------------------------------------
+_IRREGULAR = {"person": "people", "child": "children", "foot": "feet", "tooth": "teeth", "mouse": "mice",
+              "goose": "geese"}  # fmt: skip
+_PLURAL_ENDINGS = (("", "s"), ("", "es"), ("y", "ies"), ("f", "ves"), ("fe", "ves"), ("man", "men"))
+
+
+def _clean(label: str) -> str:
+    return label.replace("_", " ").replace("-", " ").strip().lower()
+
+
+def _is_plural(plural: str, word: str) -> bool:
+    regular = (word.removesuffix(end) + new for end, new in _PLURAL_ENDINGS if word.endswith(end))
+    return plural == _IRREGULAR.get(word) or plural in regular
+
+
+def _same_noun(a: str, b: str) -> bool:
+    return a == b or _is_plural(a, b) or _is_plural(b, a)
+
+
+@lru_cache(maxsize=65_536)
+def label_similarity(a: str, b: str) -> float:
+    """How alike two object labels are by their letters, in [0, 1]. Symmetric.
+
+    1.0 for the same label up to case, `_`, `-`, spaces and a plural ending. With a common head (last) word
+    the overlap of words, 2 * common / (words in a + words in b). Otherwise unrelated: 0.0.
+
+    >>> label_similarity("Traffic_Light", "traffic lights"), label_similarity("light", "bench")
+    (1.0, 0.0)
+    >>> round(label_similarity("traffic light", "light"), 3)
+    0.667
+    """
+    words_a, words_b = _clean(a).split(), _clean(b).split()
+    if not words_a or not words_b:
+        return float(words_a == words_b)
+    if _same_noun("".join(words_a), "".join(words_b)):
+        return 1.0
+    if not _same_noun(words_a[-1], words_b[-1]):
+        return 0.0
+    rest_a, rest_b = set(words_a[:-1]), set(words_b[:-1])
+    return 2 * (1 + len(rest_a & rest_b)) / (2 + len(rest_a) + len(rest_b))
+
+
+def spacy_similarity(model_name: str = "en_core_web_md") -> Callable[[str, str], float]:
+    """The released label similarity: cosine of the labels' vectors in an installed spaCy model."""
+    import spacy
+
+    nlp = spacy.load(model_name, disable=["parser", "ner", "tagger"])
+    doc = lru_cache(maxsize=4096)(lambda label: nlp(_clean(label)))
+    return lru_cache(maxsize=65_536)(lambda a, b: float(doc(a).similarity(doc(b))))
+
+
+# ---- boxes and matching ------------------------------------------------------------------------------------
+def _iou_ciou(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """IoU and CIoU of every pair of xyxy boxes: (M, 4), (K, 4) -> (M, K), (M, K)."""
+    ax1, ay1, ax2, ay2 = a.T[:, :, None]  # (M, 1) each
+    bx1, by1, bx2, by2 = b.T[:, None, :]  # (1, K) each
+    aw, ah, bw, bh = ax2 - ax1, ay2 - ay1, bx2 - bx1, by2 - by1
+    inter_w = np.minimum(ax2, bx2) - np.maximum(ax1, bx1)  # (M, K)
+    inter_h = np.minimum(ay2, by2) - np.maximum(ay1, by1)
+    inter = np.maximum(inter_w, 0) * np.maximum(inter_h, 0)
+    iou = inter / (aw * ah + bw * bh - inter + EPS)
+    hull_w = np.maximum(ax2, bx2) - np.minimum(ax1, bx1)
+    hull_h = np.maximum(ay2, by2) - np.minimum(ay1, by1)
+    centres = ((ax1 + ax2 - bx1 - bx2) ** 2 + (ay1 + ay2 - by1 - by2) ** 2) / 4
+    v = 4 / math.pi**2 * (np.arctan(aw / (ah + EPS)) - np.arctan(bw / (bh + EPS))) ** 2
+    alpha_v = v * v / np.maximum(1 - iou + v, EPS**2)
+    return iou, iou - centres / (hull_w**2 + hull_h**2 + EPS) - alpha_v
+
+
+def ciou(box_a: Sequence[float], box_b: Sequence[float]) -> float:
+    """Complete IoU of two xyxy boxes, in [-1, 1]: IoU less centre distance less aspect mismatch. Symmetric.
+
+    arXiv:1911.08287, eq. 8-11. The aspect term depends on the unit of each axis: the reward divides x by W
+    and y by H. Slim boxes far apart reach down to -1.5: cut to -1 here, but not in the reward's mean.
+    Raises: ValueError unless both are four finite numbers with x1 <= x2 and y1 <= y2.
+
+    >>> round(ciou((0, 0, 2, 2), (1, 0, 3, 2)), 4)  # IoU 2/6, centres 1 apart, diagonal^2 of the hull 13
+    0.2564
+    """
+    a, b = (np.array([box], dtype=float) for box in (box_a, box_b))  # (1, 4) each
+    for box in (a, b):
+        if box.shape != (1, 4) or not np.isfinite(box).all() or (box[:, 2:] < box[:, :2]).any():
+            raise ValueError(f"box: expected four finite numbers, x1 <= x2 and y1 <= y2, got {box.tolist()}")
+    return max(-1.0, float(_iou_ciou(a, b)[1][0, 0]))
+
+
+@dataclass(frozen=True)
+class _Objects:
+    labels: tuple[str, ...]  # (K,) without .N
+    boxes01: np.ndarray  # (K, 4) xyxy in units of the image
+
+
+def _place(scene: dict, width: float, height: float, clip: bool) -> _Objects:
+    """The objects in units of the image; every box must show in it."""
+    boxes01 = []
+    for o in scene["objects"]:
+        x1, y1, x2, y2 = o["bbox"]
+        if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+            frame = f"the image ({width:g} x {height:g})"
+            raise _Rejected("box_outside", f"expected boxes that show in {frame}, got {o['id']} {o['bbox']}")
+        if clip:
+            x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
+        boxes01.append((x1 / width, y1 / height, x2 / width, y2 / height))
+    labels = tuple(_clean(o["id"].partition(".")[0]) for o in scene["objects"])
+    return _Objects(labels, np.array(boxes01, dtype=float).reshape(-1, 4))
+
+
+def _match(predicted: _Objects, gold: _Objects, similarity) -> tuple[tuple[int, int, float, float], ...]:
+    """Hungarian matching of M predicted with K gold objects: min(M, K) of (predicted, gold, IoU, CIoU)."""
+    from scipy.optimize import linear_sum_assignment  # here, because it takes longer to import than all else
+
+    iou, quality = _iou_ciou(predicted.boxes01, gold.boxes01)  # (M, K)
+    alike = [[similarity(p, g) for g in gold.labels] for p in predicted.labels]
+    alike = np.nan_to_num(np.array(alike, dtype=float), nan=0, posinf=0, neginf=0)  # of a made-up word, say
+    pairs = zip(*linear_sum_assignment(LABEL_COST * (1 - alike) + BOX_COST * (1 - quality) / 2), strict=True)
+    return tuple((int(i), int(j), float(iou[i, j]), float(quality[i, j])) for i, j in pairs)
+
+
+# ---- reward ------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=4096)  # the G completions of a prompt share their gold
+def _gold(ground_truth: str, width: float, height: float) -> tuple[_Objects, int, str]:
+    """-> (objects, number of relationships, answer in lower case)."""
+    scene, answer = parse_ground_truth(ground_truth)
+    try:
+        return _place(scene, width, height, clip=False), len(scene["relationships"]), answer.lower()
+    except _Rejected as error:
+        raise ValueError(f"ground truth: {error}") from None
+
+
+def _check_size(image_size) -> tuple[float, float]:
+    try:
+        width, height = (float(side) for side in image_size)
+    except (TypeError, ValueError):
+        width = height = 0.0
+    if not (0 < width < math.inf and 0 < height < math.inf):
+        raise ValueError(f"image_size: expected positive (width, height) in pixels, got {image_size!r}")
+    return width, height
+
+
+def _closeness(n: int, gold: int) -> float:
+    return max(0.0, 1 - abs(n - gold) / max(gold, 1))
+
+
+def score_completion(
+    completion: str,
+    ground_truth: str,
+    image_size: tuple[int, int],
+    *,
+    weights: Weights = Weights(),
+    similarity: Callable[[str, str], float] = label_similarity,
+) -> Score:
+    r"""The gated reward of one completion, with the reason of a rejection and the matched objects.
+
+    Args:
+        completion: what the model wrote. Untrusted: nothing in it raises, and it costs bounded time.
+        ground_truth: "<scene>{json}</scene>\n<answer>(C) holding</answer>", boxes in pixels.
+        image_size: (W, H) in pixels of the image that the gold boxes refer to.
+        weights: of the terms in the reward.
+        similarity: (predicted label, gold label) -> [0, 1], of lower-case labels without `.N`, `_` as spaces.
+            It steers the matching only. A negative cosine is taken as it is, NaN and inf as 0.
+    Returns: Score. Its terms are unweighted, in [0, 1] and gated:
+        format    1 if the completion is well formed; else all terms are 0 and `reason` says why.
+        count     max(0, 1 - |M - K| / max(K, 1)) for M predicted and K gold objects; if gold has
+                  relationships, 0.7 times that plus 0.3 times the same for relationships.
+        accuracy  1 if the answer is the gold answer, up to case and surrounding white space.
+        spatial   0 if the answer is wrong; else the sum of (CIoU + 1) / 2 over matched pairs, divided by K.
+                  If K is 0: 1 if nothing is predicted (and gold has no relationships), else 0.
+    `matches` is filled whenever the format is right and both scenes have objects, whatever the answer.
+    Raises: ValueError on bad ground truth or image size.
+    """
+    width, height = _check_size(image_size)
+    if not isinstance(ground_truth, str):
+        raise ValueError(f"ground truth: expected text, got {type(ground_truth).__name__}")
+    gold, gold_relationships, gold_answer = _gold(ground_truth, width, height)
+    try:
+        _, scene_text, _, answer = _split(completion, BLOCKS)
+        scene = _parse(scene_text)
+        predicted = _place(scene, width, height, clip=True)
+    except _Rejected as error:
+        return Score(reason=error.reason)
+
+    m, k = len(predicted.labels), len(gold.labels)
+    count = _closeness(m, k)
+    if gold_relationships:
+        count_relationships = _closeness(len(scene["relationships"]), gold_relationships)
+        count = weights.count_objects * count + weights.count_relationships * count_relationships
+    accuracy = float(answer.strip().lower() == gold_answer)
+    matches = _match(predicted, gold, similarity) if m and k else ()
+    if k:
+        spatial = accuracy * max(0.0, sum((quality + 1) / 2 for *_, quality in matches) / k)
+    else:
+        spatial = accuracy * (m == 0 and not gold_relationships)
+    reward = weights.format + weights.count * count + weights.accuracy * accuracy + weights.spatial * spatial
+    return Score(min(1.0, reward), 1.0, min(1.0, count), accuracy, spatial, None, matches)
+
+
+def spatial_reward(
+    completion: str,
+    ground_truth: str,
+    image_size: tuple[int, int],
+    *,
+    weights: Weights = Weights(),
+    similarity: Callable[[str, str], float] = label_similarity,
+) -> dict[str, float]:
+    """`score_completion` as {"reward", "format", "count", "accuracy", "spatial"}, each in [0, 1].
+
+    The terms are unweighted and gated: `spatial` is 0 if the answer is wrong, all are 0 if the format is.
+    """
+    score = score_completion(completion, ground_truth, image_size, weights=weights, similarity=similarity)
+    return {term: getattr(score, term) for term in TERMS}
+
+
+def vanilla_reward(completion: str, ground_truth: str) -> dict[str, float]:
+    """The sparse baseline, ungated: 0.5 accuracy + 0.5 format, as {"reward", "format", "accuracy"}.
+
+    Format is <think>..</think> <answer>..</answer>, each tag once, and nothing else. Accuracy reads the last
+    complete <answer> block whatever the format. `ground_truth`: as for `spatial_reward`, or the answer alone.
+    Raises: ValueError without a gold answer.
+
+    >>> vanilla_reward("It is <answer>(b) Left</answer>", "(B) left")
+    {'reward': 0.5, 'format': 0.0, 'accuracy': 1.0}
+    """
+    gold = (extract_answer(ground_truth) or ground_truth.strip()) if isinstance(ground_truth, str) else ""
+    if not gold:
+        raise ValueError(f"ground truth: expected an answer, got {ground_truth!r}")
+    try:
+        well_formed = float(len(_split(completion, ("think", "answer"))) == 2)
+    except _Rejected:
+        well_formed = 0.0
+    accuracy = float(extract_answer(completion).lower() == gold.lower())
+    return {"reward": 0.5 * accuracy + 0.5 * well_formed, "format": well_formed, "accuracy": accuracy}
+
+
+# ---- adapters ----------------------------------------------------------------------------------------------
+# Let the trainer decode completions without special tokens: a trailing <|im_end|> is stray text.
+def _text(message) -> str:
+    """The text of a string, a chat message, a content part, or a list of these."""
+    if isinstance(message, dict):
+        message = message.get("content", message.get("text"))
+    if isinstance(message, (list, tuple)):
+        return "".join(map(_text, message))
+    return message if isinstance(message, str) else ""
+
+
+def _find_size(row: dict, *texts) -> tuple[int, int]:
+    """(W, H): the row's `image_size`, else "Image size: (W x H)" in a text, else its PIL image's size."""
+    if row.get("image_size") is not None:
+        return row["image_size"]
+    for text in texts:
+        if found := IMAGE_SIZE.search(_text(text)):
+            return int(found[1]), int(found[2])
+    image = row.get("image") or row.get("images")
+    image = image[0] if isinstance(image, (list, tuple)) else image
+    if not hasattr(image, "size"):
+        raise ValueError(f"expected image_size, 'Image size: (W x H)' or a PIL image, got {sorted(row)}")
+    return image.size
+
+
+def trl_spatial_reward(completions, answer_option_text, prompts=None, log_metric=None, **columns):
+    """Reward function for TRL: `GRPOTrainer(reward_funcs=trl_spatial_reward, ...)`, with STVQA-7K's columns.
+
+    Args: N completions (texts or chat messages) and their gold texts. The image's size comes from a column
+    `image_size`, or is stated in `problem` or the prompt, or is that of the PIL image in `image` or `images`.
+    """
+    scores = []
+    for i, (completion, gold) in enumerate(zip(completions, answer_option_text, strict=True)):
+        row = {name: column[i] for name, column in columns.items() if isinstance(column, (list, tuple))}
+        size = _find_size(row, row.get("problem"), prompts[i] if prompts else None)
+        scores.append(spatial_reward(_text(completion), gold, size))
+    for term in TERMS[1:] if log_metric and scores else ():
+        log_metric(f"spatial_reward/{term}", sum(score[term] for score in scores) / len(scores))
+    return [score["reward"] for score in scores]
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_) -> dict[str, float]:
+    """Reward function for verl: `custom_reward_function.path=rewards.py` (its default name is compute_score).
+
+    The image's size is `image_size` in extra_info, or is stated in its `problem` or `question`, or stands as
+    "Image size: (W x H)" before the gold text. Returns `score` and the terms, which verl logs.
+    """
+    row = dict(extra_info or {})
+    size = _find_size(row, row.get("problem"), row.get("question"), ground_truth)
+    terms = spatial_reward(solution_str, IMAGE_SIZE.sub("", ground_truth, count=1), size)
+    return {"score": terms.pop("reward"), **terms}  # verl keeps a metric `reward` of its own
+
+
+def compute_score_batch(reward_inputs, **_) -> list[dict[str, float]]:
+    """Reward function for EasyR1: `worker.reward.reward_function=rewards.py:compute_score_batch`, type batch.
+
+    EasyR1 passes `response`, `response_length` and `ground_truth` only: let the answer column begin with
+    "Image size: (W x H)", before the gold text. Returns `overall` and the terms, which EasyR1 logs.
+    """
+    results = []
+    for row in reward_inputs:
+        size = _find_size(row, row["ground_truth"])
+        terms = spatial_reward(row["response"], IMAGE_SIZE.sub("", row["ground_truth"], count=1), size)
+        results.append({"overall": terms.pop("reward"), **terms})
+    return results

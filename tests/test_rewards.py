@@ -1,0 +1,991 @@
+"""The reward: values by hand, every gate and rejection, parity with the released formula, hostile texts."""
+
+import copy
+import doctest
+import importlib.util
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import rewards
+from rewards import (
+    MAX_CHARS,
+    MAX_OBJECTS,
+    REJECTION_REASONS,
+    Score,
+    Weights,
+    ciou,
+    compute_score,
+    compute_score_batch,
+    extract_answer,
+    label_similarity,
+    parse_ground_truth,
+    parse_scene,
+    score_completion,
+    spatial_reward,
+    trl_spatial_reward,
+    vanilla_reward,
+)
+
+SIZE = (200, 100)  # W != H, so that swapping them shows
+
+
+# ---- building texts ----------------------------------------------------------------------------------------
+def obj(name, box):
+    return {"id": name, "bbox": list(box)}
+
+
+def rel(subject, predicate, object_):
+    return {"subject": subject, "predicate": predicate, "object": object_}
+
+
+def graph(objects=(), relationships=()):
+    return {"objects": list(objects), "relationships": list(relationships)}
+
+
+def gold_text(scene, answer="(B) left"):
+    return f"<scene>{json.dumps(scene)}</scene>\n<answer>{answer}</answer>"
+
+
+def reply(scene, answer="(B) left"):
+    scene = scene if isinstance(scene, str) else json.dumps(scene)
+    return f"<observe>o</observe>\n<scene>{scene}</scene>\n<think>t</think>\n<answer>{answer}</answer>"
+
+
+DOG, CAT = obj("dog.1", (20, 20, 100, 80)), obj("cat.1", (120, 10, 180, 90))
+SCENE = graph([DOG, CAT], [rel("dog.1", "left of", "cat.1")])
+GOLD, GOOD = gold_text(SCENE), reply(SCENE)
+ZERO = {"reward": 0.0, "format": 0.0, "count": 0.0, "accuracy": 0.0, "spatial": 0.0}
+
+
+def reward_of(completion, gold=GOLD, size=SIZE, **options):
+    return spatial_reward(completion, gold, size, **options)
+
+
+def reason_of(completion, gold=GOLD, size=SIZE):
+    score = score_completion(completion, gold, size)
+    assert score.reason is None or score == Score(reason=score.reason)  # all else is zero
+    return score.reason
+
+
+# ---- CIoU by hand ------------------------------------------------------------------------------------------
+def test_ciou_equal_boxes():
+    assert ciou((0.1, 0.2, 0.5, 0.9), (0.1, 0.2, 0.5, 0.9)) == pytest.approx(1, abs=1e-5)
+
+
+def test_ciou_shifted_squares():
+    # Squares of side 2, one shifted by 1. Intersection 1*2 = 2, union 4 + 4 - 2 = 6, IoU 1/3.
+    # Centres (1, 1), (2, 1): rho^2 = 1. Hull 3 x 2: c^2 = 9 + 4 = 13. Equal aspect: v = 0.
+    assert ciou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3 - 1 / 13, abs=1e-6)
+
+
+def test_ciou_disjoint():
+    # Unit squares at (0, 0) and (3, 4): IoU 0, rho^2 = 9 + 16 = 25, hull 4 x 5: c^2 = 41.
+    assert ciou((0, 0, 1, 1), (3, 4, 4, 5)) == pytest.approx(-25 / 41, abs=1e-6)
+
+
+def test_ciou_aspect():
+    # 2 x 1 against 1 x 2 around the same centre: intersection 1 * 1, union 2 + 2 - 1 = 3, IoU 1/3, rho = 0.
+    # v = 4/pi^2 (atan 2 - atan 1/2)^2 = 0.405285 * 0.643501^2 = 0.167826;
+    # alpha = v / (1 - 1/3 + v) = 0.167826 / 0.834493 = 0.201111; CIoU = 1/3 - 0.201111 * 0.167826 = 0.299582.
+    assert ciou((-1, -0.5, 1, 0.5), (-0.5, -1, 0.5, 1)) == pytest.approx(0.299582, abs=2e-6)
+
+
+def test_ciou_contained():
+    # 4 x 4 in a corner of 8 x 8: IoU 16/64, centres (2, 2), (4, 4): rho^2 = 8, c^2 = 64 + 64 = 128, v = 0.
+    assert ciou((0, 0, 4, 4), (0, 0, 8, 8)) == pytest.approx(1 / 4 - 8 / 128, abs=1e-6)
+
+
+def test_ciou_stops_at_minus_one():
+    # Slim, crossed and far apart: rho^2 / c^2 is near 1 and alpha v near 1/2, the formula gives about -1.4.
+    assert ciou((0, 0, 0.1, 0.0001), (0.95, 0.9, 0.9501, 1)) == -1.0
+
+
+@pytest.mark.parametrize("box",
+[(0, 0, 1), (0, 0, 1, math.nan), (0, 0, math.inf, 1), (1, 0, 0, 1), (0, 1, 1, 0)])
+def test_ciou_refuses(box):
+    with pytest.raises(ValueError, match="expected"):
+        ciou(box, (0, 0, 1, 1))
+
+
+def test_ciou_of_degenerate_boxes_is_finite():
+    for a, b in itertools.product([(0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 0), (0, 0, 5e-324, 1),
+    (0, 0, 1, 1)], repeat=2):
+        assert math.isfinite(ciou(a, b)) and -1 <= ciou(a, b) <= 1
+
+
+coordinate = st.floats(0, 1, allow_nan=False)
+box01 = st.tuples(coordinate, coordinate, coordinate, coordinate).map(
+    lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))
+)
+
+
+@given(box01, box01)
+def test_ciou_range_and_symmetry(a, b):
+    assert -1 <= ciou(a, b) <= 1
+    assert ciou(a, b) == pytest.approx(ciou(b, a), abs=1e-12)
+
+
+# ---- reference: the released formula, straight down --------------------------------------------------------
+def reference_ciou(a, b):
+    inter = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    iou = inter / (union + 1e-7)
+    rho2 = ((a[0] + a[2]) / 2 - (b[0] + b[2]) / 2) ** 2 + ((a[1] + a[3]) / 2 - (b[1] + b[3]) / 2) ** 2
+    c2 = (max(a[2], b[2]) - min(a[0], b[0])) ** 2 + (max(a[3], b[3]) - min(a[1], b[1])) ** 2
+    atan_a, atan_b = (math.atan((box[2] - box[0]) / (box[3] - box[1] + 1e-7)) for box in (a, b))
+    v = 4 / math.pi**2 * (atan_b - atan_a) ** 2
+    alpha = v / (1 - iou + v)
+    return iou - rho2 / (c2 + 1e-7) - alpha * v
+
+
+def reference(pred, gold, pred_answer, gold_answer, size, similarity):
+    """Terms of a well-formed completion; the assignment by trying every one."""
+    po, go, pr, gr = pred["objects"], gold["objects"], pred["relationships"], gold["relationships"]
+    count = max(0, 1 - abs(len(po) - len(go)) / max(len(go), 1))
+    if gr:
+        count = 0.7 * count + 0.3 * max(0, 1 - abs(len(pr) - len(gr)) / max(len(gr), 1))
+    accuracy = 1.0 if pred_answer.strip().lower() == gold_answer.strip().lower() else 0.0
+    spatial = 0.0
+    if accuracy and not go:
+        spatial = 0.0 if po or gr else 1.0
+    elif accuracy and po:
+        w, h = size
+        unit = [[x / s for x, s in zip(o["bbox"], (w, h, w, h), strict=True)] for o in (*po, *go)]
+        pb, gb = unit[: len(po)], unit[len(po) :]
+        label = [re.sub(r"[_-]", " ", o["id"].split(".")[0]).strip().lower() for o in (*po, *go)]
+        pl, gl = label[: len(po)], label[len(po) :]
+        near = [[(reference_ciou(p, g) + 1) / 2 for g in gb] for p in pb]
+        cost = [
+            [2.0 * (1 - similarity(p, g)) + 1.0 * (1 - near[i][j]) for j, g in enumerate(gl)]
+            for i, p in enumerate(pl)
+        ]
+        few, many = sorted((len(po), len(go)))
+        options = [list(enumerate(chosen)) for chosen in itertools.permutations(range(many), few)]
+        if len(po) > len(go):
+            options = [[(i, j) for j, i in pairs] for pairs in options]
+        best = min(options, key=lambda pairs: sum(cost[i][j] for i, j in pairs))
+        spatial = sum(near[i][j] for i, j in best) / len(go)
+    return {
+        "format": 1.0, "count": count, "accuracy": accuracy, "spatial": spatial,
+        "reward": 0.1 + 0.2 * count + 0.5 * accuracy + 0.2 * spatial,
+    }  # fmt: skip
+
+
+LABELS = ("dog", "cat", "traffic_light", "light", "street_lights", "_")
+
+
+@st.composite
+def scenes(draw, size, max_objects=5):
+    names = [f"{draw(st.sampled_from(LABELS))}.{i}" for i in range(draw(st.integers(0, max_objects)))]
+    objects = []
+    for name in names:
+        span = []
+        for side in size:
+            low = draw(st.integers(0, side - 1) | st.floats(0, side - 1))
+            high = st.just(side) | st.integers(math.floor(low) + 1, side) | st.floats(low + 0.5, side)
+            span.append((low, draw(high)))
+        (x1, x2), (y1, y2) = span
+        objects.append(obj(name, (x1, y1, x2, y2)))
+    relationships = []
+    if names:
+        end = st.sampled_from(names)
+        relationships = draw(st.lists(st.builds(rel, end, st.text(max_size=5), end), max_size=4))
+    return graph(objects, relationships)
+
+
+def odd_similarity(a, b):
+    """Asymmetric and at times negative, as cosines are: shows the argument order, and clipping."""
+    common, union = set(a) & set(b), set(a) | set(b) | {0}
+    return {"dog cat": -0.3, "cat dog": 0.4}.get(f"{a} {b}", len(common) / len(union))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from([(200, 100), (37, 911), (640, 480)]))
+def test_parity_with_the_released_formula(data, size):
+    pred, gold = data.draw(scenes(size)), data.draw(scenes(size))
+    if gold["relationships"] and not gold["objects"]:
+        gold["relationships"] = []
+    answer = data.draw(st.sampled_from(["(B) left", " (b) LEFT\n", "(A) right", ""]))
+    for similarity in (label_similarity, odd_similarity):
+        expected = reference(pred, gold, answer, "(B) left", size, similarity)
+        got = spatial_reward(reply(pred, answer), gold_text(gold), size, similarity=similarity)
+        assert got.keys() == expected.keys()
+        if expected["spatial"] < 0:  # deviation 8
+            expected["reward"] -= 0.2 * expected["spatial"]
+            expected["spatial"] = 0.0
+        assert got == pytest.approx(expected, abs=1e-6)
+        assert all(0 <= value <= 1 and type(value) is float for value in got.values())
+
+
+# ---- terms and gates by hand -------------------------------------------------------------------------------
+def test_perfect():
+    assert reward_of(GOOD) == pytest.approx({k: 1.0 for k in ZERO}, abs=1e-5)
+    assert list(reward_of(GOOD)) == list(ZERO)
+
+
+def test_wrong_answer_closes_the_spatial_gate():
+    score = score_completion(reply(SCENE, "(A) right"), GOLD, SIZE)
+    assert (score.format, score.count, score.accuracy, score.spatial) == (1, 1, 0, 0)
+    assert score.reward == pytest.approx(0.3)
+    assert score.reason is None
+    assert [m[:2] for m in score.matches] == [(0, 0), (1, 1)]  # still there, for metrics
+    assert all(m[2] > 0.999 and m[3] > 0.999 for m in score.matches)
+
+
+def test_malformed_closes_every_gate():
+    assert reward_of(GOOD.replace("</think>", "")) == ZERO
+    assert reward_of(GOOD + "!") == ZERO
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [("(B) left", 1), ("  (b) LEFT \n", 1), ("(B) Left", 1), ("(B)  left", 0), ("B", 0), ("(B) left.", 0),
+    ("", 0)],
+)
+def test_answer_equality(answer, right):
+    assert reward_of(reply(SCENE, answer))["accuracy"] == right
+
+
+def test_count_by_hand():
+    six = graph([obj(f"a.{i}", (i, 0, i + 5, 5)) for i in range(6)])
+    gold = gold_text(graph(six["objects"][:4]))
+    for n, expected in [(0, 0), (1, 0.25), (3, 0.75), (4, 1), (5, 0.75), (6, 0.5)]:
+        assert reward_of(reply(graph(six["objects"][:n])), gold)["count"] == pytest.approx(expected)
+    # Gold with 4 objects and 2 relationships; predicted 3 and 1: 0.7 * 0.75 + 0.3 * 0.5 = 0.675.
+    r = rel("a.0", "on", "a.1")
+    gold = gold_text(graph(six["objects"][:4], [r, r]))
+    assert reward_of(reply(graph(six["objects"][:3], [r])), gold)["count"] == pytest.approx(0.675)
+    # No relationship predicted, then five where two are right: 0.7 * 0.75 + 0.3 * max(0, 1 - 3/2) = 0.525.
+    assert reward_of(reply(graph(six["objects"][:3])), gold)["count"] == pytest.approx(0.525)
+    assert reward_of(reply(graph(six["objects"][:3], [r] * 5)), gold)["count"] == pytest.approx(0.525)
+    # Gold without relationships: predicted ones do not count.
+    gold = gold_text(graph(six["objects"][:4]))
+    assert reward_of(reply(graph(six["objects"][:4], [r] * 5)), gold)["count"] == 1
+
+
+def test_spatial_by_hand():
+    # In units of a 200 x 100 image: gold (0.1, 0.2, 0.5, 0.8), predicted shifted right by 0.1 (20 pixels).
+    # Intersection 0.3 * 0.6 = 0.18, union 0.24 + 0.24 - 0.18 = 0.30, IoU 0.6. rho^2 = 0.01.
+    # Hull 0.5 x 0.6: c^2 = 0.61. CIoU = 0.6 - 0.01/0.61 = 0.583607, mapped 0.791803.
+    # (In pixels the hull is 100 x 60 and the distance 20: 0.6 - 400/13600, mapped 0.785294, would be wrong.)
+    moved = graph([obj("dog.1", (40, 20, 120, 80))])
+    assert reward_of(reply(moved), gold_text(graph([DOG])))["spatial"] == pytest.approx(0.791803, abs=2e-6)
+    # A second gold object that is not predicted halves it, a superfluous prediction changes nothing.
+    halved = reward_of(reply(moved), gold_text(graph([DOG, CAT])))
+    assert halved["spatial"] == pytest.approx(0.395902, abs=2e-6)
+    extra = graph([*moved["objects"], obj("tree.1", (0, 0, 5, 5))])
+    assert reward_of(reply(extra), gold_text(graph([DOG])))["spatial"] == pytest.approx(0.791803, abs=2e-6)
+
+
+def test_labels_steer_the_matching_and_do_not_score():
+    # Swapped labels: 2.0 per label outweighs what the boxes can save, so dog meets dog across the image.
+    swapped = graph([obj("dog.1", CAT["bbox"]), obj("cat.1", DOG["bbox"])])
+    score = score_completion(reply(swapped), gold_text(graph([DOG, CAT])), SIZE)
+    assert [m[:2] for m in score.matches] == [(0, 0), (1, 1)] and score.spatial < 0.5
+    # With labels that say nothing the boxes decide, and a wrong label costs nothing.
+    score = score_completion(reply(swapped), gold_text(graph([DOG, CAT])), SIZE, similarity=lambda a, b: 0.0)
+    assert [m[:2] for m in score.matches] == [(0, 1), (1, 0)] and score.spatial == pytest.approx(1, abs=1e-5)
+    # Sign of the box cost: of two equally named predictions the near one is taken.
+    near_and_far = graph([obj("dog.1", (150, 60, 190, 90)), obj("dog.2", (22, 20, 100, 80))])
+    assert score_completion(reply(near_and_far), gold_text(graph([DOG])), SIZE).matches[0][:2] == (1, 0)
+    # Balance: the right box instead of one far away (CIoU -0.433) saves 1.433 / 2 = 0.717. A label 0.63
+    # alike costs 2 * 0.37 = 0.74, which is too much for that, one that is 0.65 alike costs 0.70.
+    pred = reply(graph([obj("dog.1", (180, 90, 199, 99)), obj("cow.1", DOG["bbox"])]))
+    gold = gold_text(graph([DOG]))
+    for alike, chosen in ((0.63, 0), (0.65, 1)):
+        score = score_completion(pred, gold, SIZE, similarity=lambda a, b, s=alike: 1.0 if a == b else s)
+        assert score.matches[0][0] == chosen
+    # A cosine below 0 counts as it is: 2 * 1.5 for the right box, against 2 * 1 + 0.717.
+    score = score_completion(pred, gold, SIZE, similarity=lambda a, b: 0.0 if a == b else -0.5)
+    assert score.matches[0][0] == 0
+
+
+def test_similarity_sees_clean_labels_predicted_first():
+    seen = []
+    pred, gold = graph([obj("Traffic_Light.3", (0, 0, 9, 9))]), graph([obj("dog.12", (0, 0, 9, 9))])
+    spatial_reward(reply(pred), gold_text(gold), SIZE, similarity=lambda a, b: seen.append((a, b)) or 1.0)
+    assert seen == [("traffic light", "dog")]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -5.0, 7.0, np.float32(0.5), np.array(0.5)])
+def test_strange_similarities_change_no_single_match(value):
+    one = graph([DOG])
+    got = reward_of(reply(one), gold_text(one), similarity=lambda a, b: value)
+    assert got["spatial"] == pytest.approx(1, abs=1e-5)
+
+
+def test_one_unknown_label_does_not_disturb_the_others():
+    def similarity(a, b):
+        return math.nan if a == "blorp" else float(a == b)
+
+    pred = graph([obj("blorp.1", CAT["bbox"]), DOG])
+    score = score_completion(reply(pred), gold_text(graph([DOG, CAT])), SIZE, similarity=similarity)
+    assert [m[:2] for m in score.matches] == [(0, 1), (1, 0)]
+
+
+def test_empty_scenes():
+    empty, one = graph(), graph([DOG])
+    assert reward_of(reply(empty), gold_text(empty)) == {k: 1.0 for k in ZERO}
+    got = reward_of(reply(one), gold_text(empty))
+    assert (got["count"], got["accuracy"], got["spatial"]) == (0, 1, 0)
+    got = reward_of(reply(empty), gold_text(one))
+    assert (got["count"], got["accuracy"], got["spatial"]) == (0, 1, 0)
+    assert score_completion(reply(empty), gold_text(one), SIZE).matches == ()
+    # Gold that kept a relationship but no object: nothing can be right about it.
+    assert reward_of(reply(empty), gold_text(graph([], [rel("a.1", "on", "b.1")])))["spatial"] == 0
+    assert reward_of(reply(empty, "(A) up"), gold_text(empty))["spatial"] == 0
+
+
+def test_absent_lists_are_empty():
+    assert reward_of(reply('{"objects": []}'), gold_text(graph())) == {k: 1.0 for k in ZERO}
+    assert reward_of(reply('{"relationships": []}'), gold_text(graph())) == {k: 1.0 for k in ZERO}
+    assert reason_of(reply("{}")) == "bad_scene"
+
+
+def test_unknown_keys_beside_objects_are_left_alone():
+    scene = {**SCENE, "note": {"deep": [1, 2]}, "relationships": [{**SCENE["relationships"][0], "why": 1}]}
+    assert reason_of(reply(scene)) is None
+
+
+def test_weights_apply_and_terms_do_not_change():
+    weights = Weights(format=0, count=0.4, accuracy=0, spatial=0.6, count_objects=1, count_relationships=0)
+    pred = graph([DOG])
+    got = reward_of(reply(pred), weights=weights)
+    assert got["count"] == pytest.approx(0.5) and got["format"] == got["accuracy"] == 1
+    assert got["reward"] == pytest.approx(0.4 * 0.5 + 0.6 * got["spatial"])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"format": -0.1}, {"spatial": math.nan}, {"count": math.inf}, {"accuracy": "0.5"}, {"accuracy": None},
+        {"accuracy": 0.6}, {"count_objects": 0.8}, {"count_relationships": -1e-9},
+    ],
+)  # fmt: skip
+def test_weights_refuse(bad):
+    with pytest.raises(ValueError, match="expected"):
+        Weights(**bad)
+
+
+def test_weights_tolerate_float_sums_and_are_frozen():
+    Weights(format=0.1, count=0.2, accuracy=0.3, spatial=0.4)
+    Weights(format=0.1, count=0.7, accuracy=0.1, spatial=0.1)
+    Weights(0, 0, 0, 0, 0, 0)
+    with pytest.raises(AttributeError):
+        Weights().format = 0.5
+
+
+# ---- rejections --------------------------------------------------------------------------------------------
+def with_objects(*objects):
+    return reply(json.dumps({"objects": list(objects)}))
+
+
+def with_box(text):
+    return reply(f'{{"objects": [{{"id": "dog.1", "bbox": {text}}}]}}')
+
+
+def with_relationship(text):
+    return reply(f'{{"objects": [{{"id": "dog.1", "bbox": [0, 0, 9, 9]}}], "relationships": [{text}]}}')
+
+
+OBSERVE, SCENE_BLOCK, THINK, ANSWER = GOOD.split("\n")
+REJECTED = {
+    "not_text": [None, 3, b"<observe>", ["x"], float("nan")],
+    "too_long": [" " * MAX_CHARS + GOOD, "<" * 8_000_000],
+    "missing_tag": [
+        "", "dog", GOOD[: GOOD.index("</answer>")], GOOD.replace("<observe>", ""),
+        OBSERVE + SCENE_BLOCK + ANSWER, GOOD.replace("<answer>", "<ANSWER>"),
+        GOOD.replace("<think>", "< think>"),
+    ],
+    "repeated_tag": [
+        GOOD + ANSWER, GOOD.replace("<think>t", "<think>in <scene> I see"), GOOD + "</answer>",
+        GOOD.replace("<observe>", "<observe><observe>"), GOOD.replace(">o<", "></think><"),
+    ],
+    "tag_order": [
+        "\n".join((OBSERVE, THINK, SCENE_BLOCK, ANSWER)), "\n".join((ANSWER, OBSERVE, SCENE_BLOCK, THINK)),
+        "</observe>o<observe>" + "".join((SCENE_BLOCK, THINK, ANSWER)),
+        GOOD.replace("<think>t</think>", "").replace("<answer>", "<think><answer>") + "</think>",
+    ],
+    "stray_text": [
+        "Sure! " + GOOD, GOOD + " Done.", f"{OBSERVE}{SCENE_BLOCK}so{THINK}{ANSWER}", GOOD + "<|im_end|>",
+        GOOD + "\0", GOOD + "</ answer>", f"{OBSERVE},{SCENE_BLOCK}{THINK}{ANSWER}",
+    ],
+    "too_deep": [reply("[" * 100), reply('{"a":' * 60 + "1" + "}" * 60), with_box("[" * 40 + "]" * 40)],
+    "bad_json": [
+        reply(""), reply("dog at [1, 2]"), reply("{'objects': []}"), reply('{"objects": [}'),
+        reply('{"objects": []} x'), reply("\\"),
+        with_box("[0, 0, NaN, 9]"), with_box("[0, 0, Infinity, 9]"), with_box("[-Infinity, 0, 9, 9]"),
+        reply('```json\n{"objects": []}\n```'), reply('{"objects": [], "x": NaN}'), reply('{"a": "\0"}'),
+        reply('{"a'), with_box("[0, 0, 01, 9]"), with_box("[0, 0, 0x9, 9]"), with_box("[0, 0, +9, 9]"),
+        with_box("[0, 0, 9., 9]"),
+    ],
+    "duplicate_key": [
+        reply('{"objects": [], "objects": []}'),
+        reply('{"objects": [{"id": "a.1", "id": "a.2", "bbox": [0,0,9,9]}]}'),
+        reply('{"objects": [], "x": {"a": 1, "\\u0061": 2}}'),
+    ],
+    "bad_scene": [
+        reply("{}"), reply("[]"), reply("3"), reply("null"), reply('"dog"'), reply('{"objects": {}}'),
+        reply('{"objects": null}'), reply('{"objects": [], "relationships": "none"}'), reply("true"),
+    ],
+    "too_many_objects": [with_objects(*[obj(f"a.{i}", (0, 0, 9, 9)) for i in range(MAX_OBJECTS + 1)])],
+    "bad_object": [
+        with_objects({"id": "dog.1"}), with_objects({**DOG, "color": "red"}), with_objects("dog.1"),
+        with_objects(None), with_objects([DOG]), with_objects({}),
+        with_objects({"ID": "dog.1", "bbox": [0, 0, 9, 9]}),
+    ],
+    "bad_id": [
+        with_objects(obj(name, (0, 0, 9, 9))) for name in (
+            "dog", "dog.", ".1", "dog.1.2", "dog 1", "dog.1 ", "dog.1\n", "a light.1", "t-shirt.1", "dog.x",
+            "hündin.1", "dog.١", "dog.-1", "a" * 200 + ".1", "a." + "1" * 200, "", 7, None, ["a.1"], {},
+        )
+    ],
+    "duplicate_id": [with_objects(DOG, DOG), with_objects(DOG, CAT, obj("dog.1", (0, 0, 9, 9)))],
+    "bad_box": [
+        with_box(text) for text in (
+            "[9, 0, 0, 9]", "[0, 9, 9, 0]", "[5, 0, 5, 9]", "[0, 5, 9, 5]", "[0, 0, 0, 0]",
+            "[80, 70, 20, 30]", "[0, 0, 9]", "[0, 0, 9, 9, 9]", "[]", "null", '"0 0 9 9"', '[0, 0, "9", 9]',
+            "[0, 0, true, 9]",
+            "[false, false, true, true]", "[0, 0, null, 9]", "[0, 0, 1e999, 9]", "[-1e999, 0, 9, 9]",
+            "[[0, 0, 9, 9]]", f"[0, 0, {10**400}, 9]", f"[0, 0, {'9' * 50_000}, 9]", "[0, 0, 9, {}]", "{}",
+            "[0, 0, [9], 9]",
+        )
+    ],
+    "box_outside": [
+        with_box("[200, 0, 210, 9]"), with_box("[300, 300, 310, 310]"), with_box("[-20, -20, -1, -1]"),
+        with_box("[-20, 0, 0, 9]"), with_box("[0, 100, 9, 120]"), with_box("[0, -9, 9, 0]"),
+        with_box("[1e300, 0, 1e301, 9]"), with_box(f"[{10**30}, 0, {10**31}, 9]"),
+        with_objects(DOG, obj("cat.1", (120, 150, 130, 160))),
+    ],
+    "too_many_relationships": [
+        reply(json.dumps({"objects": [DOG], "relationships": [{}] * (rewards.MAX_RELATIONSHIPS + 1)}))
+    ],
+    "bad_relationship": [
+        with_relationship(text) for text in (
+            '{"subject": "dog.1", "object": "dog.1"}',
+            '{"subject": "dog.1", "predicate": 3, "object": "dog.1"}', '"on"', "{}",
+            '{"subject": "dog", "predicate": "on", "object": "dog.1"}', '["dog.1", "on", "dog.1"]', "null",
+            '{"subject": "dog.1", "predicate": "on", "object": "dog.1\\n"}',
+            '{"subject": ["dog.1"], "predicate": "", "object": ""}',
+        )
+    ],
+    "dangling_relationship": [
+        with_relationship('{"subject": "dog.1", "predicate": "on", "object": "cat.1"}'),
+        with_relationship('{"subject": "Dog.1", "predicate": "on", "object": "dog.1"}'),
+        reply('{"relationships": [{"subject": "dog.1", "predicate": "on", "object": "cat.1"}]}'),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REJECTION_REASONS)
+def test_each_rejection_has_its_reason(reason):
+    for text in REJECTED[reason]:
+        assert reason_of(text) == reason, repr(text)[:200]
+    assert set(REJECTED) == set(REJECTION_REASONS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f" \n\t{GOOD}\n\n", GOOD.replace("\n", ""), GOOD.replace("\n", " \t\r\n\u3000"),
+        GOOD.replace(">o<", "><"), GOOD.replace(">t<", "> 1 < 2, </ thinking> <b> \ud800 \0 <"),
+        GOOD.replace("<scene>", "<scene> \n ").replace("</scene>", "\n</scene>"),
+        reply(json.dumps(SCENE, indent=2)), reply(json.dumps(SCENE).replace("dog", "\\u0064og")),
+        with_box("[0, 0, 200, 100]"), with_box("[0, 0, 1e-300, 5e-324]"), with_box("[0.5, 1e0, 1.5E1, 9.25]"),
+        with_box("[-0, -0.0, 9, 9]"), with_objects(obj("_.0", (0, 0, 9, 9)), obj("_.00", (0, 0, 9, 9))),
+        with_relationship('{"subject": "dog.1", "predicate": "[[{", "object": "dog.1"}'),
+        with_relationship(json.dumps(rel("dog.1", "[" * 5000, "dog.1"))),
+        with_relationship('{"subject": "dog.1", "predicate": "\\"\\\\", "object": "dog.1"}'),
+    ],
+)  # fmt: skip
+def test_accepted(text):
+    assert reason_of(text) is None
+
+
+def test_overhanging_boxes_are_clipped():
+    # (-50, -50, 100, 80) cut to (0, 0, 100, 80) scores like the latter.
+    over, cut = with_box("[-50, -50, 100, 80]"), with_box("[0, 0, 100, 80]")
+    assert reward_of(over) == pytest.approx(reward_of(cut), abs=1e-12)
+    full = gold_text(graph([obj("dog.1", (0, 0, 200, 100))]))
+    huge = with_box(f"[-1e300, -5, 1e308, {10**300}]")
+    assert reward_of(huge, full)["spatial"] == pytest.approx(1, abs=1e-6)
+    # Gold stays as it is, as in the released code.
+    gold = gold_text(graph([obj("dog.1", (-10, 0, 100, 100))]))
+    expected = (reference_ciou((0, 0, 0.5, 1), (-0.05, 0, 0.5, 1)) + 1) / 2
+    assert reward_of(with_box("[0, 0, 100, 100]"), gold)["spatial"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_slim_boxes_far_apart_end_at_zero():
+    pred, gold = graph([obj("dog.1", (0, 0, 60, 0.01))]), graph([obj("dog.1", (199.99, 70, 200, 100))])
+    assert reference(pred, gold, "a", "a", SIZE, label_similarity)["spatial"] < -0.1
+    got = reward_of(reply(pred, "a"), gold_text(gold, "a"))
+    assert got["spatial"] == 0 and got["reward"] == pytest.approx(0.8)
+
+
+# ---- ground truth and image size ---------------------------------------------------------------------------
+def test_parse_ground_truth():
+    scene, answer = parse_ground_truth(GOLD)
+    assert scene == SCENE and answer == "(B) left"
+    scene["objects"].clear()  # a caller may change what it got
+    assert parse_ground_truth(GOLD)[0] == SCENE
+    dangling = graph([DOG], [rel("dog.1", "on", "hill.1")])
+    assert parse_ground_truth(gold_text(dangling))[0] == dangling
+
+
+@pytest.mark.parametrize(
+    "gold, message",
+    [
+        (None, "text"), ("", "<scene>"), ("(B) left", "<scene>"), (GOLD + "x", "white space"),
+        (GOLD + GOLD, "one <scene>"),
+        (gold_text(SCENE, " "), "answer"), ("<scene>{</scene><answer>a</answer>", "JSON"),
+        (gold_text({}), "objects"), (gold_text(graph([obj("dog.1", (9, 9, 0, 0))])), "x1 < x2"),
+        (gold_text(graph([DOG, DOG])), "dog.1 twice"),
+        (gold_text(graph([obj("street light.1", (0, 0, 9, 9))])), "street light.1"),
+        (gold_text(graph([obj("dog.1", (0, 0, math.nan, 9))])), "NaN"),
+        (gold_text(graph([DOG], [{"subject": "dog.1"}])), "subject, predicate"),
+    ],
+)  # fmt: skip
+def test_bad_ground_truth_is_an_error(gold, message):
+    with pytest.raises(ValueError, match=message):
+        parse_ground_truth(gold)
+    for completion in (GOOD, "", None):
+        with pytest.raises(ValueError, match="ground truth"):
+            reward_of(completion, gold)
+
+
+def test_gold_box_outside_the_image_is_an_error():
+    with pytest.raises(ValueError, match=r"ground truth.*100 x 50.*cat.1"):
+        reward_of(GOOD, GOLD, (100, 50))
+
+
+@pytest.mark.parametrize(
+    "size", [None, 5, (200,), (200, 100, 3), (0, 100), (200, -1), (math.nan, 100), (200, math.inf), "ab", {}]
+)
+def test_bad_image_size_is_an_error(size):
+    with pytest.raises(ValueError, match="image_size"):
+        reward_of(GOOD, GOLD, size)
+
+
+def test_image_sizes_of_other_types():
+    for size in ([200, 100], np.array([200, 100]), (np.int64(200), 100.0)):
+        assert reward_of(GOOD, GOLD, size) == reward_of(GOOD)
+
+
+# ---- parsing -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<answer>A</answer>", "A"), ("<answer>\n (A) x </answer> tail", "(A) x"), ("", ""), (None, ""),
+        (7, ""), ("<answer>A", ""), ("A</answer>", ""), ("</answer>A<answer>", ""), ("<answer></answer>", ""),
+        ("<answer>A</answer><answer>B</answer>", "B"), ("<answer>A</answer> <answer>B", "A"),
+        ("<answer>A</answer></answer>", "A"), ("<answer>A<answer>B</answer>", "B"),
+        ("x" * 10**6 + "<answer>A</answer>", "A"),
+    ],
+)  # fmt: skip
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_parse_scene():
+    assert parse_scene(GOOD) == parse_scene(GOLD) == parse_scene(json.dumps(SCENE)) == SCENE
+    assert parse_scene(SCENE_BLOCK.replace("dog", "cow") + GOOD) == SCENE  # the last block
+    assert parse_scene('{"objects": []}') == graph()
+    for text in (None, b"{}", "", "x", "<scene>", "<scene>[]</scene>", " " * (MAX_CHARS + 1)):
+        assert parse_scene(text) is None
+
+
+# ---- label similarity --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ("dog", "dog", 1), ("Dog", "dogs", 1), ("traffic_light", "traffic-light", 1),
+        ("Traffic Light", "traffic_lights", 1),
+        ("fire hydrant", "firehydrant", 1), ("bus", "buses", 1), ("berry", "berries", 1),
+        ("cookie", "cookies", 1),
+        ("knife", "knives", 1), ("shelf", "shelves", 1), ("man", "men", 1), ("snow_woman", "snow_women", 1),
+        ("glass", "glasses", 1),
+        ("person", "people", 1), ("child", "children", 1), ("", "", 1), ("_", "-", 1), ("", "dog", 0),
+        ("dog", "cat", 0), ("car", "cart", 0), ("car", "scar", 0), ("table_lamp", "table", 0),
+        ("bus", "bush", 0), ("traffic_light", "light", 2 / 3), ("lights", "traffic light", 2 / 3),
+        ("red car", "blue cars", 1 / 2),
+        ("big red car", "red car", 4 / 5), ("red red car", "red car", 1), ("table lamp", "floor_lamp", 1 / 2),
+    ],
+)  # fmt: skip
+def test_label_similarity(a, b, expected):
+    assert label_similarity(a, b) == pytest.approx(expected)
+    assert label_similarity(b, a) == label_similarity(a, b)
+
+
+words = st.text(alphabet="abesyf_- ", max_size=12) | st.text(max_size=8)
+
+
+@given(words, words)
+def test_label_similarity_properties(a, b):
+    value = label_similarity(a, b)
+    assert 0 <= value <= 1 and value == label_similarity(b, a) and label_similarity(a, a) == 1
+    assert label_similarity(a.upper(), a.upper().replace("_", "-")) == 1
+
+
+def test_spacy_similarity_uses_the_vectors_of_the_named_model(monkeypatch):
+    loaded = []
+
+    class Doc:
+        def __init__(self, text):
+            self.text = text
+
+        def similarity(self, other):
+            return np.float32(0.25 if self.text == other.text else -0.5)
+
+    spacy = types.SimpleNamespace(load=lambda name, disable: loaded.append(name) or Doc)
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+    similarity = rewards.spacy_similarity("some_model")
+    assert loaded == ["some_model"]
+    assert similarity("Traffic_Light", "traffic light") == 0.25 and similarity("dog", "cat") == -0.5
+    assert reward_of(GOOD, similarity=similarity)["reward"] == pytest.approx(1, abs=1e-5)
+
+
+# ---- vanilla -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, format_, accuracy",
+    [
+        ("<think>x</think> <answer>(b) Left</answer>\n", 1, 1), ("<think>x</think><answer>A</answer>", 1, 0),
+        ("<answer>(B) left</answer>", 0, 1), ("<think>x</think>so<answer>(B) left</answer>", 0, 1),
+        ("(B) left", 0, 0), ("<answer>(B) left</answer><think>x</think>", 0, 1), ("", 0, 0), (None, 0, 0),
+        ("<think></think><answer></answer>", 1, 0),
+        ("<think>x</think><answer>A</answer><answer>(B) left</answer>", 0, 1), (GOOD, 0, 1),
+    ],
+)  # fmt: skip
+def test_vanilla_is_ungated(text, format_, accuracy):
+    for gold in (GOLD, "(B) left", " (b) LEFT "):
+        expected = {"reward": (format_ + accuracy) / 2, "format": format_, "accuracy": accuracy}
+        assert vanilla_reward(text, gold) == expected
+
+
+def test_vanilla_refuses_an_empty_gold_answer():
+    for gold in ("", "  ", None):
+        with pytest.raises(ValueError, match="answer"):
+            vanilla_reward(GOOD, gold)
+
+
+# ---- properties --------------------------------------------------------------------------------------------
+@settings(deadline=None)
+@given(scenes(SIZE, 6), scenes(SIZE, 6), st.randoms())
+def test_order_of_objects_does_not_matter(pred, gold, rng):
+    before = reward_of(reply(pred), gold_text(gold))
+    for scene in (pred, gold):
+        rng.shuffle(scene["objects"])
+        rng.shuffle(scene["relationships"])
+    assert reward_of(reply(pred), gold_text(gold)) == pytest.approx(before, abs=1e-9)
+
+
+@settings(deadline=None)
+@given(st.floats(1, 79), st.floats(1, 79), st.booleans())
+def test_single_object_is_monotonic_in_iou(a, b, horizontal):
+    """IoU falls as a box slides off along an axis: so must the reward."""
+
+    def slid(shift):
+        x, y = (shift, 0) if horizontal else (0, shift / 4)
+        scene = graph([obj("dog.1", (20 + x, 20 + y, 100 + x, 80 + y))])
+        return reward_of(reply(scene), gold_text(graph([DOG])))
+
+    near, far = sorted((a, b))
+    assert slid(0)["reward"] >= slid(near)["reward"] >= slid(far)["reward"]
+    if far - near > 0.01:
+        assert slid(near)["spatial"] > slid(far)["spatial"]
+
+
+def never_raises(text):
+    for result in (reward_of(text), vanilla_reward(text, GOLD)):
+        assert all(0 <= value <= 1 and math.isfinite(value) for value in result.values())
+    assert (score_completion(text, GOLD, SIZE).reason is None) == (reward_of(text)["format"] == 1)
+    assert isinstance(extract_answer(text), str)
+    assert parse_scene(text) is None or set(parse_scene(text)) == {"objects", "relationships"}
+
+
+TAGS = [f"<{slash}{name}>" for name in rewards.BLOCKS for slash in ("", "/")]
+SNIPPETS = [*TAGS, *'[]{}",:-\\\0\ud800', '{"objects":', '"bbox"', '"id"', "dog.1", "NaN", "1e999", "true"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text()
+    | st.binary().map(lambda b: b.decode("latin-1"))
+    | st.binary().map(lambda b: b.decode(errors="surrogateescape"))
+    | st.lists(st.sampled_from(SNIPPETS) | st.text(max_size=3)).map("".join)
+)
+def test_any_text_is_scored(text):
+    never_raises(text)
+    never_raises(reply(text))
+
+
+inserts = st.sampled_from(SNIPPETS) | st.text(max_size=3)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(GOOD)), st.integers(0, 8), inserts), min_size=1, max_size=4))
+def test_mutated_completions_are_scored(edits):
+    text = GOOD
+    for start, length, insert in edits:
+        text = text[:start] + insert + text[start + length :]
+    never_raises(text)
+
+
+KEYS = ("objects", "relationships", "id", "bbox", "subject", "predicate", "object")
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["dog.1", "cat.1", "x", ""]),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+PLACES = [("objects", 0, "id"), ("objects", 0, "bbox"), ("objects", 0), ("relationships", 0), ("objects",)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(json_values, st.sampled_from(PLACES))
+def test_any_json_in_any_place_is_scored(value, path):
+    scene = copy.deepcopy(SCENE)
+    place = scene
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    never_raises(reply(json.dumps(scene)))
+    never_raises(reply(json.dumps(value)))
+
+
+# ---- hostile texts -----------------------------------------------------------------------------------------
+def many(n, label="a"):
+    return [obj(f"{label}.{i}", (0, 0, 9 + i % 50, 9)) for i in range(n)]
+
+
+def long_label(i):
+    return "_".join("abcdefgh"[(i >> (3 * k)) % 8] * (1 + k) for k in range(6))
+
+
+FULL = MAX_CHARS - len(reply("")) - 20
+HOSTILE = {
+    "8 MB of nothing": " " * 8_000_000,
+    "8 MB of tags": "<observe>" * 1_000_000,
+    "8 MB of closing tags": "</answer>" * 1_000_000,
+    "8 MB in the scene": reply("[" * 8_000_000),
+    "8 MB in think": GOOD.replace(">t<", ">" + "t" * 8_000_000 + "<"),
+    "8 MB of surrogates": "\ud800" * 4_000_000,
+    "10,000 objects": reply(json.dumps({"objects": many(10_000)})),
+    "100,000 nested brackets": reply("[" * 100_000 + "]" * 100_000),
+    "100,000 nested objects": reply('{"a":' * 100_000),
+    "100,000 digits": with_box("[0, 0, " + "9" * 100_000 + ", 9]"),
+    "tags to the cap": "<answer>" * (MAX_CHARS // 8),
+    "closing tags to the cap": "</answer>" * (MAX_CHARS // 9),
+    "pairs to the cap": "<answer></answer>" * (MAX_CHARS // 17),
+    "brackets to the cap": reply("[" * FULL),
+    "closed brackets to the cap": reply("[]," * (FULL // 3)),
+    "quotes to the cap": reply('"' * FULL),
+    "escaped quotes to the cap": reply('"' + '\\"' * (FULL // 2 - 1)),
+    "escaped quotes without an opening": reply('\\"' * (FULL // 2)),
+    "backslashes to the cap": reply('"' + "\\" * (FULL - 1)),
+    "digits to the cap": reply("9" * FULL),
+    "numbers to the cap": with_box("[" + ",".join(["1e5"] * (FULL // 5)) + "]"),
+    "negative digits in a box": with_box("[0, 0, -" + "9" * (FULL - 100) + ", 9]"),
+    "fraction to the cap": with_box("[0, 0, 0." + "9" * (FULL - 100) + ", 9]"),
+    "exponent to the cap": with_box("[0, 0, 1e" + "9" * (FULL - 100) + ", 9]"),
+    "keys to the cap": reply("{" + ",".join(f'"{i}":1' for i in range(FULL // 9)) + "}"),
+    "white space to the cap": GOOD.replace("\n", "\n" * (FULL // 5)),
+    "lone angle brackets": "<" * MAX_CHARS,
+    "label to the cap": with_objects(obj("a" * (FULL - 100) + ".1", (0, 0, 9, 9))),
+    "predicate to the cap": with_relationship(json.dumps(rel("dog.1", "x" * (FULL - 200), "dog.1"))),
+    "most objects": with_objects(*many(MAX_OBJECTS)),
+    "most objects, all labels different": with_objects(
+        *[obj(f"{long_label(i)}.{i}", (i % 90, 0, 100 + i % 90, 50)) for i in range(MAX_OBJECTS)]),
+    "most relationships": reply(json.dumps(
+        {"objects": [DOG], "relationships": [rel("dog.1", "", "dog.1")] * 1000}, separators=(",", ":"))),
+}  # fmt: skip
+CROWD = many(8, "light") + [obj(f"{long_label(7 * i)}.{i}", (i, 0, i + 9, 9)) for i in range(16)]
+CROWDED = gold_text(graph(CROWD))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_texts_cost_little(name):
+    text = HOSTILE[name]
+    score_completion(GOOD, CROWDED, SIZE)  # scipy is imported, gold is parsed
+    spent = []
+    for _ in range(3):
+        label_similarity.cache_clear()
+        start = time.process_time()
+        score_completion(text, CROWDED, SIZE)
+        vanilla_reward(text, GOLD)
+        extract_answer(text)
+        parse_scene(text)
+        spent.append(time.process_time() - start)
+    assert min(spent) < 0.05, f"{min(spent):.3f} s"
+    never_raises(text)
+
+
+def test_caches_are_bounded():
+    for cached in (label_similarity, rewards._gold):
+        assert cached.cache_info().maxsize is not None
+    assert not rewards.OBJECT_ID.fullmatch("a" * 81 + ".1")  # no long labels in them either
+
+
+# ---- adapters ----------------------------------------------------------------------------------------------
+WRONG = reply(SCENE, "(A) right")
+EXPECTED = [1.0, 0.3, 0.0]
+TEXTS = [GOOD, WRONG, "no"]
+
+
+def chat(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def parts(text):
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
+@pytest.mark.parametrize("wrap", [str, chat, parts])
+def test_trl_completions(wrap):
+    got = trl_spatial_reward(
+        prompts=["p"] * 3, completions=[wrap(t) for t in TEXTS], completion_ids=[[1]] * 3,
+        answer_option_text=[GOLD] * 3, image_size=[SIZE] * 3, trainer_state=None, log_extra=print,
+        category=["relation"] * 3,
+    )  # fmt: skip
+    assert got == pytest.approx(EXPECTED, abs=1e-5) and all(type(r) is float for r in got)
+
+
+STATED = "Image size: (200 x 100)\n\nWhere is the dog?"
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"image_size": [SIZE]}, {"image_size": [[200, 100]], "problem": ["Image size: (1 x 1)"]},
+        {"image": [Image.new("RGB", SIZE)]}, {"images": [[Image.new("RGB", SIZE)]]},
+        {"images": [Image.new("RGB", SIZE)]},
+        {"problem": [STATED]}, {"prompts": [STATED]}, {"prompts": [[{"role": "user", "content": STATED}]]},
+        {"prompts": [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": STATED}]}]]},
+        {"problem": ["Image size: 200 x 100"]},
+        # What the prompt says is the frame the model answers in, also where the image was resized since.
+        {"problem": [STATED], "image": [Image.new("RGB", (400, 300))]},
+    ],
+)  # fmt: skip
+def test_trl_image_size(columns):
+    moved = reply(graph([obj("dog.1", (40, 20, 120, 80))]))
+    gold = gold_text(graph([DOG]))
+    got = trl_spatial_reward(completions=[moved], answer_option_text=[gold], **columns)
+    assert got == [pytest.approx(0.8 + 0.2 * 0.791803, abs=1e-6)]
+
+
+def test_trl_errors_name_what_is_missing():
+    with pytest.raises(ValueError, match="image_size.*category"):
+        trl_spatial_reward(completions=[GOOD], answer_option_text=[GOLD], category=["relation"])
+    with pytest.raises(ValueError):
+        trl_spatial_reward(completions=[GOOD, GOOD], answer_option_text=[GOLD], image_size=[SIZE])
+
+
+def test_trl_logs_the_terms():
+    logged = {}
+    trl_spatial_reward(completions=TEXTS, answer_option_text=[GOLD] * 3, image_size=[SIZE] * 3,
+                       log_metric=logged.__setitem__)  # fmt: skip
+    assert logged["spatial_reward/format"] == pytest.approx(2 / 3)
+    assert logged["spatial_reward/accuracy"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_calls_it():
+    """Through the method of TRL's GRPOTrainer that calls reward functions; the rest of it is faked."""
+    pytest.importorskip("trl")
+    from trl import GRPOTrainer
+
+    logged = {}
+    trainer = types.SimpleNamespace(
+        accelerator=types.SimpleNamespace(device="cpu", is_main_process=True),
+        reward_funcs=[trl_spatial_reward],
+        reward_processing_classes=[None], reward_func_names=["trl_spatial_reward"],
+        state=types.SimpleNamespace(global_step=0), environments=None,
+        args=types.SimpleNamespace(report_to=[]), _log_completion_extra=print, _log_metric=logged.__setitem__,
+    )  # fmt: skip
+    prompts = [[{"role": "user", "content": STATED}]] * 3
+    inputs = [{"prompt": p, "answer_option_text": GOLD, "category": "relation"} for p in prompts]
+    got = GRPOTrainer._calculate_rewards(trainer, inputs, prompts, [chat(t) for t in TEXTS], [[1]] * 3)
+    assert got.flatten().tolist() == pytest.approx(EXPECTED, abs=1e-5)
+    assert logged["spatial_reward/format"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "extra, prefix",
+    [
+        ({"image_size": SIZE}, ""), ({"image_size": np.array(SIZE)}, ""), ({"problem": STATED}, ""),
+        ({"question": STATED}, ""), (None, "Image size: (200 x 100)\n"), ({}, "Image size: (200 x 100)"),
+    ],
+)  # fmt: skip
+def test_verl(extra, prefix):
+    """verl's naive manager passes keywords and takes a dict with `score`. The other keys are metrics beside a
+    `reward` of its own, which they must not repeat."""
+    for text, expected in zip(TEXTS, EXPECTED, strict=True):
+        got = compute_score(
+            data_source="stvqa", solution_str=text, ground_truth=prefix + GOLD, extra_info=extra,
+            reward_router_address=None, reward_model_tokenizer=None,
+        )  # fmt: skip
+        assert got["score"] == pytest.approx(expected, abs=1e-5)
+        assert set(got) == {"score", "format", "count", "accuracy", "spatial"}
+
+
+def test_verl_needs_an_image_size():
+    with pytest.raises(ValueError, match="image_size"):
+        compute_score("stvqa", GOOD, GOLD)
+
+
+def test_easyr1():
+    """EasyR1's batch manager: a list of dicts in, a list of dicts with `overall` out."""
+    gold = "Image size: (200 x 100)\n" + GOLD
+    got = compute_score_batch([{"response": t, "response_length": 9, "ground_truth": gold} for t in TEXTS])
+    assert [g["overall"] for g in got] == pytest.approx(EXPECTED, abs=1e-5)
+    assert all(set(g) == {"overall", "format", "count", "accuracy", "spatial"} for g in got)
+    (got,) = compute_score_batch([{"response": GOOD, "ground_truth": GOLD, "image_size": SIZE}])
+    assert got["overall"] == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match="image_size"):
+        compute_score_batch([{"response": GOOD, "response_length": 9, "ground_truth": GOLD}])
+
+
+def test_loads_by_path_as_verl_and_easyr1_do():
+    spec = importlib.util.spec_from_file_location("custom_module", rewards.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # not in sys.modules
+    assert module.spatial_reward(GOOD, GOLD, SIZE) == reward_of(GOOD)
+
+
+# ---- the file ----------------------------------------------------------------------------------------------
+def test_doctests():
+    result = doctest.testmod(rewards)
+    assert result.attempted >= 10 and result.failed == 0
+
+
+def test_import_is_cheap_and_needs_only_numpy():
+    code = (
+        "import sys, time, numpy; start = time.process_time(); import rewards; "
+        "print(time.process_time() - start, 'scipy' in sys.modules, 'torch' in sys.modules)"
+    )
+    folder = Path(rewards.__file__).parent
+    out = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, check=True, text=True)
+    seconds, scipy, torch = out.stdout.split()
+    assert float(seconds) < 0.25 and scipy == torch == "False"
+
+
+def test_scoring_is_quick():
+    """A loose bound for the suite; benchmarks/bench_rewards.py measures."""
+    scene = graph([obj(f"{label}.{i}", (i, i, 90 + i, 50 + i)) for i, label in enumerate(LABELS[:4] * 2)])
+    text, gold = reply(scene).replace(">t<", ">" + "t" * 1000 + "<"), gold_text(scene)
+    score_completion(text, gold, SIZE)
+    start = time.process_time()
+    for _ in range(200):
+        score_completion(text, gold, SIZE)
+    assert (time.process_time() - start) / 200 < 0.002

@@ -1,0 +1,225 @@
+"""Supervised fine-tuning: the paper's baseline (LoRA on question-answer pairs) and the tiny model's warm start.
+
+    accelerate launch train_sft.py configs/3b_sft.yaml       # the baseline: LoRA rank 8, 3 epochs
+    python train_sft.py configs/tiny_sft.yaml                # the warm start shipped in assets/tiny, on a CPU
+
+The loss is the token mean over the completions of one update; prompts are masked. Sequences are packed without
+padding. Writes `<out>/final`, a folder that `from_pretrained` and vLLM load, and `<out>/metrics.jsonl`.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+
+from config import Config, opt, write_run_record
+from data import PromptEncoder, Sequenced, batch_at, load_samples, micro_batches, pack, use_packed_attention
+
+
+class SFTConfig(Config):
+    # data
+    data: str = opt("OX-PIXL/STVQA-7K", "Hub id, .parquet, .jsonl or folder")
+    split: str = opt("train", "split to train on")
+    val_data: str | None = opt(None, "data set of the validation loss; empty: same as data")
+    val_split: str | None = opt("val", "split of the validation loss; empty: none")
+    val_limit: int = opt(256, "rows of it that are used", ge=1)
+    revision: str | None = opt(None, "Hub revision of the data")
+    template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt("no_reasoning", "prompt")
+    target: Literal["answer", "scene_answer", "completion"] = opt("answer", "column to imitate")
+    shuffle: bool = opt(True, "a new permutation every epoch; false: file order, for a curriculum")
+    min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
+    max_pixels: int = opt(2048 * 2048, "images are scaled into [min_pixels, max_pixels]", ge=784)
+    max_length: int = opt(2048, "longest prompt, tokens; a longer one is an error", ge=1)
+    # model
+    model: str = opt("Qwen/Qwen2.5-VL-3B-Instruct", "Hub id or folder")
+    lora_rank: int = opt(8, "LoRA rank on every linear layer; 0 trains all parameters", ge=0)
+    lora_alpha: int = opt(16, "LoRA scale = lora_alpha / lora_rank", ge=1)
+    # optimisation
+    epochs: float = opt(3, "passes over the data", gt=0)
+    batch_size: int = opt(32, "sequences per update, over all processes", ge=1)
+    max_tokens_per_micro_batch: int = opt(4096, "tokens packed into one forward pass, per process", ge=1)
+    learning_rate: float = opt(1e-4, "peak AdamW step size", gt=0)
+    warmup: float = opt(0.1, "share of the updates with a rising learning rate", ge=0, lt=1)
+    weight_decay: float = opt(0.0, "AdamW weight decay", ge=0)
+    adam_beta2: float = opt(0.999, "AdamW second moment decay", gt=0, lt=1)
+    max_grad_norm: float = opt(1.0, "gradient clipping", gt=0)
+    gradient_checkpointing: bool = opt(True, "recompute activations: less memory, a third more time")
+    # run
+    out: str = opt("runs/sft", "folder of the run")
+    seed: int = opt(0, "batch order and LoRA initialisation")
+    log_every: int = opt(10, "updates between two metric lines", ge=1)
+    val_every: int = opt(200, "updates between two validation losses", ge=1)
+    save_every: int = opt(200, "updates between two checkpoints", ge=1)
+    resume: Literal["auto", "never"] = opt("auto", "continue from the last checkpoint in out")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} > max_pixels {self.max_pixels}")
+        return self
+
+
+def learning_rate_at(step, steps, cfg):
+    """Linear warm-up, then a cosine down to zero at the last update."""
+    warmup = round(cfg.warmup * steps)
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def completion_loss_sum(model, batch):
+    """Summed negative log-likelihood of the packed completion tokens (nats) and the number predicted right."""
+    targets = batch.pop("target_positions")
+    labels = batch["input_ids"][0, targets]  # (N,)
+    # Only the positions that predict a completion token go through the head: at 152k entries it is the largest.
+    logits = model(**batch, use_cache=False, logits_to_keep=targets - 1).logits[0]  # (N, V)
+    return F.cross_entropy(logits.float(), labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
+
+
+def build_model(cfg):
+    from transformers import AutoModelForImageTextToText
+
+    # fp32 masters: at small learning rates bf16 weights would round the update away.
+    model = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=torch.float32, attn_implementation=use_packed_attention())
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(
+            r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear"))
+        model.enable_input_require_grads()
+    return model
+
+
+def save_checkpoint(accelerator, folder, step):
+    """Accelerate state plus the step, under a temporary name until it is whole."""
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    accelerator.save_state(str(tmp))
+    (tmp / "step.json").write_text(json.dumps({"step": step}))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(tmp, folder)
+
+
+def main():
+    cfg = SFTConfig.parse_args()
+    from accelerate import Accelerator
+    from transformers import AutoProcessor
+
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    out = Path(cfg.out)
+    if accelerator.is_main_process:
+        write_run_record(cfg, out)
+
+    # ---- data ----
+    processor = AutoProcessor.from_pretrained(cfg.model)
+    encode = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
+    load = dict(revision=cfg.revision, need_scene=cfg.target == "scene_answer",
+                prompt_length=encode.length, max_prompt_length=cfg.max_length)
+    samples = load_samples(cfg.data, cfg.split, **load)
+    val = load_samples(cfg.val_data or cfg.data, cfg.val_split, limit=cfg.val_limit, **load) if cfg.val_split else []
+    eos = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def sequence(sample):
+        text = getattr(sample, {"scene_answer": "ground_truth"}.get(cfg.target, cfg.target))
+        if not text:
+            raise ValueError(f"row {sample.id}: no text in the column of target={cfg.target}")
+        return Sequenced(encode(sample), [*processor.tokenizer(text)["input_ids"], eos])
+
+    # ---- model ----
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg)
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    base = accelerator.unwrap_model(model)
+    base = base.get_base_model() if cfg.lora_rank else base
+    image_token_id = base.config.image_token_id
+
+    steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
+    first = 0
+    if cfg.resume == "auto" and (out / "last" / "step.json").exists():
+        accelerator.load_state(str(out / "last"))
+        first = json.loads((out / "last" / "step.json").read_text())["step"]
+    rank, world = accelerator.process_index, accelerator.num_processes
+    accelerator.print(f"{len(samples)} samples, {steps} updates of {cfg.batch_size}, from update {first}; "
+                      f"{sum(p.numel() for p in decay + rest):,} trained parameters")
+
+    def packed(sequences):
+        groups = micro_batches([len(s) for s in sequences], cfg.max_tokens_per_micro_batch)
+        for group in groups:
+            batch = pack([sequences[i] for i in group], base, image_token_id)
+            yield {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    @torch.no_grad()
+    def validate():
+        """Token-mean loss and share of tokens predicted right, over all processes."""
+        model.eval()
+        total = torch.zeros(3, device=accelerator.device)
+        for batch in packed([sequence(val[i]) for i in range(rank, len(val), world)]):
+            n = len(batch["target_positions"])
+            loss, right = completion_loss_sum(model, batch)
+            total += torch.stack([loss, right.float(), torch.tensor(float(n), device=loss.device)])
+        model.train()
+        loss, right, n = accelerator.reduce(total, "sum").tolist()
+        return {"val_loss": loss / n, "val_token_accuracy": right / n}
+
+    # ---- train ----
+    metrics, started, tokens_seen = [], time.time(), 0
+    model.train()
+    for step in range(first, steps):
+        order = (batch_at(cfg.seed, step, cfg.batch_size, len(samples)) if cfg.shuffle else
+                 [i % len(samples) for i in range(step * cfg.batch_size, (step + 1) * cfg.batch_size)])
+        sequences = [sequence(samples[i]) for i in order[rank::world]]
+        n_tokens = torch.tensor(float(sum(len(s.completion_ids) for s in sequences)), device=accelerator.device)
+        n_tokens = accelerator.reduce(n_tokens, "sum")  # one denominator for the whole update
+        total = torch.zeros(2, device=accelerator.device)
+        for batch in packed(sequences):
+            loss, right = completion_loss_sum(model, batch)
+            accelerator.backward(loss * world / n_tokens)
+            total += torch.stack([loss.detach(), right.float()])
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, steps, cfg)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens_seen += sum(map(len, sequences)) * world
+
+        done = step + 1
+        if done % cfg.log_every == 0 or done == steps:
+            loss, right = (accelerator.reduce(total, "sum") / n_tokens).tolist()
+            line = {"step": done, "loss": loss, "token_accuracy": right, "grad_norm": float(grad_norm),
+                    "lr": learning_rate_at(step, steps, cfg), "tokens_per_s": tokens_seen / (time.time() - started),
+                    "seconds": time.time() - started}
+            if val and (done % cfg.val_every == 0 or done == steps):
+                line |= validate()
+            if accelerator.is_main_process:
+                print(f"update {done}/{steps} | " + " | ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"),
+                      flush=True)
+                with open(out / "metrics.jsonl", "a") as f:
+                    f.write(json.dumps(line) + "\n")
+        if done % cfg.save_every == 0 or done == steps:
+            save_checkpoint(accelerator, out / "last", done)
+
+    # ---- save ----
+    trained = accelerator.unwrap_model(model)
+    trained = trained.merge_and_unload() if cfg.lora_rank else trained
+    if accelerator.is_main_process:
+        trained.to(torch.bfloat16).save_pretrained(out / "final")
+        processor.save_pretrained(out / "final")
+        print(f"wrote {out / 'final'}")
+
+
+if __name__ == "__main__":
+    main()
