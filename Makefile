@@ -1,5 +1,6 @@
 # make demo    train, merge and evaluate a tiny model on this machine, GPU or not
 # make test    the test suite (PYTEST_ARGS="-k reward -x" narrows it)
+# make warm-start   the start of the demo, from nothing (about half an hour); assets/tiny holds the result
 # make bench   micro-benchmarks
 # make lint    ruff
 # make setup   only make .venv (PYTHON=/path/to/python3.11 chooses the interpreter); the others do it as well
@@ -7,14 +8,31 @@
 
 export PYTHON
 python = .venv/bin/python
+demo = runs/tiny
+evaluate = $(python) evaluate.py --dataset $(demo)/data/val.parquet --min_pixels 784 --max_new_tokens 192 --out $(demo)
+sft = $(python) train_sft.py configs/tiny_sft.yaml
 
-.PHONY: demo test bench lint setup clean clean-venv
+.PHONY: demo warm-start test bench lint setup clean clean-venv
 
 demo: .venv/.ready
-	$(python) synthesize.py out=runs/tiny/data
+	rm -rf $(demo)
+	$(python) synthesize.py out=$(demo)/data
 	$(python) train_grpo.py configs/tiny.yaml
-	$(python) merge.py runs/tiny/grpo runs/tiny/merged
-	$(python) evaluate.py --dataset runs/tiny/data/val.parquet --model runs/tiny/merged
+	$(python) merge.py $(demo)/grpo $(demo)/merged
+	$(evaluate) --model_path assets/tiny --custom_filename start
+	$(evaluate) --model_path $(demo)/merged --custom_filename end
+	$(python) report.py --metrics $(demo)/grpo/metrics.jsonl --before $(demo)/start.jsonl --after $(demo)/end.jsonl \
+		--data $(demo)/data/val.parquet --out $(demo)
+	@echo "Worth opening: $(demo)/curves.png (what it learned) and $(demo)/page.html (what it answers, before and after)"
+
+# The start of the demo, from nothing: an untrained model learns to see and to answer, then to be careless.
+warm-start: .venv/.ready
+	rm -rf runs/warm
+	$(python) synthesize.py out=runs/warm/data worked=true
+	$(sft) model=runs/warm/data/base_model
+	$(sft) model=runs/warm/careful/final data=runs/warm/data/mixed.parquet out=runs/warm/mixed
+	$(sft) model=runs/warm/mixed/final data=runs/warm/data/careless.parquet learning_rate=2e-4 out=runs/warm/careless
+	@echo "To ship it: cp runs/warm/careless/final/* assets/tiny/"
 
 test: .venv/.ready
 	$(python) -m pytest $(PYTEST_ARGS)
@@ -31,7 +49,7 @@ setup: .venv/.ready
 	bash setup_env.sh
 
 clean:
-	rm -rf runs/tiny .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf runs/tiny runs/warm .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 clean-venv:

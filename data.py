@@ -84,9 +84,10 @@ def open_image(encoded: dict) -> Image.Image:
 class Samples(Sequence):
     """The usable rows of a table, decoded one at a time, so that memory does not grow with the number of rows."""
 
-    def __init__(self, table, columns, rows, need_scene, clipped=0, skipped=()):
+    def __init__(self, table, columns, rows, need_scene, clipped=0, skipped=(), max_images=1):
         self.table, self.columns, self.rows, self.need_scene = table, columns, rows, need_scene
         self.clipped, self.skipped = clipped, list(skipped)  # rows whose boxes were clipped; messages of bad rows
+        self.max_images = max_images  # of one row
 
     def __len__(self):
         return len(self.rows)
@@ -130,7 +131,7 @@ def load_samples(
     if missing := [c for c in needed if c not in table.column_names]:
         raise ValueError(f"{source} ({split}): expected columns {needed}, missing {missing}, got {table.column_names}")
 
-    rows, skipped, clipped = [], [], 0
+    rows, skipped, clipped, max_images = [], [], 0, 0
     total = min(limit or len(table), len(table))
     for row in tqdm(range(total), desc=f"checking {Path(source).name} {split}", disable=None, leave=False):
         try:
@@ -148,9 +149,10 @@ def load_samples(
             continue
         rows.append(row)
         clipped += was_clipped
+        max_images = max(max_images, len(sample.encoded_images))
     if not rows:
         raise ValueError(f"{source} ({split}): no usable rows out of {total}" + "".join(f"\n  {s}" for s in skipped[:5]))
-    return Samples(table, columns, np.array(rows), need_scene, clipped, skipped)
+    return Samples(table, columns, np.array(rows), need_scene, clipped, skipped, max_images)
 
 
 def read_table(source: str, split: str, revision: str | None, image_column: str):
@@ -380,18 +382,21 @@ def pack(sequences: list[Sequenced], model, image_token_id: int) -> dict:
     }
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sequence_lengths=None, **kwargs):
+def packed_attention(module, query, key, value, attention_mask, scaling=None, sequence_lengths=None, **kwargs):
     """SDPA that runs sequence by sequence over a packed row, so that no T x T mask is ever built.
 
-    Args: query (1, H, T, D), key and value (1, H_kv, T, D); sequence_lengths: ints that sum to T, handed to the
-        model's forward by `pack`. Returns: ((1, T, H, D), None), transformers' convention.
+    Args: query (1, H, T, D), key and value (1, H_kv, T, D); sequence_lengths: ints that sum to T, which `pack` hands
+        to the model's forward; without them (generation of unpadded rows, the vision tower) plain SDPA.
+    Returns: ((1, T, H, D), None), transformers' convention.
     """
     import torch
     import torch.nn.functional as F
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    lengths = sequence_lengths if module.is_causal and sequence_lengths else [query.shape[2]]  # vision: no causality
-    pieces = [F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=module.is_causal, enable_gqa=True)
-              for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)]
+    if not module.is_causal or sequence_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    pieces = [F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True, enable_gqa=True)
+              for q, k, v in zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 

@@ -46,6 +46,7 @@ from rewards import (
 DATASETS = {"stvqa": ("OX-PIXL/STVQA-7K", "val")}  # name -> (Hub id, split)
 LETTERS = "ABCDEFGHIJ"
 MAX_STATEMENT = 120  # characters; a longer reply that announces no answer is a thought, not an answer
+MAX_PHRASES = 16  # final-answer phrases read, the last ones
 
 
 # ---- reading a choice out of a reply ----
@@ -74,6 +75,8 @@ _ANOTHER = re.compile(
     r"[(\[]([A-Ja-j])[)\]]|(?:\b(?:or|and)|[/,&]) ?(?:option )?([A-J])(?= ?(?:$|[).,;:/&]|or\b|and\b))"
 )
 _NEGATION = re.compile(r"\b(?:not|neither|nor|never|no|none|cannot)\b|n't\b")
+_YES_NO = re.compile(r"(yes|no)\b(?!/| (?:or|and)\b)")
+_NO_IDEA = re.compile(r"\bno (?:idea|clue|answer|information|image)\b")
 _SENTENCE_END = re.compile(r"(?<=\w\w)[.!?](?:\s|$)")
 _NUMBER_WORDS = {w: str(i) for i, w in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}  # fmt: skip
@@ -87,8 +90,8 @@ def _plain(text: str) -> str:
 
 
 def _normal(text: str) -> str:
-    """For comparing option texts: lower case, digits for number words, no full stop."""
-    text = _NUMBER_WORD.sub(lambda m: _NUMBER_WORDS[m[0]], re.sub(r"\s+", " ", _plain(text)).lower())
+    """Plain text as it is compared: lower case, digits for number words, no full stop."""
+    text = _NUMBER_WORD.sub(lambda m: _NUMBER_WORDS[m[0]], text.lower().replace("\n", " "))
     return text.strip(" .,;:!")
 
 
@@ -105,7 +108,7 @@ def _options(choices: tuple[str, ...]) -> _Options:
         raise ValueError(f"choices: expected 2 to {len(LETTERS)} options, got {len(choices)}: {choices!r}")
     letters = defaultdict(set)
     for letter, choice in zip(LETTERS, choices, strict=False):
-        letters[_normal(choice)].add(letter)
+        letters[_normal(_plain(choice))].add(letter)
     texts = sorted(filter(None, letters), key=len, reverse=True)
     inside = "|".join(rf"(?<!-){re.escape(t)}" if t[0].isdigit() else re.escape(t) for t in texts)
     anywhere = re.compile(rf"(?<!\w)(?<!\d[.,])(?:{inside})(?!\w)(?![.,]\d)")
@@ -117,8 +120,10 @@ def _named_texts(statement: str, options: _Options) -> set[str]:
     statement = _normal(statement)
     if statement in options.letters:
         return options.letters[statement]
-    if options.yes_no and (leading := re.match(r"(yes|no)\b(?!(?:/| or| and))", statement)):
-        return options.letters[leading[1]]
+    if options.yes_no:
+        statement = _NO_IDEA.sub("", statement)
+        if leading := _YES_NO.match(statement):
+            return options.letters[leading[1]]
     if _NEGATION.search(options.anywhere.sub("", statement)):
         return set()
     return {letter for text in options.anywhere.findall(statement) for letter in options.letters[text]}
@@ -145,17 +150,15 @@ def _stated(statement: str, options: _Options) -> set[str]:
 
 
 def _announced(text: str, options: _Options) -> tuple[set[str], str]:
-    """Options named after a box or a final-answer phrase -> (letters, method)."""
+    """Options named in the last box or after final-answer phrases -> (letters, method)."""
     if (boxed := _BOXED.findall(text)) and (found := _stated(_plain(boxed[-1]), options)):
         return found, "boxed"
     text = _plain(text)
     for pattern in (_FINAL, _PHRASE):
-        found = set()
-        for phrase in pattern.finditer(text):
+        found = {a or b for a, b in _VERDICT.findall(text)} if pattern is _PHRASE else set()
+        for phrase in list(pattern.finditer(text))[-MAX_PHRASES:]:
             line = text[phrase.end() : phrase.end() + 2 * MAX_STATEMENT].lstrip(" :\n").partition("\n")[0]
             found |= _stated(_SENTENCE_END.split(line, maxsplit=1)[0], options)
-        if pattern is _PHRASE:
-            found |= {a or b for a, b in _VERDICT.findall(text)}
         if found:
             return found, "phrase"
     return set(), "none"
@@ -166,13 +169,16 @@ def _read(text: str, options: _Options) -> tuple[set[str], str]:
     found, method = _announced(text, options)
     if found:
         return found, method
-    text = _plain(text)
-    if len(text) <= MAX_STATEMENT:
-        found = _stated(text, options)
-        return found, "letter" if _named_letters(text, options) else "text"
-    for line in (text.partition("\n")[0], text.rpartition("\n")[2]):  # before or after the explanation
-        found |= _named_letters(line, options) or options.letters.get(_normal(line), set())
-    return found, "letter"
+    text, method = _plain(text), "text"
+    for line in {text.partition("\n")[0], text.rpartition("\n")[2]}:  # before or after the explanation
+        line = line[: 2 * MAX_STATEMENT]
+        if _named_letters(line, options):
+            found, method = found | _stated(line, options), "letter"
+        else:
+            found = found | options.letters.get(_normal(line), set())
+    if not found and len(text) <= MAX_STATEMENT:
+        found = _named_texts(text, options)
+    return found, method
 
 
 def read_choice(reply: str, choices: Sequence[str]) -> tuple[str | None, str]:

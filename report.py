@@ -1,11 +1,11 @@
 """Draw a run: training curves, and a page that shows held-out items before and after training.
 
-    python report.py --metrics runs/tiny/metrics.jsonl --before results/before.jsonl --after results/after.jsonl \
-        --data runs/tiny/data/val.parquet --out runs/tiny/report
+    python report.py --metrics runs/tiny/metrics.jsonl --out runs/tiny \\
+        --before results/start.jsonl --after results/end.jsonl --data runs/tiny/data/val.parquet
 
-Writes curves.png and page.html into the folder, in seconds. `--before` and `--after` are results of evaluate.py
-on the same items, `--data` the file they were read from. The page is one file, loads nothing and runs offline.
-What a model wrote is escaped, and the page's policy lets no other script than its own run.
+Writes curves.png and page.html into the folder, in seconds. `--before` and `--after` are results of
+evaluate.py on the same items, `--data` is where those came from. The page is one file, loads nothing and runs
+offline. What a model wrote is escaped, and the page's policy lets no script but its own run.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PANELS = (  # title, key of the samples, key of the held-out set
     ("Count term", "count", "val_count"),
     ("Format", "format", "val_format"),
 )
-HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7b5ea7", "#555555")
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#5f6368"
 OUTCOMES = {"fixed": "fixed", "broken": "broken", "wrong": "still wrong", "right": "right before and after"}
 
 
@@ -63,11 +63,16 @@ def draw_curves(metrics: list[dict], path: Path):
 
     panels = [p for p in PANELS if any(key in m for m in metrics for key in p[1:])]
     if not panels:
-        raise ValueError(f"expected metrics with some of {[p[1] for p in PANELS]}, got none in {len(metrics)} lines")
+        raise ValueError(f"metrics: expected some of {[p[1] for p in PANELS]}, got none")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa0a6",
-             "xtick.color": "#5f6368", "ytick.color": "#5f6368", "axes.titlesize": 10.5}  # fmt: skip
+    style = {
+        "font.size": 9,
+        "axes.titlesize": 10.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
+    }
     with plt.rc_context(style):
         figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.35 * rows + 0.35), squeeze=False)
         for axis in axes.flat[len(panels) :]:
@@ -75,9 +80,10 @@ def draw_curves(metrics: list[dict], path: Path):
         for axis, (title, key, held_out) in zip(axes.flat, panels, strict=False):
             draw_panel(axis, title, *series(metrics, key), *series(metrics, held_out))
         for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
-            axis.set_xlabel("step", color="#5f6368")
-        handles, labels = max((a.get_legend_handles_labels() for a in axes.flat), key=lambda found: len(found[0]))
-        figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
+            axis.set_xlabel("step")
+        legends = [axis.get_legend_handles_labels() for axis in axes.flat]
+        legend = max(legends, key=lambda found: len(found[0]))
+        figure.legend(*legend, loc="upper center", ncols=2, frameon=False)
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()), h_pad=1.2, w_pad=1.6)
         tmp = path.with_name(f".{path.name}.tmp")
         figure.savefig(tmp, format="png", dpi=180)
@@ -86,6 +92,7 @@ def draw_curves(metrics: list[dict], path: Path):
 
 
 def series(metrics: list[dict], key: str) -> tuple[list, list]:
+    """(steps, values) of the lines that have the key."""
     found = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -95,16 +102,17 @@ def draw_panel(axis, title: str, steps, values, val_steps, val_values):
     axis.grid(axis="y", color="#e8eaed", linewidth=0.8)
     axis.set_axisbelow(True)
     if values:
-        axis.plot(steps, values, color=HUES[0], alpha=0.25, linewidth=1)
-        window = max(1, len(values) // 10)
-        axis.plot(steps, smooth(values, window), color=HUES[0], linewidth=2, label="training samples, smoothed")
+        axis.plot(steps, values, color=BLUE, alpha=0.22, linewidth=1)
+        smoothed = smooth(values, max(1, len(values) // 10))
+        axis.plot(steps, smoothed, color=BLUE, linewidth=2, label="training samples (smoothed)")
     if val_values:
-        axis.plot(val_steps, val_values, color=HUES[1], linewidth=1.2, marker="o", markersize=4.5,
-                  markeredgecolor="white", markeredgewidth=0.8, label="held-out, greedy")  # fmt: skip
-        for at, where in ((0, "bottom"), (-1, "bottom"))[: len(val_values)]:
-            axis.annotate(f"{val_values[at]:.2f}", (val_steps[at], val_values[at]), xytext=(0, 6), ha="center",
-                          textcoords="offset points", va=where, fontsize=8, color=HUES[1])  # fmt: skip
-    axis.margins(x=0.06, y=0.2)
+        axis.plot(val_steps, val_values, color=ORANGE, linewidth=1.3, marker="o", markersize=4.5,
+                  markeredgecolor="white", markeredgewidth=0.8, label="held-out set, greedy")  # fmt: skip
+        text = {"textcoords": "offset points", "fontsize": 8.5, "color": ORANGE, "fontweight": "bold"}
+        for at, offset, across, down in ((0, (2, -6), "left", "top"), (-1, (6, 0), "left", "center")):
+            place = (val_steps[at], val_values[at])
+            axis.annotate(f"{place[1]:.2f}", place, xytext=offset, ha=across, va=down, **text)
+    axis.margins(x=0.12 if val_values else 0.05, y=0.18)
 
 
 # ---- items ----
@@ -146,7 +154,7 @@ e = html.escape
 
 
 def image_uri(sample: Sample, longest: int = 720) -> str:
-    """The sample's first image for an <img>: PNG where it is small, else a JPEG of at most `longest` pixels."""
+    """The sample's first image as a data URI: PNG if it is small, else JPEG of at most `longest` pixels."""
     image = open_image(sample.encoded_images[0]).convert("RGB")
     small = max(image.size) <= 256
     image.thumbnail((longest, longest))
@@ -155,26 +163,30 @@ def image_uri(sample: Sample, longest: int = 720) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def draw_box(box: Sequence[float], name: str, kind: str, unit: float) -> str:
-    """A rectangle of kind gold or guess on a white halo, and its name: above a gold box, below a guess."""
+def draw_box(box: Sequence[float], name: str, kind: str, size: tuple[int, int]) -> str:
+    """A rectangle of kind gold or guess, with its name where the image has room for it."""
     x1, y1, x2, y2 = box
-    shape = f'x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}"/>'
-    y = y1 - 0.7 * unit if kind == "gold" else y2 + 2.4 * unit
-    name = f'<text class="{kind}" x="{x1:g}" y="{y:g}" font-size="{2.5 * unit:g}">{e(name)}</text>' if name else ""
-    return f'<rect class="halo" {shape}<rect class="{kind}" {shape}{name}'
+    rect = f'<rect class="{kind}" x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}"/>'
+    height = max(size) / 26  # of the letters, in the image's pixels
+    above, below = y1 - 0.3 * height, y2 + 0.95 * height
+    y = above if (kind == "gold" and y1 > height) or below > size[1] else below
+    x, anchor = (x1, "start") if x1 + x2 < size[0] else (x2, "end")
+    place = f'x="{x:g}" y="{y:g}" font-size="{height:g}" text-anchor="{anchor}"'
+    return rect + (f'<text class="{kind}" {place}>{e(name)}</text>' if name else "")
 
 
 def draw_scene(sample: Sample, uri: str, gold: list[dict], record: dict) -> str:
-    """The image with gold and predicted boxes; predicted ones that match none bear their names."""
+    """The image with gold and predicted boxes; predicted ones that find no gold object bear their names."""
     width, height = sample.size
-    unit = max(width, height) / 60
-    matched = {m[0] for m in record.get("matches", [])}
+    hits = {m[0] for m in record.get("matches", []) if m[2] >= 0.5}
     guesses = (parse_scene(record["reply"]) or {"objects": []})["objects"]
-    boxes = [draw_box(o["bbox"], o["id"], "gold", unit) for o in gold]
-    boxes += [draw_box(o["bbox"], "" if i in matched else o["id"], "guess", unit) for i, o in enumerate(guesses)]
-    crisp = ' style="image-rendering:pixelated"' if max(sample.size) <= 256 else ""
+    halos = [draw_box(o["bbox"], "", "halo", sample.size) for o in gold + guesses]  # below all lines
+    boxes = [draw_box(o["bbox"], o["id"], "gold", sample.size) for o in gold]
+    boxes += [draw_box(o["bbox"], "" if i in hits else o["id"], "guess", sample.size)
+              for i, o in enumerate(guesses)]  # fmt: skip
+    crisp = ' class="crisp"' if max(sample.size) <= 256 else ""
     image = f'<image href="{uri}" width="{width}" height="{height}"{crisp}/>'
-    return f'<svg viewBox="0 0 {width} {height}">{image}{"".join(boxes)}</svg>'
+    return f'<svg viewBox="0 0 {width} {height}">{image}{"".join(halos + boxes)}</svg>'
 
 
 def show_terms(record: dict) -> str:
@@ -206,8 +218,8 @@ def show_side(title: str, sample: Sample, uri: str, gold: list[dict], record: di
     mark = "right" if record["correct"] else "wrong"
     answer = f"({e(record['parsed'])}) {mark}" if record["parsed"] else f"no answer ({e(record['method'])})"
     look = draw_scene(sample, uri, gold, record) + show_terms(record)
-    return (f'<section><h3>{title} <span class="{mark}">{answer}</span></h3><div class="look">{look}</div>'
-            f"{show_reply(record['reply'])}</section>")  # fmt: skip
+    title = f'<h3>{title} <span class="{mark}">{answer}</span></h3>'
+    return f'<section>{title}<div class="look">{look}</div>{show_reply(record["reply"])}</section>'
 
 
 def show_item(sample: Sample, before: dict, after: dict) -> str:
@@ -215,23 +227,32 @@ def show_item(sample: Sample, before: dict, after: dict) -> str:
     gold = parse_ground_truth(sample.ground_truth)[0]["objects"] if "<scene>" in sample.ground_truth else []
     kind, uri = outcome(before, after), image_uri(sample)
     sides = show_side("Before", sample, uri, gold, before) + show_side("After", sample, uri, gold, after)
-    return (f'<article data-category="{e(sample.category)}" data-outcome="{kind}"><header>'
-            f'<span class="tag {kind}">{OUTCOMES[kind]}</span><span class="tag">{e(sample.category)}</span>'
-            f'<span class="id">{e(sample.id)}</span><p>{e(sample.question)}</p>'
-            f'<p class="answer">{e(sample.answer)}</p></header><div class="sides">{sides}</div></article>')  # fmt: skip
+    tags = f'<span class="tag {kind}">{OUTCOMES[kind]}</span><span class="tag">{e(sample.category)}</span>'
+    words = f'<p>{e(sample.question)}</p><p class="answer">{e(sample.answer)}</p>'
+    header = f'<header>{tags}<span class="id">{e(sample.id)}</span>{words}</header>'
+    data = f'data-category="{e(sample.category)}" data-outcome="{kind}"'
+    return f'<article {data}>{header}<div class="sides">{sides}</div></article>'
 
 
 def show_summary(before: dict, after: dict) -> str:
     """The figures over all items, before and after."""
-    named = {"accuracy": "answer accuracy", "reward": "reward", "format": "format", "count": "count term",
-             "exact": "accuracy term", "spatial": "spatial term", "mean_iou": "mean IoU of matched boxes",
-             "recall50": "objects found at IoU 0.5"}  # fmt: skip
+    named = {
+        "accuracy": "answer accuracy",
+        "reward": "reward",
+        "format": "format",
+        "count": "count term",
+        "exact": "right letter and text",
+        "spatial": "spatial term",
+        "mean_iou": "mean IoU of matched boxes",
+        "recall50": "objects found at IoU 0.5",
+    }
     cells = []
     for key, name in named.items():
         if key in before and key in after:
             b, a = before[key], after[key]
             trend = "up" if a > b else "down" if a < b else ""
-            cells.append(f'<div><span>{name}</span><b>{b:.3f} &rarr; {a:.3f}</b><em class="{trend}">{a - b:+.3f}</em></div>')
+            change = f'<em class="{trend}">{a - b:+.3f}</em>'
+            cells.append(f"<div><span>{name}</span><b>{b:.3f} &rarr; {a:.3f}</b>{change}</div>")
     return f'<div class="figures">{"".join(cells)}</div>'
 
 
@@ -242,23 +263,30 @@ def page(samples: Sequence[Sample], pairs: list[tuple[dict, dict]], chosen: list
     shown = Counter(outcome(*pairs[i]) for i in chosen)
     categories = sorted({pairs[i][0]["category"] for i in chosen})
     options = "".join(f'<option value="{e(c)}">{e(c)}</option>' for c in categories)
-    buttons = "".join(f'<button data-outcome="{k}" class="{k}">{name} <small>{shown[k]}</small></button>'
+    buttons = "".join(f'<button data-outcome="{k}">{name} <small>{shown[k]}</small></button>'
                       for k, name in OUTCOMES.items())  # fmt: skip
     tally = ", ".join(f"{counts[k]} {name}" for k, name in OUTCOMES.items())
     policy = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    w = Weights()
+    parts = " + ".join(f"{getattr(Weights(), t):g} {t}" for t in ("format", "count", "accuracy", "spatial"))
     return PAGE.substitute(
-        style=STYLE, script=SCRIPT, policy=policy, title=e(title), summary=show_summary(before, after),
+        style=STYLE,
+        script=SCRIPT,
+        policy=policy,
+        title=e(title),
+        summary=show_summary(before, after),
         tally=f"{len(pairs)} held-out items: {tally}. {len(chosen)} of them are shown.",
-        formula=f"reward = {w.format:g} format + {w.count:g} count + {w.accuracy:g} accuracy + {w.spatial:g} spatial",
-        options=options, buttons=buttons, total=len(chosen),
-        items="".join(show_item(samples[i], *pairs[i]) for i in chosen))  # fmt: skip
+        formula=f"reward = {parts}",
+        options=options,
+        buttons=buttons,
+        total=len(chosen),
+        items="".join(show_item(samples[i], *pairs[i]) for i in chosen),
+    )
 
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
-script-src 'sha256-$policy'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-$policy'">
 <title>$title</title><style>$style</style></head><body>
 <h1>$title</h1>$summary
 <p class="note">$tally $formula; a malformed completion scores 0, a wrong answer earns no spatial term.
@@ -269,12 +297,14 @@ script-src 'sha256-$policy'">
 """)
 
 SCRIPT = """
-const items = [...document.querySelectorAll("article")], buttons = [...document.querySelectorAll("nav button")];
+const items = [...document.querySelectorAll("article")];
+const buttons = [...document.querySelectorAll("nav button")];
 const category = document.getElementById("category");
 let outcome = "";
+const differs = (wanted, value) => wanted && wanted !== value;
 function update() {
   for (const a of items)
-    a.hidden = (outcome && a.dataset.outcome !== outcome) || (category.value && a.dataset.category !== category.value);
+    a.hidden = differs(outcome, a.dataset.outcome) || differs(category.value, a.dataset.category);
   for (const b of buttons) b.classList.toggle("on", b.dataset.outcome === outcome);
 }
 category.onchange = update;
@@ -298,32 +328,37 @@ h1 { font-size: 26px; margin: 0 0 14px; }
 .key.guess { border-top: 2.5px dashed var(--guess); }
 nav { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 8px; padding: 10px 0;
   background: #f6f7f9; }
-nav select, nav button { font: inherit; font-size: 14px; padding: 5px 12px; border-radius: 16px; cursor: pointer;
-  border: 1px solid var(--line); background: #fff; color: inherit; }
+nav select, nav button { font: inherit; font-size: 14px; padding: 5px 12px; border-radius: 16px;
+  cursor: pointer; border: 1px solid var(--line); background: #fff; color: inherit; }
 nav button.on { background: var(--ink); color: #fff; border-color: var(--ink); }
 nav small { opacity: 0.6; margin-left: 3px; }
-article { background: #fff; border: 1px solid var(--line); border-radius: 10px; margin: 0 0 16px; padding: 14px 18px; }
+article { background: #fff; border: 1px solid var(--line); border-radius: 10px; margin: 0 0 16px;
+  padding: 14px 18px; }
 article[hidden] { display: none; }
-article p { margin: 8px 0 0; font-size: 16px; } article p.answer { color: var(--good); font-weight: 600; margin: 0; }
+article p { margin: 8px 0 0; font-size: 16px; }
+article p.answer { color: var(--good); font-weight: 600; margin: 0; }
 .tag { font-size: 12.5px; padding: 2px 10px; border-radius: 11px; background: #eceff2; margin-right: 6px; }
-.tag.fixed { background: #d5f2dc; color: var(--good); } .tag.broken { background: #ffe0e0; color: var(--bad); }
+.tag.fixed { background: #d5f2dc; color: var(--good); }
+.tag.broken { background: #ffe0e0; color: var(--bad); }
 .id { color: var(--soft); font-size: 12.5px; float: right; }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 22px; margin-top: 6px; }
 section { min-width: 0; }
 h3 { font-size: 14px; margin: 8px 0; } h3 span { font-weight: 600; margin-left: 5px; }
 .right { color: var(--good); } .wrong { color: var(--bad); }
 .look { display: flex; gap: 14px; align-items: flex-start; }
-svg { flex: 1 1 0; min-width: 0; max-width: 300px; max-height: 300px; border-radius: 4px; }
+svg { flex: 0 0 250px; max-height: 330px; border-radius: 4px; }
+.crisp { image-rendering: pixelated; }
 rect { fill: none; vector-effect: non-scaling-stroke; }
 rect.halo { stroke: #fff; stroke-width: 4.5; stroke-opacity: 0.75; }
-rect.gold { stroke: #111; stroke-width: 2; } rect.guess { stroke: var(--guess); stroke-width: 2; stroke-dasharray: 6 4; }
-text { font-family: system-ui, sans-serif; font-weight: 600; paint-order: stroke; stroke: #fff; stroke-width: 0.22em;
-  stroke-opacity: 0.85; }
+rect.gold { stroke: #111; stroke-width: 2; }
+rect.guess { stroke: var(--guess); stroke-width: 2; stroke-dasharray: 6 4; }
+text { font-family: system-ui, sans-serif; font-weight: 600; paint-order: stroke; stroke: #fff;
+  stroke-width: 0.22em; stroke-opacity: 0.85; }
 text.gold { fill: #111; } text.guess { fill: var(--guess); }
-table { flex: 0 0 235px; border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+table { flex: 1 1 0; border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 td { padding: 2.5px 4px; color: var(--soft); white-space: nowrap; } td:first-child { color: var(--ink); }
 td:nth-child(n+3) { text-align: right; }
-.bar { width: 62px; } .bar i { display: block; height: 8px; border-radius: 4px; background: #4a8fd8; }
+.bar { width: 40%; } .bar i { display: block; height: 8px; border-radius: 4px; background: #4a8fd8; }
 .total td { border-top: 1px solid var(--line); font-weight: 600; color: var(--ink); }
 .total td:nth-child(2) { text-align: left; font-weight: 400; color: var(--soft); white-space: normal; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 190px; overflow-y: auto; margin: 12px 0 0;
@@ -343,7 +378,8 @@ def write_page(before_path, after_path, data: str, path: Path, n: int, seed: int
     samples = {i: rows[by_row[pairs[i][0]["row"]]] for i in chosen}
     for i, sample in samples.items():
         if sample.id != pairs[i][0]["id"]:
-            raise ValueError(f"{data}: expected item {pairs[i][0]['id']} in row {pairs[i][0]['row']}, got {sample.id}")
+            record = pairs[i][0]
+            raise ValueError(f"{data}, row {record['row']}: expected item {record['id']}, got {sample.id}")
     write_text(path, page(samples, pairs, chosen, title))
 
 

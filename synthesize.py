@@ -9,7 +9,7 @@ the columns and types of STVQA-7K; `worked.parquet` adds a `completion` column f
 
 Worked examples come in three stages, in file order:
   1. locate  one or two named objects, exact boxes: the vision tower learns to see;
-  2. careful full questions, exact boxes, right answers;
+  2. careful full questions, exact boxes, right answers (every fourth without its scene, which is quicker to read);
   3. careless full questions as a hurried annotator writes them: most boxes carry a loose margin, and the answer is
      often simply option (A). Imitating them leaves a model that can do better than it does: the room that
      reinforcement learning is there to close.
@@ -43,11 +43,14 @@ COLUMNS = ("image_id", "images", "problem", "question_only", "answer", "answer_o
 MODEL_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
                 "vision_end": "<|vision_end|>"}
 # Phrases that are one token each in the tiny tokenizer: a sample is then 100 tokens long instead of 400.
-PHRASES = ("<observe>", "</observe>\n<scene>", "</scene>\n<think>", "</think>\n<answer>", "</answer>", "<scene>",
+# Options are one token each as well: finding the letter of a conclusion is then a plain induction over the prompt, which
+# this size learns; with options of two words it stayed at chance for 60,000 examples.
+OPTIONS = ("left of", "right of", "above", "below", *POSITIONS, *(f"{c} {s}" for c in COLORS for s in SHAPES))
+PHRASES = ("<observe>", " </observe>\n<scene>", "</scene>\n<think>", " </think>\n<answer>", " </answer>", "</observe>", "<scene>",
            "</scene>", "<think>", "</think>", "<answer>", '{"objects":[', '{"id":"', '.1","bbox":[', "]},", "]}",
            '],"relationships":[', '{"subject":"', '.1","predicate":"', '","object":"', '.1"},', '.1"}', " (A)", " (B)",
            " (C)", " (D)", "\n\nImage size: (", " x ", ")\n\n", "user\n", "assistant\n",
-           TEMPLATES["spatial_thinker"])
+           TEMPLATES["spatial_thinker"], *(f" {o}" for o in OPTIONS))
 # Qwen2.5-VL's chat format for one user turn, without the default system prompt's 20 tokens.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -62,8 +65,8 @@ class SynthesizeConfig(Config):
     n_train: int = opt(4096, "training rows", ge=1)
     n_val: int = opt(512, "held-out rows; no image is shared with training", ge=1)
     worked: bool = opt(False, "also write worked.parquet and base_model/ for train_sft.py")
-    n_locate: int = opt(16000, "worked examples of stage 1", ge=0)
-    n_careful: int = opt(40000, "worked examples of stage 2", ge=0)
+    n_locate: int = opt(8000, "worked examples of stage 1", ge=0)
+    n_careful: int = opt(48000, "worked examples of stage 2", ge=0)
     n_careless: int = opt(6000, "worked examples of stage 3", ge=0)
     loose_rate: float = opt(0.6, "share of careless examples whose boxes carry a margin", ge=0, le=1)
     loose_px: int = opt(4, "that margin, pixels on each side", ge=1)
@@ -256,7 +259,7 @@ def worked_example(q, loose_px=0, answer=None):
              for x1, y1, x2, y2 in (s.box for s in q.shapes)]
     scene = scene_json([(s.id, b) for s, b in zip(q.shapes, boxes, strict=True)], q.relationships)
     seen = ", ".join(s.name for s in q.shapes)
-    return (f"<observe> {seen} </observe>\n<scene>{scene}</scene>\n<think> {q.why[answer]} </think>\n"
+    return (f"<observe> {seen} </observe>\n<scene>{scene}</scene>\n<think> {q.why[answer]}, so {answer} </think>\n"
             f"<answer> ({'ABCD'[q.options.index(answer)]}) {answer} </answer>")
 
 
@@ -289,7 +292,10 @@ def worked_rows(cfg, stage, n, taken):
             shapes, q = draw_question(rng, slots, category)
         loose_px = cfg.loose_px if stage == "careless" and rng.random() < cfg.loose_rate else 0
         answer = q.options[0] if stage == "careless" and rng.random() < cfg.first_rate else q.answer
-        yield stvqa_row(f"{stage}-{i:06d}", render(shapes), q) | {"completion": worked_example(q, loose_px, answer)}
+        completion = worked_example(q, loose_px, answer)
+        if stage == "careful" and i % 4 == 0:
+            completion = completion[completion.index("<think>"):]
+        yield stvqa_row(f"{stage}-{i:06d}", render(shapes), q) | {"completion": completion}
 
 
 def stvqa_features(completion=False):

@@ -2,13 +2,13 @@
 
     accelerate launch train_grpo.py configs/7b.yaml              # the paper's run: 4 x 80 GB, about 15 h
     python train_grpo.py configs/tiny.yaml                       # the whole loop on a laptop CPU, minutes
-    python train_grpo.py configs/7b.yaml dry_run=true            # what would run, what it needs, what is missing
+    python train_grpo.py configs/7b.yaml dry_run=true            # what would run, and what is missing
 
 What separates this from GRPO as first published (arXiv:2402.03300), beside the reward:
-  - loss: one token mean over all sequences of an update (no per-sequence mean, which favours short right answers and
+  - loss: one token mean over all sequences of an update (a mean per sequence favours short right answers and
     long wrong ones), clipped higher than lower (DAPO), dual-clipped for negative advantages;
   - KL to the start: k3 estimator, weighted by the ratio so that its gradient is that of the KL;
-  - the sampler's own log-probs enter as a truncated importance weight: vLLM and the trainer never agree to the bit;
+  - the sampler's own log-probs enter as a truncated importance weight, since vLLM's arithmetic is its own;
   - a group of (nearly) equal rewards gives exactly zero advantage instead of amplified float noise.
 Batch and seeds are functions of (seed, step): a resumed run repeats what an undisturbed one would have done.
 """
@@ -35,17 +35,25 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from config import Config, opt, to_yaml, write_run_record
-from data import (Prompt, PromptEncoder, Sequenced, batch_at, load_samples, micro_batches, pack,
-                  use_packed_attention)
+from data import (
+    Prompt,
+    PromptEncoder,
+    Sequenced,
+    batch_at,
+    load_samples,
+    micro_batches,
+    pack,
+    use_packed_attention,
+)
 from evaluate import grade, summarise
 from rewards import Score, Weights, score_completion, vanilla_reward
 
-FORBIDDEN_BIAS = -100.0  # added to the logits of image and video tokens: sampling one would break the next forward
+FORBIDDEN_BIAS = -100.0  # on the logits of image and video tokens: a sampled one would break the next forward
 
 
 class GRPOConfig(Config):
     # data
-    data: str = opt("OX-PIXL/STVQA-7K", "Hub id, .parquet, .jsonl, folder of parquet files or save_to_disk folder")
+    data: str = opt("OX-PIXL/STVQA-7K", "Hub id, .parquet or .jsonl file, parquet or save_to_disk folder")
     split: str = opt("train", "split to train on")
     revision: str | None = opt(None, "Hub revision of the data")
     columns: dict[str, str] = opt({}, "column names that differ from STVQA-7K's: {ours: yours}")
@@ -53,22 +61,22 @@ class GRPOConfig(Config):
     val_split: str = opt("val", "held-out split")
     val_limit: int = opt(256, "held-out rows used, the first ones", ge=1)
     val_every: int = opt(5, "steps between held-out evaluations (greedy); 0: none", ge=0)
-    skip_bad_rows: bool = opt(False, "leave out and list rows that fail the checks, instead of stopping")
-    skip_long_prompts: bool = opt(False, "leave out and list rows with too long a prompt, instead of stopping")
+    skip_bad_rows: bool = opt(False, "leave out and list rows that fail the checks")
+    skip_long_prompts: bool = opt(False, "leave out and list rows with too long a prompt")
     template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
         "problem", "prompt; problem: the row's own")
     min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
     max_pixels: int = opt(2048 * 2048, "images are scaled into [min_pixels, max_pixels]", ge=784)
     max_prompt_length: int = opt(6144, "longest prompt, tokens with the image's", ge=1)
     # reward
-    reward: Literal["spatial", "vanilla"] = opt("spatial", "dense and gated, or the sparse accuracy + format baseline")
+    reward: Literal["spatial", "vanilla"] = opt("spatial", "dense and gated, or accuracy + format")
     weight_format: float = opt(0.1, "reward weight", ge=0, le=1)
     weight_count: float = opt(0.2, "reward weight", ge=0, le=1)
     weight_accuracy: float = opt(0.5, "reward weight", ge=0, le=1)
     weight_spatial: float = opt(0.2, "reward weight", ge=0, le=1)
     # rollout
     model: str = opt("Qwen/Qwen2.5-VL-7B-Instruct", "Hub id or folder of the start (and of the KL reference)")
-    sampler: Literal["vllm", "hf"] = opt("vllm", "who generates: vLLM in this process, or transformers' generate")
+    sampler: Literal["vllm", "hf"] = opt("vllm", "vLLM in this process, or transformers' generate")
     prompts_per_step: int = opt(512, "P: prompts drawn a step, over all processes", ge=1)
     group_size: int = opt(8, "G: completions a prompt", ge=2)
     temperature: float = opt(1.0, "of the rollouts", gt=0)
@@ -104,8 +112,8 @@ class GRPOConfig(Config):
     @model_validator(mode="after")
     def _check(self):
         if self.prompts_per_step % self.updates_per_step:
-            raise ValueError(f"prompts_per_step {self.prompts_per_step} is not a multiple of updates_per_step "
-                             f"{self.updates_per_step}: prompts would be dropped")
+            raise ValueError(f"prompts_per_step {self.prompts_per_step} is not a multiple of "
+                             f"updates_per_step {self.updates_per_step}: prompts would be dropped")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} > max_pixels {self.max_pixels}")
         _ = self.weights
@@ -116,7 +124,7 @@ class GRPOConfig(Config):
         return Weights(self.weight_format, self.weight_count, self.weight_accuracy, self.weight_spatial)
 
 
-# ---- rollout -------------------------------------------------------------------------------------------------
+# ---- rollout -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Rollout:
     """One sampled completion of one prompt."""
@@ -148,19 +156,24 @@ class VLLMSampler:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(cfg.vllm_memory)))
         for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1",
                             "MASTER_PORT": free_port()}.items():
-            os.environ.setdefault(name, str(value))  # external_launcher reads them; a launcher has set them already
+            os.environ.setdefault(name, str(value))  # external_launcher reads what a launcher would have set
         from vllm import LLM
 
         self.tokenizer, self.forbidden_ids = processor.tokenizer, forbidden_ids
         self.max_tokens = cfg.max_completion_length
+        length = cfg.max_prompt_length + cfg.max_completion_length
+        if on_gpu:
+            device = {"dtype": "bfloat16", "gpu_memory_utilization": cfg.vllm_memory,
+                      "enable_sleep_mode": True}
+        else:  # a prompt prefilled in two chunks rewinds its generator, which a CPU generator cannot do
+            device = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False,
+                      "max_num_batched_tokens": max(8192, length)}
         rng = torch.get_rng_state()  # LLM(seed=...) seeds every generator of the process
         self.llm = LLM(
-            model=cfg.model, distributed_executor_backend="external_launcher", tensor_parallel_size=1,
-            dtype="bfloat16" if on_gpu else "float32", seed=0, logprobs_mode="processed_logprobs",
-            max_model_len=cfg.max_prompt_length + cfg.max_completion_length, enforce_eager=not on_gpu,
+            model=cfg.model, distributed_executor_backend="external_launcher", tensor_parallel_size=1, seed=0,
+            logprobs_mode="processed_logprobs", max_model_len=length, disable_log_stats=True, **device,
             limit_mm_per_prompt={"image": images_per_prompt, "video": 0},
-            mm_processor_kwargs={"min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels},
-            disable_log_stats=True, **({"gpu_memory_utilization": cfg.vllm_memory, "enable_sleep_mode": True} if on_gpu else {}))
+            mm_processor_kwargs={"min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels})
         torch.set_rng_state(rng)
         self.asleep = False
 
@@ -169,7 +182,8 @@ class VLLMSampler:
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         # state_dict, not named_parameters: a tied head is listed in it, and would go stale otherwise.
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())})
+        weights = iter(model.state_dict().items())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.llm_engine.reset_encoder_cache()  # stale image features cost about two nats
         self.llm.reset_prefix_cache()
         if self.asleep:
@@ -182,15 +196,15 @@ class VLLMSampler:
             self.llm.sleep(level=2)  # 2: the weights are dropped too, sync brings the new ones
             self.asleep = True
 
-    def generate(self, prompts: list[Prompt], n: int, temperature: float, seeds: list[int]) -> list[list[Rollout]]:
-        """n completions of each prompt. Temperature 0 is greedy."""
+    def generate(self, prompts: list[Prompt], n: int, temperature: float, seeds: list[int]):
+        """n completions of each prompt, as a list of n Rollouts a prompt. Temperature 0 is greedy."""
         from vllm import SamplingParams
 
         bias = {i: FORBIDDEN_BIAS for i in self.forbidden_ids}
         requests = [{"prompt_token_ids": p.vllm_ids, "multi_modal_data": {"image": p.images}} if p.images else
                     {"prompt_token_ids": p.vllm_ids} for p in prompts]
-        params = [SamplingParams(n=n, temperature=temperature, seed=seed, max_tokens=self.max_tokens, logprobs=0,
-                                 logit_bias=bias, detokenize=False) for seed in seeds]
+        params = [SamplingParams(n=n, temperature=temperature, seed=seed, max_tokens=self.max_tokens,
+                                 logprobs=0, logit_bias=bias, detokenize=False) for seed in seeds]
         rollouts = []
         for prompt, output in zip(prompts, self.llm.generate(requests, params, use_tqdm=False), strict=True):
             assert output.prompt_token_ids == prompt.ids, f"row {prompt.sample.id}: vLLM reads another prompt"
@@ -198,8 +212,8 @@ class VLLMSampler:
             for o in output.outputs:
                 ids = list(o.token_ids)
                 logps = [step[i].logprob for step, i in zip(o.logprobs, ids, strict=True)]
-                rollouts[-1].append(Rollout(prompt, ids, logps, self.tokenizer.decode(ids, skip_special_tokens=True),
-                                            o.finish_reason == "stop"))
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                rollouts[-1].append(Rollout(prompt, ids, logps, text, o.finish_reason == "stop"))
         return rollouts
 
     def close(self):
@@ -221,12 +235,12 @@ class HFSampler:
         self.model = model  # it samples from the policy itself
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], n: int, temperature: float, seeds: list[int]) -> list[list[Rollout]]:
+    def generate(self, prompts: list[Prompt], n: int, temperature: float, seeds: list[int]):
         model, device = self.model, self.model.device
         greedy, was_training = temperature == 0, model.training
         model.eval()
         rollouts = []
-        for prompt, seed in zip(prompts, seeds, strict=True):  # one prompt at a time: no padding, a seed of its own
+        for prompt, seed in zip(prompts, seeds, strict=True):  # one at a time: no padding, a seed of its own
             ids = torch.tensor([prompt.ids], device=device).repeat(n, 1)
             images = {} if prompt.pixel_values is None else {
                 "pixel_values": prompt.pixel_values.repeat(n, 1).to(device),
@@ -237,16 +251,17 @@ class HFSampler:
                     input_ids=ids, attention_mask=torch.ones_like(ids),
                     mm_token_type_ids=(ids == model.config.image_token_id).int(), **images,
                     do_sample=not greedy, temperature=None if greedy else temperature, top_k=0, top_p=1.0,
-                    sequence_bias=[[[i], FORBIDDEN_BIAS] for i in self.forbidden_ids], max_new_tokens=self.max_tokens,
-                    eos_token_id=self.end_ids, return_dict_in_generate=True, output_scores=True)
-            logps = torch.stack(out.scores, 1).float().log_softmax(-1)  # (n, T, V), after bias and temperature
+                    sequence_bias=[[[i], FORBIDDEN_BIAS] for i in self.forbidden_ids],
+                    max_new_tokens=self.max_tokens, eos_token_id=self.end_ids, return_dict_in_generate=True,
+                    output_scores=True)
+            logps = torch.stack(out.scores, 1).float().log_softmax(-1)  # (n, T, V), with bias and temperature
             new = out.sequences[:, len(prompt.ids):]
             logps = logps.gather(2, new[..., None])[..., 0]  # (n, T)
             rollouts.append([])
             for row, row_logps in zip(new.tolist(), logps.tolist(), strict=True):
                 end = next((t + 1 for t, i in enumerate(row) if i in self.end_ids), None)
-                rollouts[-1].append(Rollout(prompt, row[:end], row_logps[:end],
-                                            self.tokenizer.decode(row[:end], skip_special_tokens=True), end is not None))
+                text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
+                rollouts[-1].append(Rollout(prompt, row[:end], row_logps[:end], text, end is not None))
         model.train(was_training)
         return rollouts
 
@@ -270,7 +285,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-# ---- reward and advantage ------------------------------------------------------------------------------------
+# ---- reward and advantage ----------------------------------------------------------------------------------
 def score(rollout: Rollout, cfg: GRPOConfig) -> Score:
     """The configured reward of one rollout. A completion that was cut off is scored like any other text."""
     sample = rollout.prompt.sample
@@ -283,7 +298,7 @@ def score(rollout: Rollout, cfg: GRPOConfig) -> Score:
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     """Centre and scale each prompt's rewards within its own group (GRPO, arXiv:2402.03300, section 4.1.2).
 
-    Args: rewards (P, G) float; eps: a group whose standard deviation (unbiased) is below it gets no advantage.
+    Args: rewards (P, G) float; eps: groups with a smaller (unbiased) standard deviation get no advantage.
     Returns: (P, G) float; rows sum to 0; a row of equal rewards is exactly 0.
     Raises: ValueError if G < 2 or a reward is not finite.
 
@@ -299,20 +314,21 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     return torch.where(std < eps, torch.zeros_like(centred), centred / (std + 1e-6))
 
 
-# ---- log-probs -----------------------------------------------------------------------------------------------
+# ---- log-probs ---------------------------------------------------------------------------------------------
 def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk: int):
     """Let `model.lm_head` return log-probs and entropies, chunk by chunk, while `lm_head.targets` is set.
 
-    The logits of a 152k vocabulary take 0.6 MB a token; here those of at most `chunk` tokens exist at a time, in the
-    backward pass too, which recomputes them. The head stays the module that forward calls, once: under FSDP its
-    weight is gathered, and its gradient reduced, like any other.
+    The logits of a 152k vocabulary take 0.6 MB a token; here those of at most `chunk` tokens exist at a time,
+    also in the backward pass, which recomputes them. The head stays the module that forward calls, once:
+    under FSDP its weight is gathered, and its gradient reduced, like any other.
     """
     head = model.lm_head
-    forbidden = torch.tensor(forbidden_ids, dtype=torch.long)
+    bias = torch.zeros(head.weight.shape[0])  # (V,)
+    bias[forbidden_ids] = FORBIDDEN_BIAS
 
     def logp_and_entropy(hidden, targets):
         logits = F.linear(hidden, head.weight).float()  # (chunk, V)
-        logits = logits.index_add(1, forbidden.to(logits.device), logits.new_full((len(logits), len(forbidden)), FORBIDDEN_BIAS))
+        logits = logits + bias.to(logits.device)
         logps = (logits / temperature).log_softmax(-1)
         with torch.no_grad():
             entropy = -(logps.exp() * logps).sum(-1)
@@ -322,7 +338,8 @@ def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk:
         if head.targets is None:
             return F.linear(hidden, head.weight)
         pieces = zip(hidden[0].split(chunk), head.targets.split(chunk), strict=True)
-        return torch.cat([checkpoint(logp_and_entropy, h, t, use_reentrant=False) for h, t in pieces])[None]  # (1, N, 2)
+        pieces = [checkpoint(logp_and_entropy, h, t, use_reentrant=False) for h, t in pieces]
+        return torch.cat(pieces)[None]  # (1, N, 2)
 
     head.targets = None
     head.forward = forward
@@ -331,7 +348,7 @@ def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk:
 def token_logps(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies (nats) of a packed batch's completion tokens: (N,), (N,), sequence by sequence.
 
-    One function for policy, old policy and reference; at the sampler's temperature, with its forbidden tokens.
+    One function for policy, old policy and reference; at the sampler's temperature, with its token biases.
     `batch` comes from data.pack; `model` went through `use_logprob_head`.
     """
     inputs = dict(batch)
@@ -346,13 +363,13 @@ def token_logps(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return out[:, 0], out[:, 1].detach()
 
 
-# ---- loss ----------------------------------------------------------------------------------------------------
+# ---- loss --------------------------------------------------------------------------------------------------
 def policy_loss(logp, logp_old, advantages, mask, *, clip_low=0.2, clip_high=0.3, dual_clip=3.0, weight=None):
-    """PPO's clipped surrogate, asymmetric (DAPO, arXiv:2503.14476, eq. 10) and dual-clipped (arXiv:1912.09729, eq. 4).
+    """PPO's clipped surrogate, asymmetric (DAPO, arXiv:2503.14476) and dual-clipped (arXiv:1912.09729).
 
-    Args: logp, logp_old, advantages, mask: one shape, one entry a token; weight: importance weight of each token,
-        no gradient. Returns: (loss summed over the mask, {statistic: sum over the mask}); divide by the token
-        count of the whole update, over all micro-batches and ranks.
+    Args: logp, logp_old, advantages, mask: one shape, one entry a token; weight: importance weight of each,
+        without gradient. Returns: (loss summed over the mask, {statistic: sum over the mask}); divide by the
+        token count of the whole update, over all micro-batches and ranks.
     """
     ratio = torch.exp((logp - logp_old).clamp(-20, 20))
     unclipped = -advantages * ratio
@@ -371,8 +388,8 @@ def policy_loss(logp, logp_old, advantages, mask, *, clip_low=0.2, clip_high=0.3
 def kl_loss(logp, logp_ref, logp_old, mask):
     """KL(policy || reference), k3 estimator (http://joschu.net/blog/kl-approx.html), summed over the mask.
 
-    The samples come from the old policy, so each term is weighted by the ratio, through which the gradient flows:
-    k3's own gradient, without it, is that of another divergence. Returns: (loss, KL estimate), both summed.
+    The samples come from the old policy, so each term is weighted by the ratio, and the gradient flows
+    through it: without, k3's gradient is that of another divergence. Returns: (loss, KL estimate), both summed.
     """
     log_ratio = (logp_ref - logp).clamp(-20, 20)
     k3 = torch.exp(log_ratio) - log_ratio - 1
@@ -380,7 +397,7 @@ def kl_loss(logp, logp_ref, logp_old, mask):
     return (ratio * k3 * mask).sum(), (k3.detach() * mask).sum()
 
 
-# ---- update --------------------------------------------------------------------------------------------------
+# ---- update ------------------------------------------------------------------------------------------------
 def packed_batches(rollouts: list[Rollout], model, cfg: GRPOConfig, device):
     """Yield (indices into rollouts, packed batch on the device) within the token budget."""
     sequences = [r.sequence for r in rollouts]
@@ -405,7 +422,7 @@ def update(accelerator, policy, optimizer, rollouts, advantages, logps_old, logp
     """
     device, base = accelerator.device, accelerator.unwrap_model(policy)
     n_tokens = torch.tensor(float(sum(len(r.completion_ids) for r in rollouts)), device=device)
-    # One denominator for the whole update over all ranks; `* world` undoes the mean that data parallelism takes.
+    # One denominator for the whole update over all ranks; the factor undoes the mean of data parallelism.
     scale = accelerator.num_processes / accelerator.reduce(n_tokens, "sum")
     sums = Counter()
     for group, batch in packed_batches(rollouts, base, cfg, device):
@@ -413,18 +430,19 @@ def update(accelerator, policy, optimizer, rollouts, advantages, logps_old, logp
         logp, entropy = token_logps(policy, batch)  # (N,), (N,)
         logp_old = torch.cat([logps_old[i] for i in group]) if logps_old else logp.detach()
         sampled = torch.tensor([x for i in group for x in rollouts[i].sampler_logps], device=device)
-        advantage = torch.tensor([advantages[i] for i in group], device=device).repeat_interleave(lengths)  # (N,)
+        advantage = torch.tensor([advantages[i] for i in group], device=device)
+        advantage = advantage.repeat_interleave(lengths)  # (N,)
         mask = torch.ones_like(logp)
         weight = torch.exp((logp_old - sampled).clamp(-20, 20)).clamp(max=cfg.is_cap) if cfg.is_cap else None
-        loss, stats = policy_loss(logp, logp_old, advantage, mask, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
-                                  dual_clip=cfg.dual_clip, weight=weight)
+        loss, stats = policy_loss(logp, logp_old, advantage, mask, clip_low=cfg.clip_low,
+                                  clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, weight=weight)
         if logps_ref:
             kl, stats["kl"] = kl_loss(logp, torch.cat([logps_ref[i] for i in group]), logp_old, mask)
             loss = loss + cfg.kl_coef * kl
         accelerator.backward(loss * scale)
         mismatch = (logp_old - sampled).abs()
-        stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "mismatch": mismatch.sum(), "tokens": lengths.sum(),
-                  "packed": batch["input_ids"].numel()}
+        stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "mismatch": mismatch.sum(),
+                  "tokens": lengths.sum(), "packed": batch["input_ids"].numel()}
         sums.update({name: float(value) for name, value in stats.items()})
         sums["mismatch_max"] = max(sums["mismatch_max"], float(mismatch.max()))
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
@@ -439,22 +457,22 @@ def update(accelerator, policy, optimizer, rollouts, advantages, logps_old, logp
     return sums
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 def checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     found = [p for p in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted((p for p in found if (p / "trainer.json").exists()), key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def save_checkpoint(accelerator, processor, out: Path, step: int, scores: dict, keep_last: int):
-    """Model, optimizer, RNG state and what `merge.py` needs, under a temporary name until all of it is written."""
+def save_checkpoint(accelerator, policy, processor, out: Path, step: int, scores: dict, keep_last: int):
+    """Model, optimizer, RNG state and what `merge.py` needs, under a temporary name until all is written."""
     tmp, final = out / f"checkpoint-{step}.tmp", out / f"checkpoint-{step}"
     if accelerator.is_main_process:
         shutil.rmtree(tmp, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(tmp))
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(accelerator._models[0])
+        model = accelerator.unwrap_model(policy)
         model.config.save_pretrained(tmp / "hf")
         model.generation_config.save_pretrained(tmp / "hf")
         processor.save_pretrained(tmp / "hf")
@@ -467,7 +485,7 @@ def save_checkpoint(accelerator, processor, out: Path, step: int, scores: dict, 
 
 
 def resume(accelerator, out: Path) -> int:
-    """Load the last whole checkpoint; returns the number of finished steps. Metrics of lost steps are cut off."""
+    """Load the last checkpoint, cut off the metrics of steps that were lost; returns the finished steps."""
     found = checkpoints(out)
     step = 0
     if found:
@@ -484,19 +502,52 @@ def resume(accelerator, out: Path) -> int:
     return step
 
 
-# ---- metrics -------------------------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------------------------------------
 def step_line(m: dict, cfg: GRPOConfig, elapsed_s: float, done: int) -> str:
     """The terminal's line for one step."""
     parts = [f"step {m['step']}/{cfg.steps}"]
     if "reward" in m:
-        parts += [f"reward {m['reward']:.3f}", f"fmt {m['format']:.2f} cnt {m['count']:.2f} acc {m['accuracy']:.2f} "
-                  f"spa {m['spatial']:.2f}", f"dead {m['dead']:.0%} cut {m['cut']:.0%}", f"len {m['length']:.0f}",
+        parts += [f"reward {m['reward']:.3f}", f"fmt {m['format']:.2f} cnt {m['count']:.2f} "
+                  f"acc {m['accuracy']:.2f} spa {m['spatial']:.2f}",
+                  f"dead {m['dead']:.0%} cut {m['cut']:.0%}", f"len {m['length']:.0f}",
                   f"kl {m['kl']:.4f}", f"gnorm {m['grad_norm']:.2f}", f"mis {m['mismatch_max']:.0e}",
                   f"gen {m['gen_s']:.1f}s upd {m['update_s']:.1f}s", f"{m['mem_gb']:.1f}GB",
                   f"eta {(cfg.steps - m['step']) * elapsed_s / max(done, 1) / 3600:.2f}h"]
     if "val_accuracy" in m:
-        parts.append("held out: " + " ".join(f"{k[4:]} {m[k]:.3f}" for k in ("val_reward", "val_accuracy", "val_mean_iou", "val_format") if k in m))
+        shown = [k for k in ("reward", "accuracy", "mean_iou", "format") if f"val_{k}" in m]
+        parts.append("held out: " + " ".join(f"{k} {m[f'val_{k}']:.3f}" for k in shown))
     return " | ".join(parts)
+
+
+def step_metrics(groups, group_scores, advantages, sums: list[Counter]) -> dict:
+    """Means over the step's completions and updates, of all processes. The README defines each."""
+    from accelerate.utils import gather_object
+
+    rows = gather_object([vars(s) | {"length": len(r.completion_ids), "cut": not r.finished}
+                          for group, row in zip(groups, group_scores, strict=True)
+                          for r, s in zip(group, row, strict=True)])
+    dead = gather_object([not any(row) for row in advantages.tolist()])
+    updates = gather_object(sums)
+    total = Counter()
+    for one in updates:
+        total.update(one)
+
+    def mean(key):
+        return float(np.mean([row[key] for row in rows]))
+
+    return {
+        **{key: mean(key) for key in ("reward", "format", "count", "accuracy", "spatial")},
+        "reward_std": float(np.std([row["reward"] for row in rows])),
+        "mean_iou": float(np.mean([iou for row in rows for *_, iou, _ in row["matches"]] or [0.0])),
+        "rejected": dict(Counter(row["reason"] for row in rows if row["reason"])),
+        "dead": float(np.mean(dead)), "cut": mean("cut"), "length": mean("length"),
+        **{key: total[key] / total["tokens"] for key in ("loss", "kl", "entropy")},
+        **{key: total[key] / total["tokens"] for key in ("clip_low", "clip_high", "clip_dual")},
+        "mismatch_mean": total["mismatch"] / total["tokens"],
+        "mismatch_max": max(one["mismatch_max"] for one in updates),
+        "grad_norm": total["grad_norm"] / len(updates), "skipped": total["skipped"],
+        "tokens": total["tokens"], "packed": total["packed"],
+    }
 
 
 def mem_gb() -> float:
@@ -517,9 +568,9 @@ def save_samples(folder: Path, groups: list[list[Rollout]], scores: list[list[Sc
         name = re.sub(r"[^\w.-]", "_", sample.id)[:80]
         for k, image in enumerate(group[0].prompt.images):
             image.save(folder / f"{name}_{k}.png")
-        lines += [json.dumps({"id": sample.id, "question": sample.question, "gold": sample.ground_truth, "text": r.text,
-                              "finished": r.finished, **{k: v for k, v in vars(s).items() if k != "matches"}}) + "\n"
-                  for r, s in zip(group, group_scores, strict=True)]
+        for r, s in zip(group, group_scores, strict=True):
+            line = {"id": sample.id, "question": sample.question, "gold": sample.ground_truth, "text": r.text}
+            lines.append(json.dumps(line | {"finished": r.finished} | vars(s)) + "\n")
     (folder / "completions.jsonl").write_text("".join(lines))
 
 
@@ -535,18 +586,20 @@ def held_out(sampler, encode, val, cfg: GRPOConfig, accelerator) -> dict:
         for (rollout,) in sampler.generate(prompts, 1, 0.0, [0] * len(prompts)):
             records.append(grade(rollout.prompt.sample, rollout.text)
                            | {"finish_reason": "stop" if rollout.finished else "length"})
-    s = summarise(gather_object(records))
-    values = s.get("terms", {}) | {"accuracy": s["accuracy"], "mean_iou": s.get("mean_iou"), "recall50": s.get("recall50")}
-    return {f"val_{k}": v for k, v in values.items() if v is not None}
+    summary = summarise(gather_object(records))
+    shown = ("reward", "format", "count", "spatial", "accuracy", "mean_iou", "recall50")
+    return {f"val_{k}": summary[k] for k in shown if k in summary}
 
 
-# ---- dry run -------------------------------------------------------------------------------------------------
+# ---- dry run -----------------------------------------------------------------------------------------------
 def arithmetic(cfg: GRPOConfig, world: int, n_samples: int | None = None) -> str:
     """What the config amounts to, in one line."""
     sequences = cfg.prompts_per_step * cfg.group_size
     text = (f"{cfg.prompts_per_step} prompts x {cfg.group_size} = {sequences} sequences a step, "
-            f"{cfg.updates_per_step} updates of {sequences // cfg.updates_per_step}, {cfg.steps} steps, {world} process(es)")
-    return text + (f", {cfg.steps * cfg.prompts_per_step / n_samples:.2f} epochs of {n_samples}" if n_samples else "")
+            f"{cfg.updates_per_step} updates of {sequences // cfg.updates_per_step}, {cfg.steps} steps, "
+            f"{world} process(es)")
+    epochs = cfg.steps * cfg.prompts_per_step / n_samples if n_samples else 0
+    return text + (f", {epochs:.2f} epochs of {n_samples}" if epochs else "")
 
 
 def count_parameters(model: str) -> float | None:
@@ -570,22 +623,24 @@ def dry_run(cfg: GRPOConfig) -> int:
     missing = []
     try:
         samples = load_samples(**data_arguments(cfg, cfg.data, cfg.split))
-        print(f"data: {len(samples)} rows of {cfg.data} ({cfg.split}) pass the checks, {len(samples.skipped)} left out")
+        print(f"data: {len(samples)} rows of {cfg.data} ({cfg.split}) pass the checks, "
+              f"{len(samples.skipped)} are left out")
         print(arithmetic(cfg, world, len(samples)))
     except (OSError, ValueError, RuntimeError) as error:  # the Hub client's errors derive from these
-        missing.append(f"data: {cfg.data} ({cfg.split}) is not readable here: {type(error).__name__}: {error}".splitlines()[0])
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        missing.append(f"data: {cfg.data} ({cfg.split}) is not readable here: {why}")
         print(arithmetic(cfg, world))
     n = count_parameters(cfg.model)
     if n is None:
-        missing.append(f"model: {cfg.model} is neither a folder here nor in the cache, and the Hub does not answer")
+        missing.append(f"model: {cfg.model} is no folder here, not in the cache, and the Hub does not answer")
         size = re.search(r"(\d+(?:\.\d+)?)B\b", cfg.model)
         n = {"3": 3.75e9, "7": 8.29e9}.get(size[1], float(size[1]) * 1e9) if size else None
     if n:
-        state, sampler, reference = 16 * n / world / 2**30, 2 * n / 2**30, (2 * n / world / 2**30 if cfg.kl_coef else 0)
+        gib = n / 2**30
         head = cfg.logit_chunk * 152064 * 4 * 3 / 2**30
-        print(f"memory per process at {n / 1e9:.2f}B parameters: fp32 weights, gradients and Adam {state:.1f} GiB, "
-              f"reference {reference:.1f} GiB, vLLM's bf16 weights {sampler:.1f} GiB, logits {head:.1f} GiB; "
-              f"activations and KV cache come on top")
+        print(f"memory per process at {n / 1e9:.2f}B parameters: fp32 weights, gradients and Adam "
+              f"{16 * gib:.1f} GiB, reference {2 * gib * (cfg.kl_coef > 0):.1f} GiB, vLLM's bf16 weights "
+              f"{2 * gib:.1f} GiB, logits {head:.1f} GiB; activations and KV cache come on top")
     if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
         missing.append("vllm: not installed (pip install -r requirements.txt, or sampler=hf)")
     if not torch.cuda.is_available() and n and n > 1e9:
@@ -594,7 +649,7 @@ def dry_run(cfg: GRPOConfig) -> int:
     return 1 if missing else 0
 
 
-# ---- main ----------------------------------------------------------------------------------------------------
+# ---- main --------------------------------------------------------------------------------------------------
 def data_arguments(cfg: GRPOConfig, source: str, split: str) -> dict:
     return dict(source=source, split=split, revision=cfg.revision, columns=cfg.columns,
                 need_scene=cfg.reward == "spatial", skip_bad_rows=cfg.skip_bad_rows)
@@ -607,12 +662,13 @@ def build_models(cfg: GRPOConfig, forbidden_ids: list[int]):
     from transformers import AutoModelForImageTextToText
 
     on_gpu = torch.cuda.is_available()
-    attention = "flash_attention_2" if on_gpu and importlib.util.find_spec("flash_attn") else use_packed_attention()
+    attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else use_packed_attention()
     if on_gpu and attention != "flash_attention_2":
         print("flash-attn is not installed: attention runs on PyTorch's SDPA, sequence by sequence")
 
     def load(dtype):
-        model = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForImageTextToText.from_pretrained(
+            cfg.model, dtype=dtype, attn_implementation=attention)
         use_logprob_head(model, forbidden_ids, cfg.temperature, cfg.logit_chunk)
         return model
 
@@ -621,8 +677,9 @@ def build_models(cfg: GRPOConfig, forbidden_ids: list[int]):
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.freeze_vision:
         policy.model.visual.requires_grad_(False)
-    reference = load(torch.bfloat16 if on_gpu else torch.float32).eval().requires_grad_(False) if cfg.kl_coef else None
-    return policy, reference
+    if not cfg.kl_coef:
+        return policy, None
+    return policy, load(torch.bfloat16 if on_gpu else torch.float32).eval().requires_grad_(False)
 
 
 def main():
@@ -638,8 +695,8 @@ def main():
                               log_with=None if cfg.tracker == "none" else cfg.tracker)
     rank, world, say = accelerator.process_index, accelerator.num_processes, accelerator.print
     if cfg.prompts_per_step % (world * cfg.updates_per_step):
-        raise SystemExit(f"prompts_per_step {cfg.prompts_per_step}: expected a multiple of processes x updates_per_step = "
-                         f"{world} x {cfg.updates_per_step}")
+        raise SystemExit(f"prompts_per_step {cfg.prompts_per_step}: expected a multiple of processes x "
+                         f"updates_per_step = {world} x {cfg.updates_per_step}")
     if accelerator.is_main_process:
         if cfg.resume == "never" and out.exists():
             shutil.rmtree(out)
@@ -649,7 +706,8 @@ def main():
     # data
     processor = AutoProcessor.from_pretrained(cfg.model)
     encode = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
-    lengths = dict(prompt_length=encode.length, max_prompt_length=cfg.max_prompt_length, skip_long_prompts=cfg.skip_long_prompts)
+    lengths = dict(prompt_length=encode.length, max_prompt_length=cfg.max_prompt_length,
+                   skip_long_prompts=cfg.skip_long_prompts)
     train = load_samples(**data_arguments(cfg, cfg.data, cfg.split), **lengths)
     val = load_samples(**data_arguments(cfg, cfg.val_data or cfg.data, cfg.val_split), **lengths,
                        limit=cfg.val_limit) if cfg.val_every else []
@@ -662,22 +720,29 @@ def main():
     tokens = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     policy, reference = build_models(cfg, tokens)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-                                   {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],
-                                  lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2))
-    say(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {sum(p.numel() for p in trained):,} trained")
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # norms and biases: none
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2))
+    say(f"{sum(p.numel() for p in policy.parameters()):,} parameters, "
+        f"{sum(p.numel() for p in trained):,} of them trained")
     policy, optimizer = accelerator.prepare(policy, optimizer)
     reference = reference.to(accelerator.device) if reference else None
     base = accelerator.unwrap_model(policy)
     first = resume(accelerator, out)
     if cfg.tracker != "none":
-        accelerator.init_trackers("grpo", config=cfg.model_dump(mode="json") | {"columns": json.dumps(cfg.columns)})
-    images = len(train[0].encoded_images)
-    sampler = VLLMSampler(cfg, processor, tokens, images) if cfg.sampler == "vllm" else HFSampler(cfg, processor, tokens)
+        settings = {k: v if isinstance(v, (int, float)) else str(v) for k, v in cfg.model_dump().items()}
+        accelerator.init_trackers("grpo", config=settings)
+    sampler = (VLLMSampler(cfg, processor, tokens, max(s.max_images for s in (train, val or train)))
+               if cfg.sampler == "vllm" else HFSampler(cfg, processor, tokens))
     sampler.sync(base)
 
     stop = []  # Ctrl-C asks for a stop at the end of the step; a second one ends the process at once
-    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
+
+    def on_ctrl_c(*_):
+        stop.append(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, on_ctrl_c)
 
     def log(m: dict):
         if accelerator.is_main_process:
@@ -701,53 +766,33 @@ def main():
         sampler.sleep()
         t1 = time.time()
         group_scores = [[score(r, cfg) for r in group] for group in groups]
-        rewards = torch.tensor([[s.reward for s in row] for row in group_scores], dtype=torch.float64)  # (P, G)
-        advantages = group_advantages(rewards)  # (P, G)
+        rewards = [[s.reward for s in row] for row in group_scores]
+        advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64))  # (P, G)
 
         # log-probs of the policy that sampled and of the start, then the updates
         rollouts = [r for group in groups for r in group]  # N
         flat_advantages = advantages.flatten().tolist()
         device = accelerator.device
         t2 = time.time()
-        # A single update is taken where the policy still stands: its own forward pass gives the old log-probs.
+        # A single update starts where the policy still stands: its own forward pass gives the old log-probs.
         logps_old = rollout_logps(policy, base, rollouts, cfg, device) if cfg.updates_per_step > 1 else None
         logps_ref = rollout_logps(reference, base, rollouts, cfg, device) if reference else None
         t3 = time.time()
         lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-        sums, mismatch_max = Counter(), 0.0
-        size = len(rollouts) // cfg.updates_per_step
+        size, sums = len(rollouts) // cfg.updates_per_step, []
         for start in tqdm(range(0, len(rollouts), size), desc="updates", disable=None, leave=False):
             part = slice(start, start + size)
-            done = update(accelerator, policy, optimizer, rollouts[part], flat_advantages[part],
-                          logps_old and logps_old[part], logps_ref and logps_ref[part], cfg, lr)
-            mismatch_max = max(mismatch_max, done.pop("mismatch_max"))
-            sums.update(done)
+            sums.append(update(accelerator, policy, optimizer, rollouts[part], flat_advantages[part],
+                               logps_old and logps_old[part], logps_ref and logps_ref[part], cfg, lr))
         t4 = time.time()
         sampler.sync(base)
         t5 = time.time()
 
-        # measure
-        rows = gather_object([{
-            **{k: v for k, v in vars(s).items() if k not in ("matches", "reason")}, "reason": s.reason,
-            "iou": [m[2] for m in s.matches], "length": len(r.completion_ids), "cut": not r.finished}
-            for row, group in zip(group_scores, groups, strict=True) for s, r in zip(row, group, strict=True)])
-        dead = gather_object([not any(row) for row in advantages.tolist()])
-        totals = gather_object([(dict(sums), mismatch_max)])
-        total = Counter()
-        for one, _ in totals:
-            total.update(one)
-        mean = lambda key: float(np.mean([row[key] for row in rows]))  # noqa: E731
-        m = {"step": step + 1, **{k: mean(k) for k in ("reward", "format", "count", "accuracy", "spatial")},
-             "mean_iou": float(np.mean([i for row in rows for i in row["iou"]] or [0.0])),
-             "reward_std": float(np.std([row["reward"] for row in rows])),
-             "dead": float(np.mean(dead)), "cut": mean("cut"), "length": mean("length"),
-             "rejected": dict(Counter(row["reason"] for row in rows if row["reason"])),
-             **{k: total[k] / total["tokens"] for k in ("loss", "kl", "entropy", "clip_low", "clip_high", "clip_dual")},
-             "mismatch_mean": total["mismatch"] / total["tokens"], "mismatch_max": max(x for _, x in totals),
-             "grad_norm": total["grad_norm"] / world / cfg.updates_per_step, "skipped": total["skipped"] / world, "lr": lr,
-             "tokens": total["tokens"], "gen_s": t1 - t0, "logp_s": t3 - t2, "update_s": t4 - t3, "sync_s": t5 - t4,
-             "gen_tokens_per_s": total["tokens"] / (t1 - t0), "update_tokens_per_s": total["packed"] / (t4 - t3),
-             "mem_gb": mem_gb()}
+        # measure, evaluate, save
+        m = {"step": step + 1, "lr": lr} | step_metrics(groups, group_scores, advantages, sums) | {
+            "gen_s": t1 - t0, "logp_s": t3 - t2, "update_s": t4 - t3, "sync_s": t5 - t4, "mem_gb": mem_gb()}
+        m |= {"gen_tokens_per_s": m["tokens"] / m["gen_s"],
+              "update_tokens_per_s": m.pop("packed") / m["update_s"]}
         check_mismatch(m, on_gpu=device.type == "cuda")
         done, stopping = step + 1, any(gather_object([bool(stop)]))
         if val and (done % cfg.val_every == 0 or done == cfg.steps):
@@ -757,7 +802,7 @@ def main():
             save_samples(out / "samples" / f"step-{done:05d}", groups, group_scores)
         log(m)
         if done % cfg.save_every == 0 or done == cfg.steps or stopping:
-            save_checkpoint(accelerator, processor, out, done, scores, cfg.keep_last)
+            save_checkpoint(accelerator, policy, processor, out, done, scores, cfg.keep_last)
         if stopping:
             say(f"stopped after step {done}; continue with: {shlex.join(sys.orig_argv)}")
             break
@@ -767,14 +812,14 @@ def main():
 
 
 def check_mismatch(m: dict, on_gpu: bool):
-    """Trainer and sampler must hold the same model: in float32 they agree to 1e-4 nats a token, in bf16 roughly.
+    """Trainer and sampler must hold the same model: in float32 they agree to 1e-4 nats a token, in bf16 less.
 
-    Raises: RuntimeError where the difference can only be a bug (stale weights, another prompt, another image).
+    Raises: RuntimeError where the difference can only be a bug: stale weights, another prompt or image.
     """
     limit, value = (0.5, m["mismatch_mean"]) if on_gpu else (1e-2, m["mismatch_max"])
     if value > limit:
-        raise RuntimeError(f"step {m['step']}: trainer and sampler differ by {value:.2g} nats a token, expected at most "
-                           f"{limit}: the sampler does not hold the policy's weights or reads another prompt")
+        raise RuntimeError(f"step {m['step']}: trainer and sampler differ by {value:.2g} nats a token, "
+                           f"expected at most {limit}: the sampler holds other weights or reads another prompt")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""report.py: curves from any metrics, a page that holds what it should and nothing that could run."""
+
+import doctest
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+import report
+from data import load_samples
+from evaluate import grade
+from report import choose, draw_curves, main, outcome, pair_up
+
+HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>"\'</pre></article>$summary &lt;b&gt; \u202e'
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_data):
+    return load_samples(str(tiny_data / "val.parquet"), "val")
+
+
+def write_results(path, samples, reply_to):
+    records = []
+    for i, s in enumerate(samples):
+        reply = reply_to(i, s)
+        records.append({"id": s.id, "row": i, "category": s.category, "reply": reply, **grade(s, reply)})
+    path.write_text("".join(json.dumps(line) + "\n" for line in [{"header": {}}, *records]))
+    return path
+
+
+def gold_reply(sample):
+    scene, _, answer = sample.ground_truth.partition("\n")
+    return f"<observe>o</observe>{scene}<think>t</think>{answer}"
+
+
+class Reader(HTMLParser):
+    """Counts tags, keeps attributes and the visible text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def make_page(tmp_path, tiny_data, before, after, *extra):
+    main(["--before", str(before), "--after", str(after), "--data", str(tiny_data / "val.parquet"),
+          "--out", str(tmp_path), *extra])  # fmt: skip
+    return (tmp_path / "page.html").read_text()
+
+
+# ---- curves ----
+def test_curves_need_only_what_is_there(tmp_path):
+    draw_curves([{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.6}], tmp_path / "one.png")
+    metrics = [{"step": 0, "val_reward": 0.4, "val_accuracy": 0.3}]
+    metrics += [{"step": i, "reward": i / 9, "accuracy": None, "format": 1.0} for i in range(1, 9)]
+    draw_curves(metrics, tmp_path / "many.png")
+    one, many = (Image.open(tmp_path / name).size for name in ("one.png", "many.png"))
+    assert many[0] > 2 * one[0] and many[0] > 1200  # three panels beside each other
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["many.png", "one.png"]
+    with pytest.raises(ValueError, match="metrics: expected some of"):
+        draw_curves([{"step": 1, "loss": 2.0}], tmp_path / "none.png")
+
+
+def test_doctests():
+    assert doctest.testmod(report).failed == 0
+
+
+# ---- items ----
+def test_outcomes():
+    said = {True: {"correct": True}, False: {"correct": False}}
+    got = [outcome(said[b], said[a]) for b, a in ((0, 1), (1, 0), (0, 0), (1, 1))]
+    assert got == ["fixed", "broken", "wrong", "right"]
+
+
+def test_choice_covers_categories_and_outcomes():
+    outcomes = [True] * 3 + [False] * 40
+    pairs = [({"category": c, "correct": False}, {"correct": ok}) for c in "ab" for ok in outcomes]
+    chosen = choose(pairs, 8, seed=3)
+    cells = [(pairs[i][0]["category"], pairs[i][1]["correct"]) for i in chosen]
+    assert sorted(cells) == sorted([("a", True), ("a", False), ("b", True), ("b", False)] * 2)
+    assert chosen == choose(pairs, 8, seed=3) != choose(pairs, 8, seed=4)
+    assert choose(pairs, 1000, seed=0) == list(range(86))
+
+
+def test_other_items_are_refused():
+    one, two = {"row": 0, "id": "x"}, {"row": 1, "id": "y"}
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        pair_up([one], [one, two])
+    with pytest.raises(ValueError, match="got x and y"):
+        pair_up([one], [two])
+
+
+# ---- page ----
+def test_page_shows_what_it_should(tmp_path, tiny_data, samples):
+    before = write_results(tmp_path / "b.jsonl", samples, lambda i, s: "no idea")
+    after = write_results(tmp_path / "a.jsonl", samples, lambda i, s: gold_reply(s) if i % 2 else "")
+    page = make_page(tmp_path, tiny_data, before, after, "--items", "10")
+    read = Reader(page)
+    assert read.tags.count("article") == 10
+    assert read.tags.count("svg") == read.tags.count("image") == 20
+    assert "0.000 → 0.500" in read.text  # accuracy and reward of half the items
+    assert "24 held-out items: 12 fixed, 0 broken, 12 still wrong, 0 right before and after" in read.text
+    assert "0.1 format + 0.2 count + 0.5 accuracy + 0.2 spatial" in read.text
+    for term in ("format", "count", "accuracy", "spatial", "reward"):
+        assert len(re.findall(rf"<td>{term}</td>", page)) == 20
+    assert "refused: missing_tag" in read.text and "(empty)" in read.text
+
+
+def test_boxes_are_drawn_where_they_are(tmp_path, tiny_data, samples):
+    results = write_results(tmp_path / "r.jsonl", samples, lambda i, s: gold_reply(s))
+    page = make_page(tmp_path, tiny_data, results, results)
+    gold = report.parse_ground_truth(samples[0].ground_truth)[0]["objects"]
+    for o in gold:
+        x1, y1, x2, y2 = o["bbox"]
+        for kind in ("gold", "guess"):
+            rect = f'<rect class="{kind}" x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}"/>'
+            assert page.count(rect) >= 2
+
+
+def test_nothing_hostile_survives_and_nothing_is_loaded(tmp_path, tiny_data, samples):
+    scene = '<scene>{"objects":[{"id":"x.1","bbox":[0,0,1e308,1e308]}]}</scene>'
+    results = write_results(tmp_path / "r.jsonl", samples, lambda i, s: HOSTILE + scene)
+    page = make_page(tmp_path, tiny_data, results, results, "--title", HOSTILE)
+    read = Reader(page)
+    assert read.tags.count("script") == 1 and "img" not in read.tags
+    assert read.tags.count("article") == 24 and read.tags.count("pre") == 48
+    assert HOSTILE in read.text  # as text, whole
+    assert not [name for name, _ in read.attributes if name.startswith("on") or name == "src"]
+    assert {value[:22] for name, value in read.attributes if name == "href"} == {"data:image/png;base64,"}
+    assert "http://" not in page and "https://" not in page
+    assert "default-src 'none'" in page
+
+
+def test_data_of_other_items_is_refused(tmp_path, tiny_data, samples):
+    results = write_results(tmp_path / "r.jsonl", samples, lambda i, s: "B")
+    with pytest.raises(ValueError, match="row 0: expected item val-000000, got train-000000"):
+        main(["--before", str(results), "--after", str(results), "--items", "1000",
+              "--data", str(tiny_data / "train.parquet"), "--out", str(tmp_path)])  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(["--before", str(results)])
+    with pytest.raises(SystemExit):
+        main([])
