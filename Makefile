@@ -25,14 +25,14 @@ demo: .venv/.ready
 		--data $(demo)/data/val.parquet --out $(demo)
 	@echo "Worth opening: $(demo)/curves.png (what it learned) and $(demo)/page.html (what it answers, before and after)"
 
-# The start of the demo, from nothing: an untrained model learns to see and to answer, then to be careless.
+# The start of the demo, from nothing: it learns the grammar and to see, then to check options, then once more.
 warm-start: .venv/.ready
 	rm -rf runs/warm
 	$(python) synthesize.py out=runs/warm/data worked=true
 	$(sft) model=runs/warm/data/base_model
-	$(sft) model=runs/warm/careful/final data=runs/warm/data/mixed.parquet out=runs/warm/mixed
-	$(sft) model=runs/warm/mixed/final data=runs/warm/data/careless.parquet learning_rate=2e-4 out=runs/warm/careless
-	@echo "To ship it: cp runs/warm/careless/final/* assets/tiny/"
+	$(sft) model=runs/warm/careful/final data=runs/warm/data/checked.parquet out=runs/warm/checked
+	$(sft) model=runs/warm/checked/final data=runs/warm/data/checked.parquet out=runs/warm/again learning_rate=7e-4 shuffle=true seed=1
+	@echo "To ship it: cp runs/warm/again/final/* assets/tiny/"
 
 test: .venv/.ready
 	$(python) -m pytest $(PYTEST_ARGS)

@@ -1,10 +1,10 @@
 """Samples: load STVQA-7K or a look-alike, check every row, build prompts, resize, pack, and order batches.
 
-    samples = load_samples("OX-PIXL/STVQA-7K", split="train")        # or a .parquet, .jsonl or save_to_disk folder
+    samples = load_samples("OX-PIXL/STVQA-7K", split="train")   # or a .parquet, .jsonl or save_to_disk folder
     samples[0].question, samples[0].load_images()
 
-One prompt builder and one image path serve training, vLLM and evaluation, so that all three see the same tokens.
-Boxes are in the pixels of the original image, whatever size the model is shown; the prompt states that size.
+One prompt builder and one image path serve training, vLLM and evaluation, so that all three see the same
+tokens. Boxes are in the pixels of the original image, whatever size the model is shown; the prompt states it.
 """
 
 import io
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rewards import parse_ground_truth
 
-# The column names of STVQA-7K. A data set with other names maps them: columns={"question": "my_question", ...}.
+# The column names of STVQA-7K. Another data set maps its own: columns={"question": "my_question", ...}.
 COLUMNS = {
     "id": "image_id",
     "images": "images",
@@ -39,15 +39,15 @@ OPTIONAL_COLUMNS = ("id", "problem", "category", "level", "completion")
 # The first is the released inference template, word for word: the published checkpoints expect it.
 TEMPLATES = {
     "spatial_thinker": (
-        "You FIRST observe the image in <observe> </observe> tags, then visualise the relevant scene graph in <scene> "
-        "</scene> tags, followed by thinking about the reasoning process as an internal monologue within <think> "
-        "</think> tags and then provide the final answer. The final answer MUST BE put within <answer> </answer> "
-        "tags, and only return the final choice including the correct option and answer within the answer tags, "
-        "e.g., <answer> (A) cat </answer>."
+        "You FIRST observe the image in <observe> </observe> tags, then visualise the relevant scene graph "
+        "in <scene> </scene> tags, followed by thinking about the reasoning process as an internal monologue "
+        "within <think> </think> tags and then provide the final answer. The final answer MUST BE put within "
+        "<answer> </answer> tags, and only return the final choice including the correct option and answer "
+        "within the answer tags, e.g., <answer> (A) cat </answer>."
     ),
     "reasoning": (
-        "First reason step by step within <think> </think> tags, then give the final answer within <answer> </answer> "
-        "tags: the letter of the correct option and its text, e.g., <answer> (A) cat </answer>."
+        "First reason step by step within <think> </think> tags, then give the final answer within <answer> "
+        "</answer> tags: the letter of the correct option and its text, e.g., <answer> (A) cat </answer>."
     ),
     "no_reasoning": "Answer with the letter of the correct option and its text, e.g., (A) cat.",
 }
@@ -55,7 +55,7 @@ SHOWS_SIZE = ("spatial_thinker",)  # only boxes need the frame they live in
 SIZE_IN_PROMPT = re.compile(r"Image size: \(?(\d+) x (\d+)\)?")
 
 
-# ---- samples -------------------------------------------------------------------------------------------------
+# ---- samples -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sample:
     """One question about one or more images; the images stay encoded until `load_images`."""
@@ -66,7 +66,7 @@ class Sample:
     question: str  # with its lettered options
     options: tuple[str, ...]
     answer: str  # "(C) holding"
-    ground_truth: str  # "<scene>{json}</scene>\n<answer>(C) holding</answer>", or the answer where there is no scene
+    ground_truth: str  # "<scene>{json}</scene>\n<answer>(C) holding</answer>"; the answer where no scene is
     problem: str = ""  # the row's own full prompt
     category: str = ""
     level: str = ""
@@ -82,11 +82,11 @@ def open_image(encoded: dict) -> Image.Image:
 
 
 class Samples(Sequence):
-    """The usable rows of a table, decoded one at a time, so that memory does not grow with the number of rows."""
+    """The usable rows of a table, decoded one at a time, so that memory does not grow with their number."""
 
     def __init__(self, table, columns, rows, need_scene, clipped=0, skipped=(), max_images=1):
         self.table, self.columns, self.rows, self.need_scene = table, columns, rows, need_scene
-        self.clipped, self.skipped = clipped, list(skipped)  # rows whose boxes were clipped; messages of bad rows
+        self.clipped, self.skipped = clipped, list(skipped)  # rows with clipped boxes; messages of bad rows
         self.max_images = max_images  # of one row
 
     def __len__(self):
@@ -115,11 +115,11 @@ def load_samples(
 
     Args:
         source: Hub id, .parquet or .jsonl file, folder of parquet files, or `save_to_disk` folder.
-        columns: names that differ from STVQA-7K's, as {our name: their name}; our names are the keys of COLUMNS.
+        columns: names that differ from STVQA-7K's, as {our name: their name}; ours are the keys of COLUMNS.
         need_scene: the row must hold a gold scene (False for the sparse reward).
         skip_bad_rows: leave bad rows out and list them in `.skipped` instead of raising.
-        prompt_length, max_prompt_length: a prompt of more tokens is an error too (or, with skip_long_prompts, left
-            out). Prompts are never truncated: half a question has no answer.
+        prompt_length, max_prompt_length: a prompt of more tokens is an error too (or, with skip_long_prompts,
+            left out). Prompts are never truncated: half a question has no answer.
     Raises: ValueError naming the row and the column.
     """
     if unknown := set(columns or {}) - set(COLUMNS):
@@ -129,7 +129,8 @@ def load_samples(
     needed = [c for key, c in columns.items()
               if key not in OPTIONAL_COLUMNS and (key != "scene_answer" or need_scene)]
     if missing := [c for c in needed if c not in table.column_names]:
-        raise ValueError(f"{source} ({split}): expected columns {needed}, missing {missing}, got {table.column_names}")
+        raise ValueError(f"{source} ({split}): expected columns {needed}, missing {missing}, "
+                         f"got {table.column_names}")
 
     rows, skipped, clipped, max_images = [], [], 0, 0
     total = min(limit or len(table), len(table))
@@ -139,7 +140,8 @@ def load_samples(
             if prompt_length and (n := prompt_length(sample)) > max_prompt_length:
                 message = f"row {sample.id}: prompt is {n} tokens long, expected at most {max_prompt_length}"
                 if not skip_long_prompts:
-                    raise ValueError(f"{message} (raise max_prompt_length, lower max_pixels or set skip_long_prompts)")
+                    raise ValueError(f"{message} (raise max_prompt_length, lower max_pixels or set "
+                                     "skip_long_prompts)")
                 skipped.append(message)
                 continue
         except ValueError as error:
@@ -151,7 +153,8 @@ def load_samples(
         clipped += was_clipped
         max_images = max(max_images, len(sample.encoded_images))
     if not rows:
-        raise ValueError(f"{source} ({split}): no usable rows out of {total}" + "".join(f"\n  {s}" for s in skipped[:5]))
+        raise ValueError(f"{source} ({split}): no usable rows out of {total}"
+                         + "".join(f"\n  {s}" for s in skipped[:5]))
     return Samples(table, columns, np.array(rows), need_scene, clipped, skipped, max_images)
 
 
@@ -169,7 +172,8 @@ def read_table(source: str, split: str, revision: str | None, image_column: str)
     elif path.is_dir():
         files = sorted(path.glob(f"{split}*.parquet")) or sorted(path.glob(f"**/{split}*.parquet"))
         if not files:
-            raise ValueError(f"{source}: expected {split}*.parquet in the folder, got {sorted(p.name for p in path.iterdir())}")
+            raise ValueError(f"{source}: expected {split}*.parquet in the folder, "
+                             f"got {sorted(p.name for p in path.iterdir())}")
         table = datasets.Dataset.from_parquet([str(f) for f in files])
     elif path.suffix in (".parquet", ".jsonl", ".json"):
         if not path.exists():
@@ -179,7 +183,8 @@ def read_table(source: str, split: str, revision: str | None, image_column: str)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
         table = datasets.load_dataset(source, split=split, revision=revision)
     else:
-        raise ValueError(f"{source}: expected a Hub id, a .parquet or .jsonl file, or a folder; found none of these")
+        raise ValueError(f"{source}: expected a Hub id, a .parquet or .jsonl file, or a folder; "
+                         "found none of these")
 
     feature = table.features.get(image_column)
     if isinstance(feature, datasets.Image):
@@ -188,16 +193,20 @@ def read_table(source: str, split: str, revision: str | None, image_column: str)
         table = table.cast_column(image_column, datasets.List(datasets.Image(decode=False)))
     elif feature is not None:  # paths, relative to the file that names them
         base = path if path.is_dir() else path.parent
-        encode = lambda p: {"bytes": None, "path": str(base / p)}  # noqa: E731
-        table = table.with_transform(lambda batch: batch | {image_column: [
-            [encode(p) for p in x] if isinstance(x, list) else encode(x) for x in batch[image_column]]}
-            if image_column in batch else batch)
+
+        def encode(x):
+            return [encode(p) for p in x] if isinstance(x, list) else {"bytes": None, "path": str(base / x)}
+
+        table = table.with_transform(
+            lambda batch: {k: [encode(x) for x in v] if k == image_column else v for k, v in batch.items()})
     return table
 
 
 def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bool) -> tuple[Sample, bool]:
     """-> (sample, whether a gold box was clipped). Raises ValueError naming the row and the column."""
-    get = lambda key: row.get(columns[key])  # noqa: E731
+    def get(key):
+        return row.get(columns[key])
+
     row_id = f"{get('id')} (#{index})" if get("id") is not None else f"#{index}"
 
     def bad(key, expected, got):
@@ -243,12 +252,13 @@ def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bo
         if clipped:
             ground_truth = f"<scene>{json.dumps(scene)}</scene>\n<answer>{scene_answer}</answer>"
 
-    sample = Sample(str(row_id if get("id") is None else get("id")), tuple(images), size, question, tuple(options),
-                    answer, ground_truth, problem, get("category") or "", get("level") or "", get("completion") or "")
+    sample = Sample(str(row_id if get("id") is None else get("id")), tuple(images), size, question,
+                    tuple(options), answer, ground_truth, problem,
+                    get("category") or "", get("level") or "", get("completion") or "")
     return sample, clipped
 
 
-# ---- prompts -------------------------------------------------------------------------------------------------
+# ---- prompts -----------------------------------------------------------------------------------------------
 def build_prompt_text(template: str, question: str, size: tuple[int, int]) -> str:
     """The user's words: instructions, the image's size (W x H) where boxes are asked for, the question."""
     if template not in TEMPLATES:
@@ -258,8 +268,9 @@ def build_prompt_text(template: str, question: str, size: tuple[int, int]) -> st
 
 
 def build_prompt(sample: Sample, template: str) -> list[dict]:
-    """Chat messages for a sample: its images in order, then the text. Template "problem" is the row's own prompt."""
-    text = sample.problem if template == "problem" else build_prompt_text(template, sample.question, sample.size)
+    """Chat messages for a sample: its images in order, then the text. Template "problem": the row's own."""
+    own = template == "problem"
+    text = sample.problem if own else build_prompt_text(template, sample.question, sample.size)
     text = text.replace("<image>", "").lstrip()
     if not text:
         raise ValueError(f"row {sample.id}: template 'problem' needs the column {COLUMNS['problem']}")
@@ -267,8 +278,9 @@ def build_prompt(sample: Sample, template: str) -> list[dict]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
-def smart_size(width: int, height: int, min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:
-    """(W, H), multiples of `factor` with W * H in [min_pixels, max_pixels]: where Qwen2.5-VL's processor ends up."""
+def smart_size(width: int, height: int, min_pixels: int, max_pixels: int,
+               factor: int = 28) -> tuple[int, int]:
+    """(W, H), multiples of `factor` with W * H in [min_pixels, max_pixels]: what Qwen2.5-VL sees."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     h, w = smart_resize(height, width, factor, min_pixels, max_pixels)
@@ -310,7 +322,8 @@ class PromptEncoder:
         images = [resize(i, self.min_pixels, self.max_pixels) for i in sample.load_images()]
         out = self.processor(text=[text], images=images, return_tensors="pt")
         vllm_ids = self.processor.tokenizer(text)["input_ids"]
-        return Prompt(sample, images, vllm_ids, out["input_ids"][0].tolist(), out["pixel_values"], out["image_grid_thw"])
+        ids = out["input_ids"][0].tolist()
+        return Prompt(sample, images, vllm_ids, ids, out["pixel_values"], out["image_grid_thw"])
 
     def length(self, sample: Sample) -> int:
         """Tokens of the prompt, from the images' headers alone."""
@@ -319,12 +332,12 @@ class PromptEncoder:
         return len(self.processor.tokenizer(self.text(sample))["input_ids"]) + sum(cells) - len(cells)
 
 
-# ---- batches -------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 def batch_at(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     """Indices of step's batch: a pure function, so that a resumed run needs no loader state.
 
-    The steps read through one endless row of epochs, each a permutation of range(n) of its own: nothing is dropped
-    or repeated within an epoch, also where a batch straddles two.
+    The steps read through one endless row of epochs, each a permutation of range(n) of its own: nothing is
+    dropped or repeated within an epoch, also where a batch straddles two.
     """
     at = range(step * batch_size, (step + 1) * batch_size)
     epochs = {e: np.random.default_rng([seed, e]).permutation(n) for e in {i // n for i in at}}
@@ -343,7 +356,7 @@ class Sequenced:
 
 
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped in order so that no group exceeds max_tokens (a longer single sequence stands alone)."""
+    """Indices grouped in order so that no group exceeds max_tokens (a longer sequence stands alone)."""
     groups, used = [], math.inf
     for i, length in enumerate(lengths):
         if used + length > max_tokens:
@@ -357,9 +370,10 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
 def pack(sequences: list[Sequenced], model, image_token_id: int) -> dict:
     """Lay sequences end to end in one row without padding, as a batch for Qwen2.5-VL's forward.
 
-    Returns: input_ids (1, T), position_ids (4, 1, T), pixel_values, image_grid_thw, and target_positions (N,): the
-        positions of all completion tokens, sequence by sequence. position_ids row 0 restarts at 0 with every sequence, which
-        is how transformers tells packed sequences apart; rows 1-3 are the multi-dimensional rope positions.
+    Returns: sequence_lengths, input_ids (1, T), position_ids (4, 1, T), pixel_values, image_grid_thw, and
+        target_positions (N,): the positions of all completion tokens, sequence by sequence. position_ids
+        row 0 restarts at 0 with every sequence, which is how transformers tells packed sequences apart; rows
+        1-3 are the multi-dimensional rope positions.
     """
     import torch
 
@@ -382,11 +396,12 @@ def pack(sequences: list[Sequenced], model, image_token_id: int) -> dict:
     }
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, sequence_lengths=None, **kwargs):
+def packed_attention(module, query, key, value, attention_mask, scaling=None, sequence_lengths=None,
+                     **kwargs):
     """SDPA that runs sequence by sequence over a packed row, so that no T x T mask is ever built.
 
-    Args: query (1, H, T, D), key and value (1, H_kv, T, D); sequence_lengths: ints that sum to T, which `pack` hands
-        to the model's forward; without them (generation of unpadded rows, the vision tower) plain SDPA.
+    Args: query (1, H, T, D), key and value (1, H_kv, T, D); sequence_lengths: ints that sum to T, which
+        `pack` hands to the model's forward; without them (generation, the vision tower) plain SDPA.
     Returns: ((1, T, H, D), None), transformers' convention.
     """
     import torch
@@ -395,8 +410,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
 
     if not module.is_causal or sequence_lengths is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    split = (x.split(sequence_lengths, dim=2) for x in (query, key, value))
     pieces = [F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True, enable_gqa=True)
-              for q, k, v in zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)]
+              for q, k, v in zip(*split, strict=True)]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 

@@ -390,18 +390,19 @@ def vllm_replies(model_path: str, samples: Sequence, encode: PromptEncoder, how:
                         for p, ok in zip(prompts, fits, strict=True) if ok]  # fmt: skip
             outputs = iter(llm.generate(requests, params, use_tqdm=False))
             for prompt, ok in zip(prompts, fits, strict=True):
-                yield _vllm_reply(prompt, next(outputs)) if ok else FAILED
+                yield _vllm_reply(prompt, next(outputs), encode.processor.tokenizer) if ok else FAILED
     finally:
         del llm
         gc.collect()
 
 
-def _vllm_reply(prompt: Prompt, output) -> Reply:
+def _vllm_reply(prompt: Prompt, output, tokenizer) -> Reply:
     if output.prompt_token_ids != prompt.ids:
         got, expected = len(output.prompt_token_ids), len(prompt.ids)
         raise RuntimeError(f"row {prompt.sample.id}: vLLM's prompt ({got} tokens) is not ours ({expected})")
     done = output.outputs[0]
-    return Reply(done.text, "length" if done.finish_reason == "length" else "stop", len(done.token_ids))
+    text = tokenizer.decode(done.token_ids, skip_special_tokens=True)  # vLLM's own text drops a cut character
+    return Reply(text, "length" if done.finish_reason == "length" else "stop", len(done.token_ids))
 
 
 def hf_replies(model_path: str, samples: Sequence, encode: PromptEncoder, how: Decoding) -> Iterator[Reply]:

@@ -168,18 +168,21 @@ def draw_box(box: Sequence[float], name: str, kind: str, size: tuple[int, int]) 
     x1, y1, x2, y2 = box
     rect = f'<rect class="{kind}" x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}"/>'
     height = max(size) / 26  # of the letters, in the image's pixels
+    room = y1 > height  # for gold above the box; the guess goes to the other side, or one line further out
     above, below = y1 - 0.3 * height, y2 + 0.95 * height
-    y = above if (kind == "gold" and y1 > height) or below > size[1] else below
+    y = (above if room else below) if kind == "gold" else (below if room else below + height)
+    y = above - height if y > size[1] else y
     x, anchor = (x1, "start") if x1 + x2 < size[0] else (x2, "end")
     place = f'x="{x:g}" y="{y:g}" font-size="{height:g}" text-anchor="{anchor}"'
     return rect + (f'<text class="{kind}" {place}>{e(name)}</text>' if name else "")
 
 
 def draw_scene(sample: Sample, uri: str, gold: list[dict], record: dict) -> str:
-    """The image with gold and predicted boxes; predicted ones that find no gold object bear their names."""
+    """The image with gold and predicted boxes; a predicted one bears its name unless it finds its object."""
     width, height = sample.size
-    hits = {m[0] for m in record.get("matches", []) if m[2] >= 0.5}
     guesses = (parse_scene(record["reply"]) or {"objects": []})["objects"]
+    pairs = record.get("matches", [])
+    hits = {i for i, j, iou, _ in pairs if iou >= 0.5 and guesses[i]["id"] == gold[j]["id"]}
     halos = [draw_box(o["bbox"], "", "halo", sample.size) for o in gold + guesses]  # below all lines
     boxes = [draw_box(o["bbox"], o["id"], "gold", sample.size) for o in gold]
     boxes += [draw_box(o["bbox"], "" if i in hits else o["id"], "guess", sample.size)
@@ -364,7 +367,10 @@ td:nth-child(n+3) { text-align: right; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 190px; overflow-y: auto; margin: 12px 0 0;
   padding: 9px 11px; background: #f6f7f9; border-radius: 6px; font: 12px/1.45 ui-monospace, monospace; }
 pre b { color: #8250df; font-weight: 600; }
-@media (max-width: 900px) { .sides, .figures { grid-template-columns: 1fr; } }
+@media (max-width: 900px) {
+  .sides { grid-template-columns: 1fr; }
+  .figures { grid-template-columns: 1fr 1fr; }
+}
 """
 
 

@@ -1,18 +1,16 @@
 """Draw the built-in tiny data set, its worked examples and an untrained tiny Qwen2.5-VL.
 
     python synthesize.py out=runs/tiny/data                      # train.parquet, val.parquet   (4 s)
-    python synthesize.py out=runs/tiny/data worked=true          # + worked.parquet, base_model (1 min)
+    python synthesize.py out=runs/tiny/data worked=true          # + worked examples, base_model (1 min)
 
-A scene is a 3 x 3 grid of 28-pixel cells (one merged vision patch each) holding two to four coloured shapes on a
-pale gradient. Everything about it is known, so questions, options, gold boxes and answers are exact. Rows have
-the columns and types of STVQA-7K; `worked.parquet` adds a `completion` column for `train_sft.py`.
+A scene is a 3 x 3 grid of 28-pixel cells (one merged vision patch each) holding two to four coloured shapes
+on a pale gradient. Everything about it is known, so questions, options, gold boxes and answers are exact.
+Rows have the columns and types of STVQA-7K; worked examples add a `completion` column for `train_sft.py`.
 
-Worked examples come in three stages, in file order:
-  1. locate  one or two named objects, exact boxes: the vision tower learns to see;
-  2. careful full questions, exact boxes, right answers (every fourth without its scene, which is quicker to read);
-  3. careless full questions as a hurried annotator writes them: most boxes carry a loose margin, and the answer is
-     often simply option (A). Imitating them leaves a model that can do better than it does: the room that
-     reinforcement learning is there to close.
+Worked examples come in three stages; the first two share careful.parquet, in this order:
+  1. locate   one object: the vision tower learns to see;
+  2. careful  full questions (every fourth without its scene: quicker to read);
+  3. checked  full questions whose thinking also gives every option its verdict.
 """
 
 import io
@@ -33,7 +31,8 @@ COLORS = {"red": (214, 39, 40), "green": (30, 140, 60), "blue": (31, 90, 200), "
 SHAPES = ("circle", "square", "triangle")
 CELL, GRID = 28, 3
 SIDE = CELL * GRID
-POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom",
+             "bottom right")
 CATEGORY_SHARE = {"relation": 0.35, "instance_location": 0.17, "size": 0.14, "distance": 0.12, "count": 0.12,
                   "existence": 0.10}
 
@@ -43,14 +42,15 @@ COLUMNS = ("image_id", "images", "problem", "question_only", "answer", "answer_o
 MODEL_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
                 "vision_end": "<|vision_end|>"}
 # Phrases that are one token each in the tiny tokenizer: a sample is then 100 tokens long instead of 400.
-# Options are one token each as well: finding the letter of a conclusion is then a plain induction over the prompt, which
-# this size learns; with options of two words it stayed at chance for 60,000 examples.
-OPTIONS = ("left of", "right of", "above", "below", *POSITIONS, *(f"{c} {s}" for c in COLORS for s in SHAPES))
-PHRASES = ("<observe>", " </observe>\n<scene>", "</scene>\n<think>", " </think>\n<answer>", " </answer>", "</observe>", "<scene>",
-           "</scene>", "<think>", "</think>", "<answer>", '{"objects":[', '{"id":"', '.1","bbox":[', "]},", "]}",
-           '],"relationships":[', '{"subject":"', '.1","predicate":"', '","object":"', '.1"},', '.1"}', " (A)", " (B)",
-           " (C)", " (D)", "\n\nImage size: (", " x ", ")\n\n", "user\n", "assistant\n",
-           TEMPLATES["spatial_thinker"], *(f" {o}" for o in OPTIONS))
+# Options are one token each as well. Even so, reading the letter of a conclusion off the options stayed near
+# chance for 60,000 examples; thinking that goes through the options one by one makes it easy to learn.
+OPTIONS = ("left of", "right of", "above", "below", *POSITIONS,
+           *(f"{c} {s}" for c in COLORS for s in SHAPES))
+PHRASES = ("<observe>", " </observe>\n<scene>", "</scene>\n<think>", " </think>\n<answer>", " </answer>",
+           "</observe>", "<scene>", "</scene>", "<think>", "</think>", "<answer>", '{"objects":[', '{"id":"',
+           '.1","bbox":[', "]},", "]}", '],"relationships":[', '{"subject":"', '.1","predicate":"',
+           '","object":"', '.1"},', '.1"}', " (A)", " (B)", " (C)", " (D)", "\n\nImage size: (", " x ",
+           ")\n\n", "user\n", "assistant\n", TEMPLATES["spatial_thinker"], *(f" {o}" for o in OPTIONS))
 # Qwen2.5-VL's chat format for one user turn, without the default system prompt's 20 tokens.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -64,17 +64,14 @@ class SynthesizeConfig(Config):
     out: str = opt("runs/tiny/data", "folder to write")
     n_train: int = opt(4096, "training rows", ge=1)
     n_val: int = opt(512, "held-out rows; no image is shared with training", ge=1)
-    worked: bool = opt(False, "also write worked.parquet and base_model/ for train_sft.py")
+    worked: bool = opt(False, "also write worked examples and base_model/ for train_sft.py")
     n_locate: int = opt(8000, "worked examples of stage 1", ge=0)
     n_careful: int = opt(48000, "worked examples of stage 2", ge=0)
-    n_careless: int = opt(6000, "worked examples of stage 3", ge=0)
-    loose_rate: float = opt(0.6, "share of careless examples whose boxes carry a margin", ge=0, le=1)
-    loose_px: int = opt(4, "that margin, pixels on each side", ge=1)
-    first_rate: float = opt(0.5, "share of careless examples that answer (A) whatever the image shows", ge=0, le=1)
+    n_checked: int = opt(24000, "worked examples of stage 3", ge=0)
     seed: int = opt(0, "every row follows from it")
 
 
-# ---- scenes --------------------------------------------------------------------------------------------------
+# ---- scenes ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Shape:
     color: str
@@ -102,7 +99,7 @@ class Shape:
 def draw_scene(rng):
     """Two to four distinct shapes in distinct cells, in reading order."""
     labels = rng.sample([(c, s) for c in COLORS for s in SHAPES], rng.choice((2, 3, 3, 4)))
-    cells = sorted(rng.sample(range(GRID * GRID), len(labels)))  # reading order, so that a list of them is canonical
+    cells = sorted(rng.sample(range(GRID * GRID), len(labels)))  # sorted, so that a list of them is canonical
     shapes = []
     for (color, kind), cell in zip(labels, cells, strict=True):
         size = rng.randrange(12, 27, 2)
@@ -115,12 +112,12 @@ def draw_scene(rng):
 def render(shapes):
     """The shapes as an RGB image of SIDE x SIDE pixels."""
     # The gradient tells every patch where it is: red grows to the right, green downwards.
-    ramp = [150 + 105 * i // (SIDE - 1) for i in range(SIDE)]
+    ramp, full = [150 + 105 * i // (SIDE - 1) for i in range(SIDE)], (SIDE, SIDE)
     across = Image.new("L", (SIDE, 1))
     across.putdata(ramp)
     down = Image.new("L", (1, SIDE))
     down.putdata(ramp)
-    image = Image.merge("RGB", (across.resize((SIDE, SIDE)), down.resize((SIDE, SIDE)), Image.new("L", (SIDE, SIDE), 235)))
+    image = Image.merge("RGB", (across.resize(full), down.resize(full), Image.new("L", full, 235)))
     pen = ImageDraw.Draw(image)
     for shape in shapes:
         x1, y1, x2, y2 = shape.box
@@ -134,7 +131,7 @@ def render(shapes):
     return image
 
 
-# ---- questions -----------------------------------------------------------------------------------------------
+# ---- questions ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Question:
     category: str
@@ -157,6 +154,7 @@ def answer_slots():
 
 def ask(rng, shapes, category, slots):
     """A question of the category about the shapes, or None where the scene does not allow one."""
+    # why: the sentence that leads to an option, with %s in the option's place
     if category == "relation":
         a, b = rng.sample(shapes, 2)
         (ax, ay), (bx, by) = a.center, b.center
@@ -168,19 +166,19 @@ def ask(rng, shapes, category, slots):
         else:
             return None  # both axes would be true
         text, about = f"Where is the {a.name} relative to the {b.name}?", [a, b]
-        why, triples = (lambda o: f"the {a.name} is {o} the {b.name}"), [(a.id, answer, b.id)]
+        why, triples = f"the {a.name} is %s the {b.name}", [(a.id, answer, b.id)]
     elif category == "instance_location":
         a = rng.choice(shapes)
         answer, wrong = POSITIONS[a.cell], [p for p in POSITIONS if p != POSITIONS[a.cell]]
-        text, about, triples = f"Where in the image is the {a.name}?", [a], []
-        why = lambda o: f"the {a.name} is at the {o}"  # noqa: E731
+        text, about = f"Where in the image is the {a.name}?", [a]
+        why, triples = f"the {a.name} is at the %s", []
     elif category == "size":
         ranked = sorted(shapes, key=lambda s: -s.size)
         if len(shapes) < 3 or ranked[0].size - ranked[1].size < 4:
             return None
         answer, wrong = ranked[0].name, [s.name for s in ranked[1:]]
-        text, about, triples = "Which object is the largest?", shapes, []
-        why = lambda o: f"the {o} is the largest"  # noqa: E731
+        text, about = "Which object is the largest?", shapes
+        why, triples = "the %s is the largest", []
     elif category == "distance":
         if len(shapes) < 3:
             return None
@@ -190,26 +188,26 @@ def ask(rng, shapes, category, slots):
             return None
         answer, wrong = ranked[0][1], [name for _, name, _ in ranked[1:]]
         text, about = f"Which object is the closest to the {a.name}?", shapes
-        why, triples = (lambda o: f"the {o} is the closest to the {a.name}"), [(ranked[0][2].id, "closest to", a.id)]
+        why, triples = f"the %s is the closest to the {a.name}", [(ranked[0][2].id, "closest to", a.id)]
     elif category == "count":
         kind = rng.choice(shapes).kind
         about = [s for s in shapes if s.kind == kind]
         answer, wrong = str(len(about)), [n for n in "1234" if n != str(len(about))]
-        text, triples = f"How many {kind}s are there?", []
-        why = lambda o: f"there are {o} {kind}s"  # noqa: E731
+        text, why, triples = f"How many {kind}s are there?", f"there are %s {kind}s", []
     else:  # existence: half of them about something that is not there
         present = {s.name for s in shapes}
         absent = [f"{c} {k}" for c in COLORS for k in SHAPES if f"{c} {k}" not in present]
         there = rng.random() < 0.5
         name = rng.choice(sorted(present) if there else absent)
         answer, wrong = ("yes", ["no"]) if there else ("no", ["yes"])
-        text, about, triples = f"Is there a {name}?", shapes, []
-        why = lambda o: f"there is a {name}" if o == "yes" else f"there is no {name}"  # noqa: E731
+        text, about = f"Is there a {name}?", shapes
+        why, triples = f"there is %s {name}", []
     wrong = rng.sample(wrong, min(len(wrong), rng.choice((2, 3, 3))))
     slot = next(slots[len(wrong) + 1])
     options = [*wrong[:slot], answer, *wrong[slot:]]
     about = tuple(sorted(about, key=lambda s: s.cell))
-    return Question(category, text, tuple(options), answer, about, tuple(triples), {o: why(o) for o in options})
+    reasons = {o: why % ("a" if o == "yes" else o) for o in options}  # "there is a", "there is no"
+    return Question(category, text, tuple(options), answer, about, tuple(triples), reasons)
 
 
 def draw_question(rng, slots, category=None):
@@ -221,7 +219,7 @@ def draw_question(rng, slots, category=None):
             return shapes, question
 
 
-# ---- rows ----------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 def scene_json(objects, relationships):
     """objects: (id, box) pairs -> the scene graph's one-line JSON text."""
     objects = [{"id": i, "bbox": list(box)} for i, box in objects]
@@ -252,15 +250,15 @@ def stvqa_row(image_id, image, q):
     }
 
 
-def worked_example(q, loose_px=0, answer=None):
-    """The completion an annotator would write: boxes widened by `loose_px`, concluding `answer` (default: gold)."""
-    answer = answer or q.answer
-    boxes = [(max(x1 - loose_px, 0), max(y1 - loose_px, 0), min(x2 + loose_px, SIDE), min(y2 + loose_px, SIDE))
-             for x1, y1, x2, y2 in (s.box for s in q.shapes)]
-    scene = scene_json([(s.id, b) for s, b in zip(q.shapes, boxes, strict=True)], q.relationships)
+def worked_example(q, check_options=False):
+    """The completion an annotator would write; with check_options, its thinking judges every option."""
+    scene = scene_json([(s.id, s.box) for s in q.shapes], q.relationships)
     seen = ", ".join(s.name for s in q.shapes)
-    return (f"<observe> {seen} </observe>\n<scene>{scene}</scene>\n<think> {q.why[answer]}, so {answer} </think>\n"
-            f"<answer> ({'ABCD'[q.options.index(answer)]}) {answer} </answer>")
+    checked = "".join(f" ({'ABCD'[i]}) {o} {'yes' if o == q.answer else 'no'}"
+                      for i, o in enumerate(q.options))
+    return (f"<observe> {seen} </observe>\n<scene>{scene}</scene>\n"
+            f"<think> {q.why[q.answer]}, so {q.answer}{checked if check_options else ''} </think>\n"
+            f"<answer> ({q.letter}) {q.answer} </answer>")
 
 
 def png(image):
@@ -269,7 +267,7 @@ def png(image):
     return buffer.getvalue()
 
 
-# ---- splits --------------------------------------------------------------------------------------------------
+# ---- splits ------------------------------------------------------------------------------------------------
 def rows(n, seed, name, taken):
     """n rows of distinct scenes, none of them in `taken`, which grows by them."""
     rng, slots = random.Random(f"{seed} {name}"), answer_slots()
@@ -290,9 +288,7 @@ def worked_rows(cfg, stage, n, taken):
         shapes, q = draw_question(rng, slots, category)
         while tuple(shapes) in taken:
             shapes, q = draw_question(rng, slots, category)
-        loose_px = cfg.loose_px if stage == "careless" and rng.random() < cfg.loose_rate else 0
-        answer = q.options[0] if stage == "careless" and rng.random() < cfg.first_rate else q.answer
-        completion = worked_example(q, loose_px, answer)
+        completion = worked_example(q, check_options=stage.startswith("checked"))
         if stage == "careful" and i % 4 == 0:
             completion = completion[completion.index("<think>"):]
         yield stvqa_row(f"{stage}-{i:06d}", render(shapes), q) | {"completion": completion}
@@ -306,9 +302,9 @@ def stvqa_features(completion=False):
     return Features(columns | ({"completion": Value("string")} if completion else {}))
 
 
-# ---- the untrained model -------------------------------------------------------------------------------------
+# ---- the untrained model -----------------------------------------------------------------------------------
 def build_base_model(folder, seed):
-    """Write an untrained Qwen2.5-VL of 2.5M parameters with its processor, as `from_pretrained` and vLLM load it."""
+    """Write an untrained Qwen2.5-VL of 2.5M parameters and its processor for `from_pretrained` and vLLM."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -317,7 +313,8 @@ def build_base_model(folder, seed):
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(processor.tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1024,
+            tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
             bos_token_id=None, eos_token_id=token_id("<|im_end|>"), pad_token_id=token_id("<|endoftext|>")),
         vision_config=dict(depth=2, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=192,
@@ -335,13 +332,14 @@ def build_base_model(folder, seed):
 
 def build_processor(seed):
     """Qwen2.5-VL's processor around a byte-level BPE tokenizer trained on the tiny set's own text."""
+    import transformers
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\d+| ?[A-Za-z]+|_[a-z]+|[^A-Za-z0-9]")  # whole numbers and whole words
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     rng, slots = random.Random(f"{seed} tokenizer"), answer_slots()
     text = " ".join(map(str, range(SIDE + 1))) * 9 + "".join(TEMPLATES.values())
@@ -351,14 +349,16 @@ def build_processor(seed):
     tokenizer.train_from_iterator([text], trainers.BpeTrainer(
         vocab_size=700, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.add_tokens([AddedToken(p, normalized=False) for p in PHRASES])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False,
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
         additional_special_tokens=["<|im_start|>", *MODEL_TOKENS.values()])
-    pixels = dict(min_pixels=CELL * CELL, max_pixels=1024 * CELL * CELL)
-    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(**pixels), fast, Qwen2VLVideoProcessor(), CHAT_TEMPLATE)
+    images = transformers.Qwen2VLImageProcessor(min_pixels=CELL * CELL, max_pixels=1024 * CELL * CELL)
+    videos = transformers.Qwen2VLVideoProcessor()
+    return transformers.Qwen2_5_VLProcessor(images, fast, videos, CHAT_TEMPLATE)
 
 
-# ---- main ----------------------------------------------------------------------------------------------------
+# ---- main --------------------------------------------------------------------------------------------------
 def write_parquet(path, rows, features):
     from datasets import Dataset
 
@@ -378,7 +378,7 @@ def main():
     write_parquet(out / "train.parquet", rows(cfg.n_train, cfg.seed, "train", set(taken)), stvqa_features())
     if cfg.worked:
         stages = {"careful": [("locate", cfg.n_locate), ("careful", cfg.n_careful)],
-                  "careless": [("careless", cfg.n_careless)], "worked_val": [("careful_val", cfg.n_val)]}
+                  "checked": [("checked", cfg.n_checked)], "worked_val": [("checked_val", cfg.n_val)]}
         for name, parts in stages.items():
             worked = itertools.chain(*(worked_rows(cfg, stage, n, taken) for stage, n in parts))
             write_parquet(out / f"{name}.parquet", worked, stvqa_features(completion=True))

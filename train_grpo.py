@@ -104,7 +104,7 @@ class GRPOConfig(Config):
     seed: int = opt(0, "of batch order and sampling", ge=0)
     save_every: int = opt(5, "steps between checkpoints (and one at the end)", ge=1)
     keep_last: int = opt(2, "checkpoints kept", ge=1)
-    resume: Literal["auto", "never"] = opt("auto", "continue from the last checkpoint in out, or start over")
+    resume: Literal["auto", "never"] = opt("auto", "continue a run found in out; never: refuse to")
     samples_every: int = opt(5, "steps between saved samples of completions with their images; 0: none", ge=0)
     tracker: Literal["tensorboard", "wandb", "none"] = opt("tensorboard", "besides metrics.jsonl")
     dry_run: bool = opt(False, "print what would run and what is missing, load no model, exit")
@@ -389,7 +389,7 @@ def kl_loss(logp, logp_ref, logp_old, mask):
     """KL(policy || reference), k3 estimator (http://joschu.net/blog/kl-approx.html), summed over the mask.
 
     The samples come from the old policy, so each term is weighted by the ratio, and the gradient flows
-    through it: without, k3's gradient is that of another divergence. Returns: (loss, KL estimate), both summed.
+    through it: without, k3's gradient is that of another divergence. Returns: (loss, KL), both summed.
     """
     log_ratio = (logp_ref - logp).clamp(-20, 20)
     k3 = torch.exp(log_ratio) - log_ratio - 1
@@ -697,9 +697,9 @@ def main():
     if cfg.prompts_per_step % (world * cfg.updates_per_step):
         raise SystemExit(f"prompts_per_step {cfg.prompts_per_step}: expected a multiple of processes x "
                          f"updates_per_step = {world} x {cfg.updates_per_step}")
+    if cfg.resume == "never" and (out / "metrics.jsonl").exists():
+        raise SystemExit(f"{out} holds a run already: remove it, choose another out, or set resume=auto")
     if accelerator.is_main_process:
-        if cfg.resume == "never" and out.exists():
-            shutil.rmtree(out)
         write_run_record(cfg, out)
     accelerator.wait_for_everyone()
 
@@ -819,7 +819,7 @@ def check_mismatch(m: dict, on_gpu: bool):
     limit, value = (0.5, m["mismatch_mean"]) if on_gpu else (1e-2, m["mismatch_max"])
     if value > limit:
         raise RuntimeError(f"step {m['step']}: trainer and sampler differ by {value:.2g} nats a token, "
-                           f"expected at most {limit}: the sampler holds other weights or reads another prompt")
+                           f"expected at most {limit}: the sampler holds other weights or another prompt")
 
 
 if __name__ == "__main__":

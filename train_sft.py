@@ -1,10 +1,11 @@
-"""Supervised fine-tuning: the paper's baseline (LoRA on question-answer pairs) and the tiny model's warm start.
+"""Supervised fine-tuning: the paper's baseline (LoRA on question-answer pairs), the tiny model's warm start.
 
     accelerate launch train_sft.py configs/3b_sft.yaml       # the baseline: LoRA rank 8, 3 epochs
     python train_sft.py configs/tiny_sft.yaml                # the warm start shipped in assets/tiny, on a CPU
 
-The loss is the token mean over the completions of one update; prompts are masked. Sequences are packed without
-padding. Writes `<out>/final`, a folder that `from_pretrained` and vLLM load, and `<out>/metrics.jsonl`.
+The loss is the token mean over the completions of one update; prompts are masked. Sequences are packed
+without padding. Writes `<out>/final`, a folder that `from_pretrained` and vLLM load, and
+`<out>/metrics.jsonl`. A killed run continues from `<out>/last` and repeats what an undisturbed one does.
 """
 
 import json
@@ -31,7 +32,8 @@ class SFTConfig(Config):
     val_split: str | None = opt("val", "split of the validation loss; empty: none")
     val_limit: int = opt(256, "rows of it that are used", ge=1)
     revision: str | None = opt(None, "Hub revision of the data")
-    template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt("no_reasoning", "prompt")
+    template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
+        "no_reasoning", "prompt; problem: the row's own")
     target: Literal["answer", "scene_answer", "completion"] = opt("answer", "column to imitate")
     shuffle: bool = opt(True, "a new permutation every epoch; false: file order, for a curriculum")
     min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
@@ -67,7 +69,7 @@ class SFTConfig(Config):
 
 
 def learning_rate_at(step, steps, cfg):
-    """Linear warm-up, then a cosine down to zero at the last update."""
+    """Linear warm-up, then a cosine that would reach zero one update after the last."""
     warmup = round(cfg.warmup * steps)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
@@ -75,10 +77,11 @@ def learning_rate_at(step, steps, cfg):
 
 
 def completion_loss_sum(model, batch):
-    """Summed negative log-likelihood of the packed completion tokens (nats) and the number predicted right."""
-    targets = batch.pop("target_positions")
+    """Summed negative log-likelihood of the packed completion tokens (nats), number predicted right."""
+    targets = batch["target_positions"]
+    batch = {k: v for k, v in batch.items() if k != "target_positions"}
     labels = batch["input_ids"][0, targets]  # (N,)
-    # Only the positions that predict a completion token go through the head: at 152k entries it is the largest.
+    # Only positions that predict a completion token go through the head: at 152k entries it is the largest.
     logits = model(**batch, use_cache=False, logits_to_keep=targets - 1).logits[0]  # (N, V)
     return F.cross_entropy(logits.float(), labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
 
@@ -87,7 +90,8 @@ def build_model(cfg):
     from transformers import AutoModelForImageTextToText
 
     # fp32 masters: at small learning rates bf16 weights would round the update away.
-    model = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=torch.float32, attn_implementation=use_packed_attention())
+    model = AutoModelForImageTextToText.from_pretrained(
+        cfg.model, dtype=torch.float32, attn_implementation=use_packed_attention())
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora_rank:
@@ -99,14 +103,43 @@ def build_model(cfg):
     return model
 
 
-def save_checkpoint(accelerator, folder, step):
-    """Accelerate state plus the step, under a temporary name until it is whole."""
-    tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    accelerator.save_state(str(tmp))
-    (tmp / "step.json").write_text(json.dumps({"step": step}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
+def save_checkpoint(accelerator, out, step):
+    """Accelerate state, then the step: `last.tmp` is whole once it holds step.json."""
+    if accelerator.is_main_process:
+        shutil.rmtree(out / "last.tmp", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(out / "last.tmp"))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (out / "last.tmp" / "step.json").write_text(json.dumps({"step": step}))
+        replace_checkpoint(out)
+    accelerator.wait_for_everyone()
+
+
+def replace_checkpoint(out):
+    """`last.tmp` becomes `last`, if it is whole. Killed in between, a run does so when it resumes."""
+    if (out / "last.tmp" / "step.json").exists():
+        shutil.rmtree(out / "last", ignore_errors=True)
+        os.replace(out / "last.tmp", out / "last")
+
+
+def resume(accelerator, out):
+    """Load the last checkpoint, cut off the metrics of lost updates; returns the number of finished ones."""
+    if accelerator.is_main_process:
+        replace_checkpoint(out)
+    accelerator.wait_for_everyone()
+    step = 0
+    if (out / "last" / "step.json").exists():
+        accelerator.load_state(str(out / "last"))
+        step = json.loads((out / "last" / "step.json").read_text())["step"]
+    metrics = out / "metrics.jsonl"
+    if accelerator.is_main_process and metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines(keepends=True)
+                 if line.endswith("\n") and json.loads(line)["step"] <= step]
+        tmp = metrics.with_suffix(".tmp")
+        tmp.write_text("".join(lines))
+        os.replace(tmp, metrics)
+    return step
 
 
 def main():
@@ -117,7 +150,11 @@ def main():
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     out = Path(cfg.out)
     if accelerator.is_main_process:
+        if cfg.resume == "never":
+            for name in ("last", "last.tmp"):
+                shutil.rmtree(out / name, ignore_errors=True)
         write_run_record(cfg, out)
+    accelerator.wait_for_everyone()
 
     # ---- data ----
     processor = AutoProcessor.from_pretrained(cfg.model)
@@ -125,7 +162,8 @@ def main():
     load = dict(revision=cfg.revision, need_scene=cfg.target == "scene_answer",
                 prompt_length=encode.length, max_prompt_length=cfg.max_length)
     samples = load_samples(cfg.data, cfg.split, **load)
-    val = load_samples(cfg.val_data or cfg.data, cfg.val_split, limit=cfg.val_limit, **load) if cfg.val_split else []
+    val = (load_samples(cfg.val_data or cfg.data, cfg.val_split, limit=cfg.val_limit, **load)
+           if cfg.val_split else [])
     eos = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def sequence(sample):
@@ -148,10 +186,7 @@ def main():
     image_token_id = base.config.image_token_id
 
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
-    first = 0
-    if cfg.resume == "auto" and (out / "last" / "step.json").exists():
-        accelerator.load_state(str(out / "last"))
-        first = json.loads((out / "last" / "step.json").read_text())["step"]
+    first = resume(accelerator, out)
     rank, world = accelerator.process_index, accelerator.num_processes
     accelerator.print(f"{len(samples)} samples, {steps} updates of {cfg.batch_size}, from update {first}; "
                       f"{sum(p.numel() for p in decay + rest):,} trained parameters")
@@ -176,13 +211,14 @@ def main():
         return {"val_loss": loss / n, "val_token_accuracy": right / n}
 
     # ---- train ----
-    metrics, started, tokens_seen = [], time.time(), 0
+    started, tokens_seen = time.time(), 0
     model.train()
     for step in range(first, steps):
         order = (batch_at(cfg.seed, step, cfg.batch_size, len(samples)) if cfg.shuffle else
                  [i % len(samples) for i in range(step * cfg.batch_size, (step + 1) * cfg.batch_size)])
         sequences = [sequence(samples[i]) for i in order[rank::world]]
-        n_tokens = torch.tensor(float(sum(len(s.completion_ids) for s in sequences)), device=accelerator.device)
+        n_tokens = float(sum(len(s.completion_ids) for s in sequences))
+        n_tokens = torch.tensor(n_tokens, device=accelerator.device)
         n_tokens = accelerator.reduce(n_tokens, "sum")  # one denominator for the whole update
         total = torch.zeros(2, device=accelerator.device)
         for batch in packed(sequences):
@@ -199,18 +235,19 @@ def main():
         done = step + 1
         if done % cfg.log_every == 0 or done == steps:
             loss, right = (accelerator.reduce(total, "sum") / n_tokens).tolist()
+            seconds = time.time() - started
             line = {"step": done, "loss": loss, "token_accuracy": right, "grad_norm": float(grad_norm),
-                    "lr": learning_rate_at(step, steps, cfg), "tokens_per_s": tokens_seen / (time.time() - started),
-                    "seconds": time.time() - started}
+                    "lr": learning_rate_at(step, steps, cfg), "tokens_per_s": tokens_seen / seconds,
+                    "seconds": seconds}
             if val and (done % cfg.val_every == 0 or done == steps):
                 line |= validate()
             if accelerator.is_main_process:
-                print(f"update {done}/{steps} | " + " | ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"),
-                      flush=True)
+                numbers = " | ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step")
+                print(f"update {done}/{steps} | {numbers}", flush=True)
                 with open(out / "metrics.jsonl", "a") as f:
                     f.write(json.dumps(line) + "\n")
         if done % cfg.save_every == 0 or done == steps:
-            save_checkpoint(accelerator, out / "last", done)
+            save_checkpoint(accelerator, out, done)
 
     # ---- save ----
     trained = accelerator.unwrap_model(model)

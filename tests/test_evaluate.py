@@ -65,6 +65,7 @@ REPLIES = [
     ("arm chair", CHAIRS, "B"),
     ("The arm chair.", CHAIRS, "B"),
     ("the chair", CHAIRS, "A"),
+    ("It is at the top left.", ("top", "top left"), "B"),
     ("armchair", CHAIRS, None),
     ("chairs", CHAIRS, None),
     ("13", NUMBERS, "B"),
@@ -354,6 +355,21 @@ def test_batch_size_does_not_change_replies(tiny_base, tiny_data, tmp_path):
     one, seven = (read_records(tmp_path / f"{size}.jsonl")[1] for size in ("1", "7"))
     assert [r["reply"] for r in one] == [r["reply"] for r in seven]
     assert [r["n_tokens"] for r in one] == [r["n_tokens"] for r in seven]
+
+
+def test_batches_mark_padding_and_image_tokens(tiny_base, tiny_data, tmp_path, monkeypatch):
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    seen, generate = [], Qwen2_5_VLForConditionalGeneration.generate
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "generate",
+                        lambda self, **batch: seen.append(batch) or generate(self, **batch))  # fmt: skip
+    run_main(tiny_base, tiny_data, tmp_path, "--batch_size", "24")
+    tokenizer = AutoProcessor.from_pretrained(tiny_base).tokenizer
+    ids, mask = seen[0]["input_ids"], seen[0]["attention_mask"]
+    assert (mask == (ids != tokenizer.pad_token_id)).all() and (mask == 0).any() and mask[:, -1].all()
+    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert (seen[0]["mm_token_type_ids"] == (ids == image_token)).all()
+    assert (ids == image_token).sum() == 24 * 9
 
 
 def test_a_prompt_beyond_the_context_fails_and_is_counted(tiny_base, tiny_data, tmp_path):

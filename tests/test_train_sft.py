@@ -1,0 +1,258 @@
+"""The supervised trainer: schedule and loss against plain ones; real runs, killed, resumed and merged."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import PromptEncoder, Sequenced, load_samples, pack, use_packed_attention
+from train_sft import SFTConfig, completion_loss_sum, learning_rate_at, replace_checkpoint, resume
+
+REPO = Path(__file__).parent.parent
+TIMINGS = ("seconds", "tokens_per_s")
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """What `make warm-start` has in runs/warm after its first two commands, in small: data/ and careful/."""
+    folder = tmp_path_factory.mktemp("warm")
+    sizes = "n_locate=16 n_careful=48 n_checked=16 n_train=8 n_val=8".split()
+    run("synthesize.py", f"out={folder / 'data'}", "worked=true", *sizes)
+    run(*command(folder))
+    return folder
+
+
+def run(*arguments):
+    done = subprocess.run([sys.executable, *arguments], cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def command(warm, **overrides):
+    """24 updates of 8 on the worked examples, from the untrained model; the paths are those of the config."""
+    config = SFTConfig.load([str(REPO / "configs" / "tiny_sft.yaml")])
+    paths = ("model", "data", "val_data", "out")
+    here = {key: getattr(config, key).replace("runs/warm", str(warm)) for key in paths}
+    small = dict(epochs=3, batch_size=8, log_every=1, val_every=12, save_every=2)
+    settings = here | small | overrides
+    return ["train_sft.py", "configs/tiny_sft.yaml", *(f"{k}={v}" for k, v in settings.items())]
+
+
+def metrics(out):
+    path = Path(out) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{k: v for k, v in m.items() if k not in TIMINGS} for m in lines]
+
+
+def load(folder, dtype=torch.float32, attention=None):
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention or use_packed_attention())
+
+
+def worked_sequences(folder, parquet, n):
+    """The first n rows as the trainer packs them: prompt, completion, end of turn."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    encode, tokenizer = PromptEncoder(processor, "spatial_thinker", 784, 802816), processor.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    samples = load_samples(str(parquet), need_scene=False)[:n]
+    return [Sequenced(encode(s), [*tokenizer(s.completion)["input_ids"], end]) for s in samples]
+
+
+# ---- schedule ----
+def test_learning_rate_by_hand():
+    cfg = SFTConfig(learning_rate=0.8, warmup=0.2)
+    # 10 updates, 2 of warm-up: 1/2, 2/2, then (1 + cos(pi * k / 8)) / 2 for k = 0..7
+    got = [learning_rate_at(step, 10, cfg) for step in range(10)]
+    assert got[:3] == pytest.approx([0.4, 0.8, 0.8])
+    assert got[6] == pytest.approx(0.4)  # k = 4: cos(pi / 2) = 0
+    assert got[9] == pytest.approx(0.8 * 0.0380602, abs=1e-7)  # k = 7: cos(7 pi / 8) = -0.9238795
+    assert got[1:] == sorted(got[1:], reverse=True)
+    assert learning_rate_at(10, 10, cfg) == pytest.approx(0)
+
+
+def test_learning_rate_without_warm_up_and_of_a_single_update():
+    assert learning_rate_at(0, 4, SFTConfig(learning_rate=0.8, warmup=0)) == 0.8
+    assert learning_rate_at(0, 1, SFTConfig(learning_rate=0.8, warmup=0.9)) == 0.8  # all of it is warm-up
+
+
+# ---- loss ----
+@pytest.fixture(scope="module")
+def tiny(warm):
+    base = warm / "data" / "base_model"
+    return load(base), worked_sequences(base, warm / "data" / "careful.parquet", 20)[14:20]  # both stages
+
+
+def plain_loss(model, sequence):
+    """One sequence, an ordinary forward: (summed cross entropy of the completion, tokens predicted right)."""
+    ids = torch.tensor([sequence.prompt.ids + sequence.completion_ids])
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids),
+                       pixel_values=sequence.prompt.pixel_values,
+                       image_grid_thw=sequence.prompt.image_grid_thw,
+                       mm_token_type_ids=(ids == model.config.image_token_id).int()).logits[0]
+    labels = ids[0].clone()
+    labels[: len(sequence.prompt.ids)] = -100
+    loss = F.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
+    return loss.item(), int((logits[:-1].argmax(-1) == labels[1:]).sum())
+
+
+def test_packed_loss_equals_plain_cross_entropy(tiny, warm):
+    model, sequences = tiny
+    eager = load(warm / "data" / "base_model", attention="eager")
+    want = np.sum([plain_loss(eager, s) for s in sequences], axis=0)
+    with torch.no_grad():
+        loss, right = completion_loss_sum(model, pack(sequences, model, model.config.image_token_id))
+    assert loss.item() == pytest.approx(want[0], rel=1e-5)
+    assert int(right) == want[1]
+    n = sum(len(s.completion_ids) for s in sequences)
+    uniform = math.log(model.config.text_config.vocab_size)
+    assert loss.item() / n == pytest.approx(uniform, abs=0.5)  # untrained
+
+
+def test_loss_and_gradient_do_not_depend_on_packing(tiny):
+    model, sequences = tiny
+    losses, gradients = [], []
+    for groups in ([[0, 1, 2, 3, 4, 5]], [[5], [0, 2, 3], [1, 4]]):
+        model.zero_grad()
+        losses.append(0)
+        for group in groups:
+            batch = pack([sequences[i] for i in group], model, model.config.image_token_id)
+            loss, _ = completion_loss_sum(model, batch)
+            loss.backward()
+            losses[-1] += loss.item()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert gradients[0].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_only_completion_tokens_get_a_loss(tiny):
+    """What flows back into the head is softmax - one-hot of the completions, nothing of other tokens."""
+    model, sequences = tiny
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    loss, _ = completion_loss_sum(model, pack(sequences, model, model.config.image_token_id))
+    hook.remove()
+    (gradient,) = torch.autograd.grad(loss, seen[0])  # (1, N, V)
+    labels = torch.tensor([i for s in sequences for i in s.completion_ids])
+    want = seen[0][0].detach().softmax(-1) - F.one_hot(labels, seen[0].shape[-1])
+    np.testing.assert_allclose(gradient[0], want, atol=1e-6)
+
+
+# ---- checkpoints ----
+def fake_run(out, step, tmp_step=None, lines=(), torn=""):
+    for name, number in (("last", step), ("last.tmp", tmp_step)):
+        if number is not None:
+            (out / name).mkdir()
+            (out / name / "step.json").write_text(json.dumps({"step": number}))
+    (out / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in lines) + torn)
+
+
+def resumed(out):
+    loaded = []
+    accelerator = SimpleNamespace(
+        is_main_process=True, wait_for_everyone=lambda: None, load_state=loaded.append)
+    step = resume(accelerator, out)
+    assert loaded == ([str(out / "last")] if step else [])
+    return step, [m["step"] for m in metrics(out)]
+
+
+def test_metrics_of_lost_updates_are_cut_off(tmp_path):
+    fake_run(tmp_path, step=4, lines=(1, 2, 3, 4, 5, 6), torn='{"step": 7, "lo')
+    assert resumed(tmp_path) == (4, [1, 2, 3, 4])
+
+
+def test_without_a_checkpoint_all_metrics_are_cut_off(tmp_path):
+    fake_run(tmp_path, step=None, lines=(1, 2))
+    assert resumed(tmp_path) == (0, [])
+
+
+def test_a_checkpoint_caught_before_its_renaming_is_used(tmp_path):
+    fake_run(tmp_path, step=2, tmp_step=4, lines=(1, 2, 3, 4, 5))  # `last` may be half deleted
+    assert resumed(tmp_path) == (4, [1, 2, 3, 4])
+    assert not (tmp_path / "last.tmp").exists()
+
+
+def test_half_a_checkpoint_is_not_used(tmp_path):
+    fake_run(tmp_path, step=2)
+    (tmp_path / "last.tmp").mkdir()
+    replace_checkpoint(tmp_path)
+    assert resumed(tmp_path) == (2, [])
+
+
+# ---- runs ----
+def test_the_loss_falls_and_final_is_the_trained_model(warm):
+    out = warm / "careful"
+    lines = metrics(out)
+    assert [m["step"] for m in lines] == list(range(1, 25))
+    assert [m["step"] for m in lines if "val_loss" in m] == [12, 24]
+    assert np.mean([m["loss"] for m in lines[-4:]]) < lines[0]["loss"] - 1
+    assert all(m["grad_norm"] > 0 for m in lines)
+    assert (out / "config.yaml").exists() and (out / "run.json").exists()
+    assert json.loads((out / "last" / "step.json").read_text()) == {"step": 24}
+
+    model = load(out / "final")
+    sequences = worked_sequences(out / "final", warm / "data" / "worked_val.parquet", 8)
+    with torch.no_grad():
+        loss, right = completion_loss_sum(model, pack(sequences, model, model.config.image_token_id))
+    n = sum(len(s.completion_ids) for s in sequences)
+    assert loss.item() / n == pytest.approx(lines[-1]["val_loss"], rel=0.01)  # bf16 on disk
+    assert right.item() / n == pytest.approx(lines[-1]["val_token_accuracy"], abs=0.02)
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(warm, tmp_path):
+    out = tmp_path / "killed"
+    arguments = command(warm, out=out)
+    process = subprocess.Popen([sys.executable, *arguments], cwd=REPO, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.time() + 240
+    while len(metrics(out)) < 5:  # the second checkpoint stands, and an update after it will be lost
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 5 <= len(metrics(out)) < 24 and not (out / "final").exists()
+    run(*arguments)
+    assert metrics(out) == metrics(warm / "careful")
+    want, got = (load(folder / "final").state_dict() for folder in (warm / "careful", out))
+    assert all(torch.equal(want[k], got[k]) for k in want)
+
+
+def test_the_warm_start_of_the_makefile_runs_through(warm):
+    """Its commands after the first, in small: each one finds the data and model that it names."""
+    makefile = (REPO / "Makefile").read_text()
+    commands = re.findall(r"^\t\$\(sft\) (.*)$", makefile, flags=re.M)
+    assert commands[0] == "model=runs/warm/data/base_model" and len(commands) > 1
+    untrained = metrics(warm / "careful")[0]["loss"]
+    for line in commands[1:]:
+        named = dict(pair.split("=") for pair in line.replace("runs/warm", str(warm)).split())
+        run(*command(warm, **named | {"epochs": 1}))
+        assert metrics(named["out"])[0]["loss"] < untrained - 1  # it starts from the stage before
+        assert (Path(named["out"]) / "final" / "config.json").exists()
+
+
+def test_lora_trains_linear_layers_only_and_is_merged(warm, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "lora"
+    run(*command(warm, out=out, lora_rank=4, target="answer", template="no_reasoning", learning_rate=1e-2,
+                 epochs=0.25, weight_decay=0))
+    assert [m["step"] for m in metrics(out)] == [1, 2]
+    start, end = load(warm / "data" / "base_model", torch.bfloat16), load(out / "final", torch.bfloat16)
+    linear = {f"{name}.weight" for name, module in start.named_modules()
+              if isinstance(module, torch.nn.Linear) and name != "lm_head"}
+    before, after = start.state_dict(), end.state_dict()
+    assert set(before) == set(after)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == linear

@@ -1,0 +1,44 @@
+"""`trl_spatial_reward` inside a real GRPOTrainer run of the tiny model."""
+
+from pathlib import Path
+
+import pytest
+
+ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
+
+
+@pytest.mark.slow
+def test_a_real_trl_run_earns_our_reward(tiny_data, tmp_path):
+    from datasets import Dataset, Features, Image, Value
+    from transformers import AutoProcessor
+    from trl import GRPOConfig, GRPOTrainer
+
+    from data import build_prompt_text, load_samples
+    from rewards import spatial_reward, trl_spatial_reward
+
+    rows = [{"prompt": [{"role": "user", "content": build_prompt_text("spatial_thinker", s.question, s.size)}],
+             "image": s.load_images()[0], "answer_option_text": s.ground_truth}
+            for s in load_samples(str(tiny_data), limit=8)]
+    message = [{"role": Value("string"), "content": Value("string")}]
+    features = Features({"prompt": message, "image": Image(), "answer_option_text": Value("string")})
+    earned = []
+
+    def reward(completions, prompts, answer_option_text, **columns):
+        values = trl_spatial_reward(completions, answer_option_text, prompts=prompts, **columns)
+        earned.extend(zip(completions, answer_option_text, values, strict=True))
+        return values
+
+    processor = AutoProcessor.from_pretrained(ASSETS)
+    processor.tokenizer.padding_side = "left"
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=112,
+        max_steps=1, logging_steps=1, report_to=[], use_cpu=True, bf16=False, learning_rate=1e-5, save_strategy="no")
+    trainer = GRPOTrainer(model=str(ASSETS), reward_funcs=reward, args=arguments, processing_class=processor,
+                          train_dataset=Dataset.from_list(rows, features=features))
+    trainer.train()
+    (logged,) = [log["reward"] for log in trainer.state.log_history if "reward" in log]
+    assert len(earned) == 8
+    for completion, gold, value in earned:
+        assert value == spatial_reward(completion[0]["content"], gold, (84, 84))["reward"]
+    assert logged == pytest.approx(sum(value for *_, value in earned) / 8, abs=1e-6)
+    assert logged > 0.1
