@@ -84,7 +84,9 @@ def test_renamed_columns_are_mapped(rows, tmp_path):
 
 
 @pytest.mark.parametrize("source, message", [
-    ("no/such/folder/x.parquet", "no such file"), ("no-such-thing", "expected a Hub id"), ("", "expected a Hub id"),
+    ("no/such/folder/x.parquet", "no such file"),
+    ("no-such-thing", "expected a Hub id"),
+    ("", "expected a Hub id"),
 ])  # fmt: skip
 def test_a_missing_source_is_named(source, message):
     with pytest.raises(ValueError, match=message):
@@ -93,10 +95,12 @@ def test_a_missing_source_is_named(source, message):
 
 # ---- checks ----
 BAD = {
-    "scene": (lambda r: r | {"answer_option_text": "<scene>{</scene>\n<answer>(A) x</answer>"}, "answer_option_text"),
+    "scene": (lambda r: r | {"answer_option_text": "<scene>{</scene>\n<answer>(A) x</answer>"},
+              "column answer_option_text"),
     "outside": (lambda r: with_scene(r, [0, 0, 90, 20]), "boxes inside the image"),
     "other answer": (lambda r: with_scene(r, [0, 0, 9, 9], "(A) nonsense"), "answer_option_text"),
-    "answer": (lambda r: r | {"answer_option_text_only": "(D) a cat"}, "answer_option_text_only: expected one of"),
+    "answer": (lambda r: r | {"answer_option_text_only": "(D) a cat"},
+               "answer_option_text_only: expected one of"),
     "options": (lambda r: r | {"options": []}, "column options"),
     "question": (lambda r: r | {"question_with_options": "  "}, "column question_with_options"),
     "image": (lambda r: r | {"images": {"bytes": b"not an image", "path": None}}, "column images"),
@@ -140,7 +144,8 @@ def test_the_scene_is_not_asked_for_where_it_is_not_needed(rows, tmp_path):
 def test_prompt_text():
     text = build_prompt_text("spatial_thinker", "Where? (A) here (B) there", (640, 480))
     assert text.startswith("You FIRST observe the image in <observe> </observe> tags")
-    assert text.endswith("e.g., <answer> (A) cat </answer>.\n\nImage size: (640 x 480)\n\nWhere? (A) here (B) there")
+    assert text.endswith(
+        "e.g., <answer> (A) cat </answer>.\n\nImage size: (640 x 480)\n\nWhere? (A) here (B) there")
     assert "Image size" not in build_prompt_text("reasoning", "Where?", (640, 480))
     with pytest.raises(ValueError, match="template: expected one of"):
         build_prompt_text("spatial", "Where?", (640, 480))
@@ -248,4 +253,5 @@ def test_gold_boxes_are_where_the_paint_is():
             x1, y1, x2, y2 = s.box
             painted = (pixels == COLORS[s.color]).all(-1)
             mine = painted[y1:y2, x1:x2]
-            assert mine[-1].any() and mine[:, 0].any() and mine[:, -1].any() and mine[0].any()  # touches all four sides
+            sides = (mine[0], mine[-1], mine[:, 0], mine[:, -1])
+            assert all(side.any() for side in sides)

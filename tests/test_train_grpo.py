@@ -21,7 +21,7 @@ from train_grpo import (
 
 # ---- advantages ----
 def test_group_advantages_by_hand():
-    # mean 0.5, unbiased std sqrt((0.25 * 2) / 1) = 0.70711 -> +-0.5 / 0.70711 = +-0.70711; 0, 0, 3: mean 1, std sqrt(3)
+    # mean 0.5, unbiased std sqrt((0.25 * 2) / 1) = 0.70711: +-0.5 / 0.70711; 0, 0, 3: mean 1, std sqrt(3)
     got = group_advantages(torch.tensor([[0.0, 1.0]], dtype=torch.float64))
     np.testing.assert_allclose(got, [[-0.70711, 0.70711]], atol=1e-5)
     got = group_advantages(torch.tensor([[0.0, 0.0, 3.0]], dtype=torch.float64))
@@ -95,12 +95,14 @@ def test_policy_loss_equals_the_reference_on_random_tokens():
         mask, weight = rng.integers(0, 2, 50).astype(float), rng.uniform(0, 2, 50)
         got, _ = policy_loss(*map(torch.tensor, (logp, old, advantage, mask)), clip_low=0.1, clip_high=0.4,
                              dual_clip=2.0, weight=torch.tensor(weight))
-        assert got.item() == pytest.approx(numpy_policy_loss(logp, old, advantage, mask, 0.1, 0.4, 2.0, weight))
+        want = numpy_policy_loss(logp, old, advantage, mask, 0.1, 0.4, 2.0, weight)
+        assert got.item() == pytest.approx(want)
 
 
 def test_masked_tokens_get_exactly_zero_gradient_and_extreme_ratios_stay_finite():
     logp = torch.tensor([-1.0, -2.0, 500.0, -500.0], requires_grad=True)
-    loss, _ = policy_loss(logp, torch.zeros(4), torch.tensor([1.0, 1.0, -1.0, 1.0]), torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    advantages, mask = torch.tensor([1.0, 1.0, -1.0, 1.0]), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    loss, _ = policy_loss(logp, torch.zeros(4), advantages, mask)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
     assert logp.grad[1] == 0 and logp.grad[0] != 0
@@ -165,10 +167,12 @@ def plain_logps(model_folder, sequence, forbidden, temperature):
     """One sequence, transformers' ordinary forward and log_softmax."""
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_folder, dtype=torch.float32, attn_implementation="eager")
     ids = torch.tensor([sequence.prompt.ids + sequence.completion_ids])
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=sequence.prompt.pixel_values,
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids),
+                       pixel_values=sequence.prompt.pixel_values,
                        image_grid_thw=sequence.prompt.image_grid_thw,
                        mm_token_type_ids=(ids == model.config.image_token_id).int()).logits[0]
     logits[:, forbidden] += FORBIDDEN_BIAS
@@ -196,7 +200,8 @@ def test_gradients_do_not_depend_on_packing_or_chunk(tiny):
         use_logprob_head(model, [], 1.0, chunk)
         model.zero_grad()
         for group in groups:
-            logp, _ = token_logps(model, pack([sequences[i] for i in group], model, model.config.image_token_id))
+            packed = pack([sequences[i] for i in group], model, model.config.image_token_id)
+            logp, _ = token_logps(model, packed)
             logp.sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
@@ -205,7 +210,7 @@ def test_gradients_do_not_depend_on_packing_or_chunk(tiny):
 
 
 def test_the_image_reaches_the_logps(tiny):
-    """Another image, same text: other log-probs (a packed batch that drops or mixes up images would pass the rest)."""
+    """Another image, same text: other log-probs. A batch that drops or mixes up images would not see it."""
     model, _, sequences = tiny
     use_logprob_head(model, [], 1.0, 1024)
     import dataclasses

@@ -24,7 +24,7 @@ TIMINGS = ("seconds", "tokens_per_s")
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """What `make warm-start` has in runs/warm after its first two commands, in small: data/ and careful/."""
+    """What `make warm-start` has in runs/warm after its first two commands, in small: data/ and 1/."""
     folder = tmp_path_factory.mktemp("warm")
     sizes = "n_locate=16 n_careful=48 n_checked=16 n_train=8 n_val=8".split()
     run("synthesize.py", f"out={folder / 'data'}", "worked=true", *sizes)
@@ -195,7 +195,7 @@ def test_half_a_checkpoint_is_not_used(tmp_path):
 
 # ---- runs ----
 def test_the_loss_falls_and_final_is_the_trained_model(warm):
-    out = warm / "careful"
+    out = warm / "1"
     lines = metrics(out)
     assert [m["step"] for m in lines] == list(range(1, 25))
     assert [m["step"] for m in lines if "val_loss" in m] == [12, 24]
@@ -226,17 +226,17 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(warm, tmp_path):
     process.wait()
     assert 5 <= len(metrics(out)) < 24 and not (out / "final").exists()
     run(*arguments)
-    assert metrics(out) == metrics(warm / "careful")
-    want, got = (load(folder / "final").state_dict() for folder in (warm / "careful", out))
+    assert metrics(out) == metrics(warm / "1")
+    want, got = (load(folder / "final").state_dict() for folder in (warm / "1", out))
     assert all(torch.equal(want[k], got[k]) for k in want)
 
 
 def test_the_warm_start_of_the_makefile_runs_through(warm):
     """Its commands after the first, in small: each one finds the data and model that it names."""
-    makefile = (REPO / "Makefile").read_text()
+    makefile = (REPO / "Makefile").read_text().replace("\\\n", "")
     commands = re.findall(r"^\t\$\(sft\) (.*)$", makefile, flags=re.M)
-    assert commands[0] == "model=runs/warm/data/base_model" and len(commands) > 1
-    untrained = metrics(warm / "careful")[0]["loss"]
+    assert commands[0] == "model=runs/warm/data/base_model out=runs/warm/1" and len(commands) > 1
+    untrained = metrics(warm / "1")[0]["loss"]
     for line in commands[1:]:
         named = dict(pair.split("=") for pair in line.replace("runs/warm", str(warm)).split())
         run(*command(warm, **named | {"epochs": 1}))
