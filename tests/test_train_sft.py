@@ -24,7 +24,7 @@ TIMINGS = ("seconds", "tokens_per_s")
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """What `make warm-start` has in runs/warm after its first two commands, in small: data/ and 1/."""
+    """What `make warm-start` has after its first two commands, in small: the data and one run."""
     folder = tmp_path_factory.mktemp("warm")
     sizes = "n_locate=16 n_careful=48 n_checked=16 n_train=8 n_val=8".split()
     run("synthesize.py", f"out={folder / 'data'}", "worked=true", *sizes)
@@ -37,13 +37,17 @@ def run(*arguments):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def command(warm, **overrides):
-    """24 updates of 8 on the worked examples, from the untrained model; the paths are those of the config."""
+def paths(warm):
+    """The paths of the config, below `warm`."""
     config = SFTConfig.load([str(REPO / "configs" / "tiny_sft.yaml")])
-    paths = ("model", "data", "val_data", "out")
-    here = {key: getattr(config, key).replace("runs/warm", str(warm)) for key in paths}
+    return {key: getattr(config, key).replace("runs/warm", str(warm))
+            for key in ("model", "data", "val_data", "out")}
+
+
+def command(warm, **overrides):
+    """24 updates of 8 on the worked examples, from the untrained model."""
     small = dict(epochs=3, batch_size=8, log_every=1, val_every=12, save_every=2)
-    settings = here | small | overrides
+    settings = paths(warm) | small | overrides
     return ["train_sft.py", "configs/tiny_sft.yaml", *(f"{k}={v}" for k, v in settings.items())]
 
 
@@ -195,7 +199,7 @@ def test_half_a_checkpoint_is_not_used(tmp_path):
 
 # ---- runs ----
 def test_the_loss_falls_and_final_is_the_trained_model(warm):
-    out = warm / "1"
+    out = Path(paths(warm)["out"])
     lines = metrics(out)
     assert [m["step"] for m in lines] == list(range(1, 25))
     assert [m["step"] for m in lines if "val_loss" in m] == [12, 24]
@@ -226,19 +230,20 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(warm, tmp_path):
     process.wait()
     assert 5 <= len(metrics(out)) < 24 and not (out / "final").exists()
     run(*arguments)
-    assert metrics(out) == metrics(warm / "1")
-    want, got = (load(folder / "final").state_dict() for folder in (warm / "1", out))
+    undisturbed = Path(paths(warm)["out"])
+    assert metrics(out) == metrics(undisturbed)
+    want, got = (load(folder / "final").state_dict() for folder in (undisturbed, out))
     assert all(torch.equal(want[k], got[k]) for k in want)
 
 
 def test_the_warm_start_of_the_makefile_runs_through(warm):
-    """Its commands after the first, in small: each one finds the data and model that it names."""
-    makefile = (REPO / "Makefile").read_text().replace("\\\n", "")
+    """Its commands in small: each one finds the data and the model that it names."""
+    makefile = (REPO / "Makefile").read_text().replace("\\\n", "").replace("runs/warm", str(warm))
     commands = re.findall(r"^\t\$\(sft\) (.*)$", makefile, flags=re.M)
-    assert commands[0] == "model=runs/warm/data/base_model out=runs/warm/1" and len(commands) > 1
-    untrained = metrics(warm / "1")[0]["loss"]
-    for line in commands[1:]:
-        named = dict(pair.split("=") for pair in line.replace("runs/warm", str(warm)).split())
+    first, *later = [paths(warm) | dict(pair.split("=") for pair in line.split()) for line in commands]  # the first has run: the fixture
+    assert first == paths(warm) and later
+    untrained = metrics(first["out"])[0]["loss"]
+    for named in later:
         run(*command(warm, **named | {"epochs": 1}))
         assert metrics(named["out"])[0]["loss"] < untrained - 1  # it starts from the stage before
         assert (Path(named["out"]) / "final" / "config.json").exists()
