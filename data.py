@@ -163,6 +163,8 @@ def read_table(source: str, split: str, revision: str | None, image_column: str)
     import datasets
 
     path = Path(source)
+    if not source:
+        raise ValueError("data: expected a Hub id, a file or a folder, got nothing")
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         table = datasets.load_from_disk(source)
         if isinstance(table, datasets.DatasetDict):

@@ -86,7 +86,7 @@ def test_renamed_columns_are_mapped(rows, tmp_path):
 @pytest.mark.parametrize("source, message", [
     ("no/such/folder/x.parquet", "no such file"),
     ("no-such-thing", "expected a Hub id"),
-    ("", "expected a Hub id"),
+    ("", "expected a Hub id, a file or a folder, got nothing"),
 ])  # fmt: skip
 def test_a_missing_source_is_named(source, message):
     with pytest.raises(ValueError, match=message):
