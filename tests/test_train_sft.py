@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import synthesize
 from data import PromptEncoder, Sequenced, load_samples, pack, use_packed_attention
 from train_sft import SFTConfig, completion_loss_sum, learning_rate_at, replace_checkpoint, resume
 
@@ -27,7 +28,9 @@ def warm(tmp_path_factory):
     """What `make warm-start` has after its first two commands, in small: the data and one run."""
     folder = tmp_path_factory.mktemp("warm")
     sizes = "n_locate=16 n_careful=48 n_checked=16 n_train=8 n_val=8".split()
-    run("synthesize.py", f"out={folder / 'data'}", "worked=true", *sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["synthesize.py", f"out={folder / 'data'}", "worked=true", *sizes])
+        synthesize.main()
     run(*command(folder))
     return folder
 
@@ -45,8 +48,8 @@ def paths(warm):
 
 
 def command(warm, **overrides):
-    """16 updates of 8 on the worked examples, from the untrained model."""
-    small = dict(epochs=2, batch_size=8, log_every=1, val_every=8, save_every=2)
+    """12 updates of 8 on the worked examples, from the untrained model."""
+    small = dict(epochs=1.5, batch_size=8, log_every=1, val_every=6, save_every=2)
     settings = paths(warm) | small | overrides
     return ["train_sft.py", "configs/tiny_sft.yaml", *(f"{k}={v}" for k, v in settings.items())]
 
@@ -201,12 +204,12 @@ def test_half_a_checkpoint_is_not_used(tmp_path):
 def test_the_loss_falls_and_final_is_the_trained_model(warm):
     out = Path(paths(warm)["out"])
     lines = metrics(out)
-    assert [m["step"] for m in lines] == list(range(1, 17))
-    assert [m["step"] for m in lines if "val_loss" in m] == [8, 16]
+    assert [m["step"] for m in lines] == list(range(1, 13))
+    assert [m["step"] for m in lines if "val_loss" in m] == [6, 12]
     assert np.mean([m["loss"] for m in lines[-4:]]) < lines[0]["loss"] - 1
     assert all(m["grad_norm"] > 0 for m in lines)
     assert (out / "config.yaml").exists() and (out / "run.json").exists()
-    assert json.loads((out / "last" / "step.json").read_text()) == {"step": 16}
+    assert json.loads((out / "last" / "step.json").read_text()) == {"step": 12}
 
     model = load(out / "final")
     sequences = worked_sequences(out / "final", warm / "data" / "worked_val.parquet", 8)
@@ -228,7 +231,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(warm, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 5 <= len(metrics(out)) < 16 and not (out / "final").exists()
+    assert 5 <= len(metrics(out)) < 12 and not (out / "final").exists()
     run(*arguments)
     undisturbed = Path(paths(warm)["out"])
     assert metrics(out) == metrics(undisturbed)
@@ -243,7 +246,7 @@ def test_the_warm_start_of_the_makefile_runs_through(warm):
     first, *later = [paths(warm) | dict(pair.split("=") for pair in line.split()) for line in commands]
     assert first == paths(warm) and later
     for named in later:
-        run(*command(warm, **named | {"epochs": 1, "learning_rate": 1e-5}))
+        run(*command(warm, **named | {"epochs": 0.5, "learning_rate": 1e-5}))
         before = metrics(Path(named["model"]).parent)
         assert metrics(named["out"])[0]["loss"] == pytest.approx(before[-1]["val_loss"], abs=0.5)
         assert before[-1]["val_loss"] < metrics(first["out"])[0]["loss"] - 1  # which is the untrained model's
