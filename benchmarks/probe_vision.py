@@ -2,7 +2,7 @@
 
     python benchmarks/probe_vision.py [model folder ...]      # default: untrained and assets/tiny; 30 s
 
-A probe is a linear classifier from one cell's image token to a property of the shape in it, trained on two thirds
+A probe is a linear classifier from a cell's image token to a property of its shape, trained on two thirds
 of 1,200 drawn scenes and tested on the rest. Chance: colour 0.20, shape 0.33, cell 0.11.
 """
 
