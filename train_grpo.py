@@ -471,6 +471,7 @@ def save_checkpoint(accelerator, policy, processor, out: Path, step: int, scores
         shutil.rmtree(tmp, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(tmp))
+    accelerator.wait_for_everyone()  # every rank writes a part
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(policy)
         model.config.save_pretrained(tmp / "hf")
