@@ -713,8 +713,9 @@ def main():
     val = load_samples(**data_arguments(cfg, cfg.val_data or cfg.data, cfg.val_split), **lengths,
                        limit=cfg.val_limit) if cfg.val_every else []
     say(arithmetic(cfg, world, len(train)))
-    for message in train.skipped:
-        say(f"left out: {message}")
+    for name, samples in (("train", train), ("val", val)) if val else (("train", train),):
+        say(f"{name}: {len(samples)} rows, {samples.clipped} with a gold box clipped to the image, "
+            f"{len(samples.skipped)} left out" + "".join(f"\n  {message}" for message in samples.skipped))
 
     # models
     torch.manual_seed(cfg.seed)
