@@ -1,6 +1,6 @@
 # make demo    train, merge and evaluate a tiny model on this machine, GPU or not
 # make test    the test suite (PYTEST_ARGS="-k reward -x" narrows it)
-# make warm-start   the start of the demo, from nothing (about half an hour); assets/tiny holds the result
+# make warm-start   the start of the demo, from nothing (about ten minutes); assets/tiny holds the result
 # make bench   micro-benchmarks
 # make lint    ruff
 # make setup   only make .venv (PYTHON=/path/to/python3.11 chooses the interpreter); the others do it as well
@@ -10,7 +10,6 @@ export PYTHON
 python = .venv/bin/python
 demo = runs/tiny
 evaluate = $(python) evaluate.py --dataset $(demo)/data/val.parquet --min_pixels 784 --max_new_tokens 192 --out $(demo)
-sft = $(python) train_sft.py configs/tiny_sft.yaml
 
 .PHONY: demo warm-start test bench lint setup clean clean-venv
 
@@ -25,14 +24,12 @@ demo: .venv/.ready
 		--data $(demo)/data/val.parquet --out $(demo)
 	@echo "Worth opening: $(demo)/curves.png (what it learned) and $(demo)/page.html (what it answers, before and after)"
 
-# The start of the demo, from nothing: it learns the grammar and to see, then to check options, then once more.
+# The start of the demo, from nothing.
 warm-start: .venv/.ready
 	rm -rf runs/warm
 	$(python) synthesize.py out=runs/warm/data worked=true
-	$(sft) model=runs/warm/data/base_model
-	$(sft) model=runs/warm/careful/final data=runs/warm/data/checked.parquet out=runs/warm/checked
-	$(sft) model=runs/warm/checked/final data=runs/warm/data/checked.parquet out=runs/warm/again learning_rate=7e-4 shuffle=true seed=1
-	@echo "To ship it: cp runs/warm/again/final/* assets/tiny/"
+	$(python) train_sft.py configs/tiny_sft.yaml
+	@echo "To ship it: cp runs/warm/sft/final/* assets/tiny/"
 
 test: .venv/.ready
 	$(python) -m pytest $(PYTEST_ARGS)

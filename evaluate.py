@@ -371,10 +371,14 @@ def vllm_replies(model_path: str, samples: Sequence, encode: PromptEncoder, how:
 
     context = context_length(model_path)
     longest = max(encode.length(s) for s in samples)
+    length = min(context, longest + how.max_new_tokens)
+    # A prompt prefilled in two chunks rewinds its seeded generator, which a CPU generator cannot do.
+    device = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)} if cpu else {}
     llm = LLM(
         model=model_path,
         dtype="float32" if cpu else "auto",
-        max_model_len=min(context, longest + how.max_new_tokens),
+        max_model_len=length,
+        **device,
         limit_mm_per_prompt={"image": max(len(s.encoded_images) for s in samples), "video": 0},
         # The budget the images already fit, so that vLLM does not resize them again.
         mm_processor_kwargs={"size": {"shortest_edge": encode.min_pixels, "longest_edge": encode.max_pixels}},

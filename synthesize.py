@@ -7,10 +7,9 @@ A scene is a 3 x 3 grid of 28-pixel cells (one merged vision patch each) holding
 on a pale gradient. Everything about it is known, so questions, options, gold boxes and answers are exact.
 Rows have the columns and types of STVQA-7K; worked examples add a `completion` column for `train_sft.py`.
 
-Worked examples come in three stages; the first two share careful.parquet, in this order:
-  1. locate   one object: the vision tower learns to see;
-  2. careful  full questions (every fourth without its scene: quicker to read);
-  3. checked  full questions whose thinking also gives every option its verdict.
+worked.parquet is a curriculum: examples by careful annotators, then some of which most were written in a
+hurry. A model that has imitated them all knows both ways and prefers the hasty one; finding out which way
+pays is left to reinforcement learning.
 """
 
 import io
@@ -42,8 +41,7 @@ COLUMNS = ("image_id", "images", "problem", "question_only", "answer", "answer_o
 MODEL_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
                 "vision_end": "<|vision_end|>"}
 # Phrases that are one token each in the tiny tokenizer: a sample is then 100 tokens long instead of 400.
-# Options are one token each as well. Even so, reading the letter of a conclusion off the options stayed near
-# chance for 60,000 examples; thinking that goes through the options one by one makes it easy to learn.
+# Options are one token each as well.
 OPTIONS = ("left of", "right of", "above", "below", *POSITIONS,
            *(f"{c} {s}" for c in COLORS for s in SHAPES))
 PHRASES = ("<observe>", " </observe>\n<scene>", "</scene>\n<think>", " </think>\n<answer>", " </answer>",
@@ -65,9 +63,9 @@ class SynthesizeConfig(Config):
     n_train: int = opt(4096, "training rows", ge=1)
     n_val: int = opt(512, "held-out rows; no image is shared with training", ge=1)
     worked: bool = opt(False, "also write worked examples and base_model/ for train_sft.py")
-    n_locate: int = opt(8000, "worked examples of stage 1", ge=0)
-    n_careful: int = opt(48000, "worked examples of stage 2", ge=0)
-    n_checked: int = opt(24000, "worked examples of stage 3", ge=0)
+    n_careful: int = opt(40000, "worked examples of stage 1", ge=0)
+    n_mixed: int = opt(14000, "worked examples of stage 2", ge=0)
+    hasty: float = opt(0.6, "share of hasty annotators in stage 2", ge=0, le=1)
     seed: int = opt(0, "every row follows from it")
 
 
@@ -102,9 +100,9 @@ def draw_scene(rng):
     cells = sorted(rng.sample(range(GRID * GRID), len(labels)))  # sorted, so that a list of them is canonical
     shapes = []
     for (color, kind), cell in zip(labels, cells, strict=True):
-        size = rng.randrange(12, 27, 2)
-        x1 = cell % GRID * CELL + rng.randrange(1, CELL - size)
-        y1 = cell // GRID * CELL + rng.randrange(1, CELL - size)
+        size = rng.randrange(12, 25, 2)
+        x1 = cell % GRID * CELL + rng.randrange(2, CELL - size, 2)  # even numbers only: half as many to learn
+        y1 = cell // GRID * CELL + rng.randrange(2, CELL - size, 2)
         shapes.append(Shape(color, kind, cell, (x1, y1, x1 + size, y1 + size)))
     return shapes
 
@@ -193,7 +191,7 @@ def ask(rng, shapes, category, slots):
         kind = rng.choice(shapes).kind
         about = [s for s in shapes if s.kind == kind]
         answer, wrong = str(len(about)), [n for n in "1234" if n != str(len(about))]
-        text, why, triples = f"How many {kind}s are there?", f"there are %s {kind}s", []
+        text, why, triples = f"How many {kind}s are there?", f"{kind}s in the image: %s", []
     else:  # existence: half of them about something that is not there
         present = {s.name for s in shapes}
         absent = [f"{c} {k}" for c in COLORS for k in SHAPES if f"{c} {k}" not in present]
@@ -201,13 +199,14 @@ def ask(rng, shapes, category, slots):
         name = rng.choice(sorted(present) if there else absent)
         answer, wrong = ("yes", ["no"]) if there else ("no", ["yes"])
         text, about = f"Is there a {name}?", shapes
-        why, triples = f"there is %s {name}", []
+        why, triples = f"a {name} in the image: %s", []
     wrong = rng.sample(wrong, min(len(wrong), rng.choice((2, 3, 3))))
     slot = next(slots[len(wrong) + 1])
     options = [*wrong[:slot], answer, *wrong[slot:]]
-    about = tuple(sorted(about, key=lambda s: s.cell))
-    reasons = {o: why % ("a" if o == "yes" else o) for o in options}  # "there is a", "there is no"
-    return Question(category, text, tuple(options), answer, about, tuple(triples), reasons)
+    if category != "relation":
+        about = sorted(about, key=lambda s: s.cell)  # reading order, so that a list of them is canonical
+    why = {o: why % o for o in options}
+    return Question(category, text, tuple(options), answer, tuple(about), tuple(triples), why)
 
 
 def draw_question(rng, slots, category=None):
@@ -250,15 +249,25 @@ def stvqa_row(image_id, image, q):
     }
 
 
-def worked_example(q, check_options=False):
-    """The completion an annotator would write; with check_options, its thinking judges every option."""
-    scene = scene_json([(s.id, s.box) for s in q.shapes], q.relationships)
-    seen = ", ".join(s.name for s in q.shapes)
-    checked = "".join(f" ({'ABCD'[i]}) {o} {'yes' if o == q.answer else 'no'}"
-                      for i, o in enumerate(q.options))
+def worked_example(q, hasty=False):
+    """The completion an annotator would write: a careful one, or one in a hurry.
+
+    A careful annotator says where things are, draws tight boxes and judges every option. A hasty one names
+    things, draws the box of their grid cell and takes the first option.
+    """
+    seen = ", ".join(s.name if hasty else f"{POSITIONS[s.cell]} {s.name}" for s in q.shapes)
+    scene = scene_json([(s.id, cell_box(s.cell) if hasty else s.box) for s in q.shapes], q.relationships)
+    choice = q.options[0] if hasty else q.answer
+    verdicts = "".join(f" ({letter}) {o} {'yes' if o == choice else 'no'}"
+                       for letter, o in zip("ABCD", q.options, strict=False))
     return (f"<observe> {seen} </observe>\n<scene>{scene}</scene>\n"
-            f"<think> {q.why[q.answer]}, so {q.answer}{checked if check_options else ''} </think>\n"
-            f"<answer> ({q.letter}) {q.answer} </answer>")
+            f"<think> {q.why[choice]}, so {choice}{'' if hasty else verdicts} </think>\n"
+            f"<answer> ({'ABCD'[q.options.index(choice)]}) {choice} </answer>")
+
+
+def cell_box(cell):
+    x, y = cell % GRID * CELL, cell // GRID * CELL
+    return x, y, x + CELL, y + CELL
 
 
 def png(image):
@@ -283,15 +292,14 @@ def rows(n, seed, name, taken):
 def worked_rows(cfg, stage, n, taken):
     """n worked examples of one stage; scenes may repeat among them but none is in `taken`."""
     rng, slots = random.Random(f"{cfg.seed} {stage}"), answer_slots()
-    category = "instance_location" if stage == "locate" else None
+    hasty = cfg.hasty if stage == "mixed" else 0
     for i in range(n):
-        shapes, q = draw_question(rng, slots, category)
+        shapes, q = draw_question(rng, slots)
         while tuple(shapes) in taken:
-            shapes, q = draw_question(rng, slots, category)
-        completion = worked_example(q, check_options=stage.startswith("checked"))
-        if stage == "careful" and i % 4 == 0:
-            completion = completion[completion.index("<think>"):]
-        yield stvqa_row(f"{stage}-{i:06d}", render(shapes), q) | {"completion": completion}
+            shapes, q = draw_question(rng, slots)
+        image = render(shapes)
+        completion = worked_example(q, hasty=rng.random() < hasty)
+        yield stvqa_row(f"{stage}-{i:06d}", image, q) | {"completion": completion}
 
 
 def stvqa_features(completion=False):
@@ -315,7 +323,7 @@ def build_base_model(folder, seed):
             vocab_size=len(processor.tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
             num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1024,
             tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 6, 6]},
             bos_token_id=None, eos_token_id=token_id("<|im_end|>"), pad_token_id=token_id("<|endoftext|>")),
         vision_config=dict(depth=2, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=192,
                            window_size=112, fullatt_block_indexes=[1]),
@@ -377,11 +385,11 @@ def main():
     write_parquet(out / "val.parquet", val, stvqa_features())
     write_parquet(out / "train.parquet", rows(cfg.n_train, cfg.seed, "train", set(taken)), stvqa_features())
     if cfg.worked:
-        stages = {"careful": [("locate", cfg.n_locate), ("careful", cfg.n_careful)],
-                  "checked": [("checked", cfg.n_checked)], "worked_val": [("checked_val", cfg.n_val)]}
-        for name, parts in stages.items():
-            worked = itertools.chain(*(worked_rows(cfg, stage, n, taken) for stage, n in parts))
-            write_parquet(out / f"{name}.parquet", worked, stvqa_features(completion=True))
+        worked = itertools.chain(worked_rows(cfg, "careful", cfg.n_careful, taken),
+                                 worked_rows(cfg, "mixed", cfg.n_mixed, taken))
+        write_parquet(out / "worked.parquet", worked, stvqa_features(completion=True))
+        held_out = worked_rows(cfg, "held_out", cfg.n_val, taken)
+        write_parquet(out / "worked_val.parquet", held_out, stvqa_features(completion=True))
         build_base_model(out / "base_model", cfg.seed)
 
 

@@ -85,8 +85,9 @@ class GRPOConfig(Config):
     # update
     steps: int = opt(75, "rollout + update rounds", ge=1)
     updates_per_step: int = opt(4, "optimizer steps a round, on P / updates_per_step prompts each", ge=1)
-    learning_rate: float = opt(1e-6, "AdamW step size, constant after the warm-up", gt=0)
+    learning_rate: float = opt(1e-6, "AdamW step size after the warm-up", gt=0)
     warmup_steps: int = opt(0, "steps of linear warm-up", ge=0)
+    final_learning_rate: float | None = opt(None, "where a straight line ends it; empty: constant", ge=0)
     weight_decay: float = opt(0.01, "AdamW", ge=0)
     adam_beta2: float = opt(0.999, "AdamW second moment decay", gt=0, lt=1)
     max_grad_norm: float = opt(1.0, "gradient clipping", gt=0)
@@ -413,6 +414,15 @@ def rollout_logps(model, base, rollouts: list[Rollout], cfg: GRPOConfig, device)
     for group, batch in packed_batches(rollouts, base, cfg, device):
         logps += token_logps(model, batch)[0].split([len(rollouts[i].completion_ids) for i in group])
     return logps
+
+
+def learning_rate_at(step: int, cfg: GRPOConfig) -> float:
+    """Linear warm-up to learning_rate, then constant or in a straight line to final_learning_rate."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    final = cfg.learning_rate if cfg.final_learning_rate is None else cfg.final_learning_rate
+    share = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    return cfg.learning_rate + (final - cfg.learning_rate) * share
 
 
 def update(accelerator, policy, optimizer, rollouts, advantages, logps_old, logps_ref, cfg, lr) -> Counter:
@@ -780,7 +790,7 @@ def main():
         logps_old = rollout_logps(policy, base, rollouts, cfg, device) if cfg.updates_per_step > 1 else None
         logps_ref = rollout_logps(reference, base, rollouts, cfg, device) if reference else None
         t3 = time.time()
-        lr = cfg.learning_rate * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+        lr = learning_rate_at(step, cfg)
         size, sums = len(rollouts) // cfg.updates_per_step, []
         for start in tqdm(range(0, len(rollouts), size), desc="updates", disable=None, leave=False):
             part = slice(start, start + size)

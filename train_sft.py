@@ -48,6 +48,8 @@ class SFTConfig(Config):
     batch_size: int = opt(32, "sequences per update, over all processes", ge=1)
     max_tokens_per_micro_batch: int = opt(4096, "tokens packed into one forward pass, per process", ge=1)
     learning_rate: float = opt(1e-4, "peak AdamW step size", gt=0)
+    vision_learning_rate: float | None = opt(
+        None, "the same for the vision tower; empty: learning_rate; 0 freezes it", ge=0)
     warmup: float = opt(0.1, "share of the updates with a rising learning rate", ge=0, lt=1)
     weight_decay: float = opt(0.0, "AdamW weight decay", ge=0)
     adam_beta2: float = opt(0.999, "AdamW second moment decay", gt=0, lt=1)
@@ -68,12 +70,25 @@ class SFTConfig(Config):
         return self
 
 
-def learning_rate_at(step, steps, cfg):
-    """Linear warm-up, then a cosine that would reach zero one update after the last."""
-    warmup = round(cfg.warmup * steps)
+def schedule(step, steps, warmup):
+    """Share of the peak learning rate: linear warm-up, then a cosine to zero one update after the last."""
+    warmup = round(warmup * steps)
     if step < warmup:
-        return cfg.learning_rate * (step + 1) / warmup
-    return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def parameter_groups(model, cfg):
+    """AdamW's groups, {matrix or not} x {vision tower or not}; frozen and untrained parameters left out."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            vision = cfg.vision_learning_rate is not None and ".visual." in name
+            peak = cfg.vision_learning_rate if vision else cfg.learning_rate
+            decay = cfg.weight_decay if p.ndim >= 2 else 0.0
+            group = groups.setdefault((peak, decay), {"params": [], "peak": peak, "weight_decay": decay})
+            group["params"].append(p)
+    return list(groups.values())
 
 
 def completion_loss_sum(model, batch):
@@ -94,6 +109,8 @@ def build_model(cfg):
         cfg.model, dtype=torch.float32, attn_implementation=use_packed_attention())
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.vision_learning_rate == 0:
+        model.model.visual.requires_grad_(False)
     if cfg.lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -175,11 +192,9 @@ def main():
     # ---- model ----
     torch.manual_seed(cfg.seed)
     model = build_model(cfg)
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2))
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg), lr=cfg.learning_rate,
+                                  betas=(0.9, cfg.adam_beta2))
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model, optimizer = accelerator.prepare(model, optimizer)
     base = accelerator.unwrap_model(model)
     base = base.get_base_model() if cfg.lora_rank else base
@@ -189,7 +204,7 @@ def main():
     first = resume(accelerator, out)
     rank, world = accelerator.process_index, accelerator.num_processes
     accelerator.print(f"{len(samples)} samples, {steps} updates of {cfg.batch_size}, from update {first}; "
-                      f"{sum(p.numel() for p in decay + rest):,} trained parameters")
+                      f"{n_trained:,} trained parameters")
 
     def packed(sequences):
         groups = micro_batches([len(s) for s in sequences], cfg.max_tokens_per_micro_batch)
@@ -227,7 +242,7 @@ def main():
             total += torch.stack([loss.detach(), right.float()])
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps, cfg)
+            group["lr"] = group["peak"] * schedule(step, steps, cfg.warmup)
         optimizer.step()
         optimizer.zero_grad()
         tokens_seen += sum(map(len, sequences)) * world
@@ -237,8 +252,8 @@ def main():
             loss, right = (accelerator.reduce(total, "sum") / n_tokens).tolist()
             seconds = time.time() - started
             line = {"step": done, "loss": loss, "token_accuracy": right, "grad_norm": float(grad_norm),
-                    "lr": learning_rate_at(step, steps, cfg), "tokens_per_s": tokens_seen / seconds,
-                    "seconds": seconds}
+                    "lr": cfg.learning_rate * schedule(step, steps, cfg.warmup),
+                    "tokens_per_s": tokens_seen / seconds, "seconds": seconds}
             if val and (done % cfg.val_every == 0 or done == steps):
                 line |= validate()
             if accelerator.is_main_process:

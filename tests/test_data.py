@@ -240,6 +240,26 @@ def test_tiny_set_is_balanced_exact_and_deterministic():
         assert len(set(r["options"])) == len(r["options"])
 
 
+def test_worked_examples_are_well_formed_and_careful_ones_perfect():
+    import random
+
+    from rewards import spatial_reward
+    from synthesize import POSITIONS, worked_example
+
+    rng, slots, right = random.Random(5), answer_slots(), []
+    for _ in range(400):
+        shapes, q = draw_question(rng, slots)
+        truth = stvqa_row("x", render(shapes), q)["answer_option_text"]
+        careful, hasty = worked_example(q), worked_example(q, hasty=True)
+        assert spatial_reward(careful, truth, (84, 84))["reward"] == pytest.approx(1)
+        score = spatial_reward(hasty, truth, (84, 84))
+        assert score["format"] == 1 and score["count"] == pytest.approx(1) and score["spatial"] < 0.95
+        assert f"{POSITIONS[q.shapes[0].cell]} {q.shapes[0].name}" in careful.split("</observe>")[0]
+        assert all(f"(A) {q.options[0]}" in text for text in (careful, hasty))
+        right.append(score["accuracy"])
+    assert np.mean(right) == pytest.approx(np.mean([1 / 3, 1 / 2, 1 / 4]), abs=0.08)  # 2 to 4 options
+
+
 def test_gold_boxes_are_where_the_paint_is():
     import random
 

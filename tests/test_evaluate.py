@@ -392,3 +392,17 @@ def test_vllm_and_hf_give_the_same_greedy_replies(tiny_base, tiny_data, tmp_path
     ours, theirs = (read_records(tmp_path / f"{p}.jsonl")[1] for p in ("vllm", "hf"))
     assert [r["reply"] for r in ours] == [r["reply"] for r in theirs]
     assert [r["n_tokens"] for r in ours] == [r["n_tokens"] for r in theirs]
+
+
+@pytest.mark.slow
+def test_vllm_samples_by_seed(tiny_base, tiny_data, tmp_path):
+    """24 prompts of 280 tokens: more than one prefill takes, where a CPU generator once had to be rewound."""
+    pytest.importorskip("vllm")
+    script = [sys.executable, evaluate.__file__]
+    command = [*script, *flags(tiny_base, tiny_data, tmp_path), "--max_new_tokens", "6", "--temperature", "1",
+               "--provider", "vllm", "--min_pixels", str(250 * 28 * 28)]  # fmt: skip
+    replies = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        subprocess.run([*command, "--seed", str(seed), "--custom_filename", name], check=True)
+        replies[name] = [r["reply"] for r in read_records(tmp_path / f"{name}.jsonl")[1]]
+    assert replies["a"] == replies["b"] != replies["c"]

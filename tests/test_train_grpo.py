@@ -12,6 +12,7 @@ from train_grpo import (
     GRPOConfig,
     group_advantages,
     kl_loss,
+    learning_rate_at,
     policy_loss,
     request_seed,
     token_logps,
@@ -242,3 +243,15 @@ def test_request_seeds_are_stable_and_distinct():
     assert request_seed(0, 3, 5) == request_seed(0, 3, 5)
     seeds = {request_seed(r, s, i) for r in range(3) for s in range(20) for i in range(50)}
     assert len(seeds) == 3 * 20 * 50
+
+
+# ---- schedule ----
+def test_learning_rate_by_hand():
+    def rates(**settings):
+        cfg = GRPOConfig(learning_rate=0.5, steps=6, **settings)
+        return [learning_rate_at(step, cfg) for step in range(6)]
+
+    assert rates() == [0.5] * 6
+    assert rates(warmup_steps=2) == [0.25] + [0.5] * 5
+    assert rates(warmup_steps=2, final_learning_rate=0) == pytest.approx([0.25, 0.5, 0.5, 0.375, 0.25, 0.125])
+    assert rates(final_learning_rate=0.2) == pytest.approx([0.5, 0.45, 0.4, 0.35, 0.3, 0.25])

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 
 import synthesize
 from data import PromptEncoder, Sequenced, load_samples, pack, use_packed_attention
-from train_sft import SFTConfig, completion_loss_sum, learning_rate_at, replace_checkpoint, resume
+from train_sft import (
+    SFTConfig,
+    build_model,
+    completion_loss_sum,
+    parameter_groups,
+    replace_checkpoint,
+    resume,
+    schedule,
+)
 
 REPO = Path(__file__).parent.parent
 TIMINGS = ("seconds", "tokens_per_s")
@@ -25,9 +33,9 @@ TIMINGS = ("seconds", "tokens_per_s")
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """What `make warm-start` has after its first two commands, in small: the data and one run."""
+    """What `make warm-start` leaves, in small: the data and the run."""
     folder = tmp_path_factory.mktemp("warm")
-    sizes = "n_locate=16 n_careful=48 n_checked=16 n_train=8 n_val=8".split()
+    sizes = "n_careful=48 n_mixed=32 n_train=8 n_val=8".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["synthesize.py", f"out={folder / 'data'}", "worked=true", *sizes])
         synthesize.main()
@@ -80,26 +88,45 @@ def worked_sequences(folder, parquet, n):
 
 # ---- schedule ----
 def test_learning_rate_by_hand():
-    cfg = SFTConfig(learning_rate=0.8, warmup=0.2)
     # 10 updates, 2 of warm-up: 1/2, 2/2, then (1 + cos(pi * k / 8)) / 2 for k = 0..7
-    got = [learning_rate_at(step, 10, cfg) for step in range(10)]
-    assert got[:3] == pytest.approx([0.4, 0.8, 0.8])
-    assert got[6] == pytest.approx(0.4)  # k = 4: cos(pi / 2) = 0
-    assert got[9] == pytest.approx(0.8 * 0.0380602, abs=1e-7)  # k = 7: cos(7 pi / 8) = -0.9238795
+    got = [schedule(step, 10, warmup=0.2) for step in range(10)]
+    assert got[:3] == pytest.approx([0.5, 1, 1])
+    assert got[6] == pytest.approx(0.5)  # k = 4: cos(pi / 2) = 0
+    assert got[9] == pytest.approx(0.0380602, abs=1e-7)  # k = 7: cos(7 pi / 8) = -0.9238795
     assert got[1:] == sorted(got[1:], reverse=True)
-    assert learning_rate_at(10, 10, cfg) == pytest.approx(0)
+    assert schedule(10, 10, warmup=0.2) == pytest.approx(0)
 
 
 def test_learning_rate_without_warm_up_and_of_a_single_update():
-    assert learning_rate_at(0, 4, SFTConfig(learning_rate=0.8, warmup=0)) == 0.8
-    assert learning_rate_at(0, 1, SFTConfig(learning_rate=0.8, warmup=0.9)) == 0.8  # all of it is warm-up
+    assert schedule(0, 4, warmup=0) == 1
+    assert schedule(0, 1, warmup=0.9) == 1  # all of it is warm-up
+
+
+def peaks(model, cfg):
+    """{parameter: its peak learning rate} and the set of decayed parameters."""
+    names = {p: name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, cfg)
+    return ({names[p]: g["peak"] for g in groups for p in g["params"]},
+            {names[p] for g in groups if g["weight_decay"] for p in g["params"]})
+
+
+@pytest.mark.parametrize("vision, towers", [(None, {0.5}), (0.125, {0.125}), (0, set())])
+def test_the_vision_tower_may_have_a_learning_rate_of_its_own(warm, vision, towers):
+    cfg = SFTConfig(model=str(warm / "data" / "base_model"), lora_rank=0, learning_rate=0.5,
+                    vision_learning_rate=vision, weight_decay=0.1)
+    model = build_model(cfg)
+    peak, decayed = peaks(model, cfg)
+    assert {rate for name, rate in peak.items() if ".visual." in name} == towers
+    assert {rate for name, rate in peak.items() if ".visual." not in name} == {0.5}
+    assert set(peak) == {name for name, p in model.named_parameters() if towers or ".visual." not in name}
+    assert decayed == {name for name, p in model.named_parameters() if name in peak and p.ndim > 1}
 
 
 # ---- loss ----
 @pytest.fixture(scope="module")
 def tiny(warm):
     base = warm / "data" / "base_model"
-    return load(base), worked_sequences(base, warm / "data" / "careful.parquet", 20)[14:20]  # both stages
+    return load(base), worked_sequences(base, warm / "data" / "worked.parquet", 51)[45:]  # both stages
 
 
 def plain_loss(model, sequence):
@@ -239,18 +266,14 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(warm, tmp_path):
     assert all(torch.equal(want[k], got[k]) for k in want)
 
 
-def test_the_warm_start_of_the_makefile_runs_through(warm):
-    """Its commands in small: each one finds the data and the model that it names."""
-    makefile = (REPO / "Makefile").read_text().replace("\\\n", "").replace("runs/warm", str(warm))
-    commands = re.findall(r"^\t\$\(sft\) (.*)$", makefile, flags=re.M)
-    first, *later = [paths(warm) | dict(pair.split("=") for pair in line.split()) for line in commands]
-    assert first == paths(warm) and later
-    for named in later:
-        run(*command(warm, **named | {"epochs": 0.5, "learning_rate": 1e-5}))
-        before = metrics(Path(named["model"]).parent)
-        assert metrics(named["out"])[0]["loss"] == pytest.approx(before[-1]["val_loss"], abs=0.5)
-        assert before[-1]["val_loss"] < metrics(first["out"])[0]["loss"] - 1  # which is the untrained model's
-        assert (Path(named["out"]) / "final" / "config.json").exists()
+def test_the_makefile_makes_the_warm_start_with_the_config(warm):
+    makefile = (REPO / "Makefile").read_text()
+    recipe = re.search(r"^warm-start:.*\n((?:\t.*\n)+)", makefile, flags=re.M)[1]
+    assert "synthesize.py out=runs/warm/data worked=true" in recipe
+    assert re.findall(r"train_sft.py (.*)", recipe) == ["configs/tiny_sft.yaml"]
+    config = SFTConfig.load([str(REPO / "configs" / "tiny_sft.yaml")])
+    for path in (config.model, config.data, config.val_data):  # what the first command has written
+        assert Path(path.replace("runs/warm", str(warm))).exists()
 
 
 def test_lora_trains_linear_layers_only_and_is_merged(warm, tmp_path):
