@@ -7,6 +7,7 @@ One prompt builder and one image path serve training, vLLM and evaluation, so th
 tokens. Boxes are in the pixels of the original image, whatever size the model is shown; the prompt states it.
 """
 
+import functools
 import io
 import json
 import math
@@ -322,10 +323,10 @@ class PromptEncoder:
     def __call__(self, sample: Sample) -> Prompt:
         text = self.text(sample)
         images = [resize(i, self.min_pixels, self.max_pixels) for i in sample.load_images()]
-        out = self.processor(text=[text], images=images, return_tensors="pt")
+        out = self.processor(text=[text], images=images or None, return_tensors="pt")
         vllm_ids = self.processor.tokenizer(text)["input_ids"]
         ids = out["input_ids"][0].tolist()
-        return Prompt(sample, images, vllm_ids, ids, out["pixel_values"], out["image_grid_thw"])
+        return Prompt(sample, images, vllm_ids, ids, out.get("pixel_values"), out.get("image_grid_thw"))
 
     def length(self, sample: Sample) -> int:
         """Tokens of the prompt, from the images' headers alone."""
@@ -346,81 +347,146 @@ def batch_at(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     return [int(epochs[i // n][i % n]) for i in at]
 
 
-@dataclass(frozen=True)
-class Sequenced:
-    """A prompt with one completion of it."""
+def micro_batches(sequences: list[tuple[object, int, int]], max_tokens: int) -> list[list[int]]:
+    """Indices of sequences, in order, in groups of at most max_tokens (one that is longer stands alone).
 
-    prompt: Prompt
-    completion_ids: list[int]  # (T,)
+    Args: sequences: (key of the prompt, its tokens, the completion's tokens). Neighbours with the same key
+        share the prompt, which then counts once a group: `pack` runs it once.
 
-    def __len__(self):
-        return len(self.prompt.ids) + len(self.completion_ids)
-
-
-def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped in order so that no group exceeds max_tokens (a longer sequence stands alone)."""
-    groups, used = [], math.inf
-    for i, length in enumerate(lengths):
-        if used + length > max_tokens:
+    >>> micro_batches([("a", 5, 2), ("a", 5, 2), ("b", 5, 1), ("c", 5, 1)], 15)
+    [[0, 1, 2], [3]]
+    """
+    groups, used, last = [], math.inf, None
+    for i, (key, prompt, completion) in enumerate(sequences):
+        cost = completion if groups and key == last else prompt + completion
+        if used + cost > max_tokens:
             groups.append([])
-            used = 0
+            used, cost = 0, prompt + completion
         groups[-1].append(i)
-        used += length
+        used, last = used + cost, key
     return groups
 
 
-def pack(sequences: list[Sequenced], model, image_token_id: int) -> dict:
-    """Lay sequences end to end in one row without padding, as a batch for Qwen2.5-VL's forward.
+def blank_prompt(config) -> Prompt:
+    """One image token of a grey patch, and nothing to learn from it."""
+    import torch
 
-    Returns: sequence_lengths, input_ids (1, T), position_ids (4, 1, T), pixel_values, image_grid_thw, and
-        target_positions (N,): the positions of all completion tokens, sequence by sequence. position_ids
-        row 0 restarts at 0 with every sequence, which is how transformers tells packed sequences apart; rows
-        1-3 are the multi-dimensional rope positions.
+    v = config.vision_config
+    patches = v.spatial_merge_size**2  # of one image token
+    pixels = torch.zeros(patches, v.in_channels * v.temporal_patch_size * v.patch_size**2)
+    grid = torch.tensor([[1, v.spatial_merge_size, v.spatial_merge_size]])
+    ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+    return Prompt(None, [], [], ids, pixels, grid)
+
+
+def pack(prompts: list[tuple[Prompt, list[list[int]]]], model) -> dict:
+    """Lay prompts, each followed by its completions, end to end in one row, as a batch for the model.
+
+    Nothing is padded, and a prompt with its images is run once for all its completions: each of these attends
+    to the prompt and to itself (`packed_attention`), which is what it would see alone. A batch without an
+    image gets a blank one: sharded, the vision tower runs on all processes or hangs.
+
+    Returns: input_ids (1, T), position_ids (4, 1, T), pixel_values, image_grid_thw; segments: (start, end,
+        start of the prompt, its end) of every prompt (the last two 0) and completion; target_ids (N,), all
+        completion tokens, completion by completion, and predicted_at (N,), the position before each. Row 0
+        of position_ids counts from each prompt's beginning, rows 1-3 are the multi-dimensional rope's.
     """
     import torch
 
-    ids, positions, targets, start = [], [], [], 0
-    for s in sequences:
-        row = torch.tensor([s.prompt.ids + s.completion_ids])
-        rope, _ = model.model.get_rope_index(row, (row == image_token_id).int(), s.prompt.image_grid_thw)
-        positions.append(torch.cat([torch.arange(row.shape[1]).view(1, 1, -1), rope]))  # (4, 1, len)
-        ids.append(row)
-        targets.append(torch.arange(start + len(s.prompt.ids), start + row.shape[1]))
-        start += row.shape[1]
-    images = [s.prompt for s in sequences if s.prompt.pixel_values is not None]
+    if all(prompt.pixel_values is None for prompt, _ in prompts):
+        prompts = [*prompts, (blank_prompt(model.config), [])]
+    ids, positions, segments, targets, before = [], [], [], [], []
+    for prompt, completions in prompts:
+        row, first, length = torch.tensor([prompt.ids]), len(ids), len(prompt.ids)
+        images = (row == model.config.image_token_id).int()
+        rope, _ = model.model.get_rope_index(row, images, prompt.image_grid_thw)  # (3, 1, L)
+        positions.append(torch.cat([torch.arange(length).view(1, 1, -1), rope]))  # (4, 1, L)
+        ids += prompt.ids
+        segments.append((first, len(ids), 0, 0))
+        for completion in completions:
+            start, steps = len(ids), torch.arange(len(completion))
+            # Text positions go on from the largest one of the prompt, in all three dimensions alike.
+            rope_steps = (steps + rope.max() + 1).expand(3, 1, -1)
+            positions.append(torch.cat([(steps + length).view(1, 1, -1), rope_steps]))
+            ids += completion
+            targets += completion
+            segments.append((start, len(ids), first, first + length))
+            before += [first + length - 1, *range(start, len(ids) - 1)]  # the prompt's end predicts the first
+    images = [prompt for prompt, _ in prompts if prompt.pixel_values is not None]
     return {
-        "sequence_lengths": [len(s) for s in sequences],
-        "input_ids": torch.cat(ids, dim=1),  # (1, T)
+        "segments": tuple(segments),
+        "input_ids": torch.tensor([ids]),  # (1, T)
         "position_ids": torch.cat(positions, dim=2),  # (4, 1, T)
-        "target_positions": torch.cat(targets),  # (N,)
-        "pixel_values": torch.cat([p.pixel_values for p in images]) if images else None,
-        "image_grid_thw": torch.cat([p.image_grid_thw for p in images]) if images else None,
+        "target_ids": torch.tensor(targets, dtype=torch.long),  # (N,)
+        "predicted_at": torch.tensor(before, dtype=torch.long),  # (N,)
+        "pixel_values": torch.cat([p.pixel_values for p in images]),
+        "image_grid_thw": torch.cat([p.image_grid_thw for p in images]),
     }
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, sequence_lengths=None,
-                     **kwargs):
-    """SDPA that runs sequence by sequence over a packed row, so that no T x T mask is ever built.
+# ---- attention ---------------------------------------------------------------------------------------------
+def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
+    """Causal attention within the segments of a packed row, so that no T x T mask is ever built.
 
-    Args: query (1, H, T, D), key and value (1, H_kv, T, D); sequence_lengths: ints that sum to T, which
-        `pack` hands to the model's forward; without them (generation, the vision tower) plain SDPA.
+    Args: query (1, H, T, D), key and value (1, H_kv, T, D); segments: from `pack`, which the model's forward
+        hands down; without them (generation) plain SDPA.
     Returns: ((1, T, H, D), None), transformers' convention.
     """
     import torch
     import torch.nn.functional as F
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if not module.is_causal or sequence_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
-    split = (x.split(sequence_lengths, dim=2) for x in (query, key, value))
-    pieces = [F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True, enable_gqa=True)
-              for q, k, v in zip(*split, strict=True)]
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if query.is_cuda and has_flash_attention():
+        return flash_attention(query, key, value, segments, scaling), None
+    how, pieces = {"scale": scaling, "enable_gqa": True}, []
+    for start, end, prompt_start, prompt_end in segments:
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        if prompt_end == prompt_start:
+            pieces.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **how))
+            continue
+        k = torch.cat([key[:, :, prompt_start:prompt_end], k], dim=2)
+        v = torch.cat([value[:, :, prompt_start:prompt_end], v], dim=2)
+        sees = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        sees = sees.tril(prompt_end - prompt_start)  # the whole prompt, and itself up to the present
+        pieces.append(F.scaled_dot_product_attention(q, k, v, sees, **how))
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-def use_packed_attention() -> str:
-    """Register `packed_attention` with transformers; returns the name to load a model with."""
+def flash_attention(query, key, value, segments, scaling):
+    """The same in one call of flash-attn, whose causal mask is aligned at the end of the keys."""
+    from flash_attn import flash_attn_varlen_func
+
+    keys, own, seen, longest, most = flash_layout(segments, query.device)
+    q, k, v = query[0].transpose(0, 1), key[0, :, keys].transpose(0, 1), value[0, :, keys].transpose(0, 1)
+    return flash_attn_varlen_func(q, k, v, own, seen, longest, most, softmax_scale=scaling, causal=True)[None]
+
+
+@functools.lru_cache(2)  # the layers of a forward pass share it
+def flash_layout(segments, device):
+    """Positions of the keys that each segment sees, its prompt's before its own; the bounds of queries and of
+    keys; the most queries and keys of a segment."""
+    import torch
+
+    own = [end - start for start, end, *_ in segments]
+    seen = [end - start + b - a for start, end, a, b in segments]
+    keys = np.concatenate([np.r_[a:b, start:end] for start, end, a, b in segments])
+    bounds = [torch.tensor([0, *np.cumsum(n)], dtype=torch.int32, device=device) for n in (own, seen)]
+    return torch.from_numpy(keys).to(device), *bounds, max(own), max(seen)
+
+
+def has_flash_attention() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def attention_implementation() -> dict[str, str]:
+    """Register `packed_attention`; returns what `from_pretrained` takes as attn_implementation."""
+    import torch
     from transformers import AttentionInterface
 
-    AttentionInterface.register("packed_sdpa", packed_attention)
-    return "packed_sdpa"
+    AttentionInterface.register("packed", packed_attention)
+    vision = "flash_attention_2" if torch.cuda.is_available() and has_flash_attention() else "sdpa"
+    return {"text_config": "packed", "vision_config": vision}

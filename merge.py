@@ -6,82 +6,109 @@
 The folder holds the weights under the names of the published Qwen2.5-VL, config, generation config,
 processor, chat template and a model card. It is written under a temporary name, loaded back, and renamed once
 its weights are the checkpoint's, bit for bit after the cast, and its logits on a fixed prompt are the same.
-Takes 10 s for a tiny model; memory for the checkpoint and two copies of what is exported.
+Takes 10 s for a tiny model, memory for one copy of what is exported and a GiB.
 """
 
 import argparse
-import json
+import math
 import os
+import pickle
 import re
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import torch
 
+from checkpoint import read_record, row_sums
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-WEIGHTS = "model.safetensors"  # of accelerate's save_state, single process
-SHARDS = "pytorch_model_fsdp_0"  # of accelerate's save_state under FSDP: torch.distributed.checkpoint files
+SHARDS = "model"  # folder of torch.distributed.checkpoint files in a checkpoint
+AT_ONCE = 2**30  # bytes read before they are cast: the peak above one copy of the exported model
 
 
 # ---- read ----
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the last one of a run's folder."""
-    if (path / WEIGHTS).exists() or (path / SHARDS).is_dir():
+    if (path / SHARDS).is_dir():
         return path
     found = [p for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     if not found:
         here = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such folder"
-        raise ValueError(f"{path}: expected {WEIGHTS}, {SHARDS}/ or checkpoint-N folders, got {here}")
+        raise ValueError(f"{path}: expected {SHARDS}/ or checkpoint-N folders, got {here}")
     return max(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def read_weights(checkpoint: Path, shapes: dict[str, torch.Size], aliases: dict[str, str]) -> dict:
-    """The checkpoint's tensors, exactly those that the model has; tied ones once.
+def check_shards(folder: Path, shapes: dict[str, torch.Size], aliases: dict[str, str]):
+    """The reader of a checkpoint whose files are whole and hold exactly the model's tensors.
 
-    Args: shapes by parameter name; aliases: tied name -> the name that keeps the tensor.
+    Args: shapes by parameter name; aliases: tied name -> the name that keeps the tensor; it may be absent.
     Raises: ValueError naming the file, the key, expected and got.
     """
-    sharded = (checkpoint / SHARDS).is_dir()
-    file = checkpoint / (SHARDS if sharded else WEIGHTS)
-    state = read_sharded(file) if sharded else read_safetensors(file)
-    for tied, kept in aliases.items():
-        twin = state.pop(tied, None)
-        if kept not in state and twin is not None:
-            state[kept] = twin
-        elif twin is not None and not torch.equal(twin, state[kept]):
-            raise ValueError(f"{file}: {tied} and {kept} are tied in config.json but differ here")
-    expected = shapes.keys() - aliases.keys()
-    if missing := sorted(expected - state.keys()):
-        raise ValueError(f"{file}: {len(missing)} missing keys, among them {missing[:3]}")
-    if unexpected := sorted(state.keys() - expected):
-        raise ValueError(f"{file}: {len(unexpected)} unexpected keys, among them {unexpected[:3]}")
-    for key, tensor in state.items():
-        if tensor.shape != shapes[key]:
-            raise ValueError(f"{file}: {key}: expected shape {tuple(shapes[key])}, got {tuple(tensor.shape)}")
-    return state
-
-
-def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: expected a whole safetensors file, got {error}") from None
-
-
-def read_sharded(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of an FSDP checkpoint, put together without a process group."""
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.FileSystemReader(folder)
-    metadata = reader.read_metadata().state_dict_metadata
-    state = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in metadata.items()}
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    # accelerate saves {"model": state_dict}
-    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
+    try:
+        metadata = reader.read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+        raise ValueError(f"{folder}/.metadata: expected the index of a checkpoint, got {error!r}") from None
+    found = metadata.state_dict_metadata
+    if missing := sorted(shapes.keys() - aliases.keys() - found.keys()):
+        raise ValueError(f"{folder}: {len(missing)} missing keys, among them {missing[:3]}")
+    if unexpected := sorted(found.keys() - shapes.keys()):
+        raise ValueError(f"{folder}: {len(unexpected)} unexpected keys, among them {unexpected[:3]}")
+    for key, tensor in found.items():
+        if tensor.size != shapes[key]:
+            raise ValueError(f"{folder}: {key}: expected shape {tuple(shapes[key])}, "
+                             f"got {tuple(tensor.size)}")
+        n, held = tensor.size.numel(), sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+        if n != held:
+            raise ValueError(f"{folder}: {key}: expected {n} elements, got shards of {held}")
+    for index, info in metadata.storage_data.items():
+        file, end = folder / info.relative_path, info.offset + info.length
+        if not file.exists():
+            raise ValueError(f"{file}: missing; it holds {index.fqn} {tuple(found[index.fqn].size)}")
+        if file.stat().st_size < end:
+            raise ValueError(f"{file}: truncated: {index.fqn} ends at byte {end}, got {file.stat().st_size}")
+    return reader, found
+
+
+def read_weights(folder: Path, shapes, aliases, dtype: torch.dtype, fingerprint: dict | None) -> dict:
+    """The checkpoint's tensors in `dtype`, tied ones once, read about a GiB at a time.
+
+    Args: fingerprint: what the trainer wrote of its weights, {name: three sums}, or None.
+    Raises: ValueError naming file, key, expected and got.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    reader, found = check_shards(folder, shapes, aliases)
+    state, batch, size = {}, {}, 0
+    for k, (key, tensor) in enumerate(found.items()):
+        batch[key] = torch.empty(tensor.size, dtype=tensor.properties.dtype)
+        size += batch[key].nbytes
+        if size < AT_ONCE and k + 1 < len(found):
+            continue
+        dcp.load(batch, storage_reader=reader, no_dist=True)
+        for name, values in batch.items():
+            kept = aliases.get(name, name)
+            if fingerprint is not None and name in fingerprint:
+                check_fingerprint(folder, name, row_sums(values).tolist(), fingerprint[name])
+            values = values.to(dtype)
+            if kept in state and not torch.equal(values, state[kept]):
+                raise ValueError(f"{folder}: {name} and {kept} are tied in config.json but differ here")
+            state[kept] = values
+        batch, size = {}, 0
+    if missing := sorted(shapes.keys() - aliases.keys() - state.keys()):
+        raise ValueError(f"{folder}: {len(missing)} missing keys, among them {missing[:3]}")
+    return state
+
+
+def check_fingerprint(folder: Path, name: str, got: list[float], expected: list[float]):
+    scale = max(expected[1], 1e-30), max(expected[1], 1e-30), max(expected[2], 1e-30)
+    if any(abs(g - e) > 1e-9 * s for g, e, s in zip(got, expected, scale, strict=True)):
+        raise ValueError(f"{folder}: {name}: not the weights that were trained: expected the sums "
+                         f"{expected}, got {got}")
 
 
 # ---- build ----
@@ -95,7 +122,8 @@ def build_model(checkpoint: Path, dtype: torch.dtype):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     aliases = dict(model.all_tied_weights_keys)
-    state = {key: tensor.to(dtype) for key, tensor in read_weights(checkpoint, shapes, aliases).items()}
+    fingerprint = read_record(checkpoint).get("fingerprint")
+    state = read_weights(checkpoint / SHARDS, shapes, aliases, dtype, fingerprint)
     model.load_state_dict(state, strict=False, assign=True)  # strict already; tied names follow
     model.tie_weights()
     model.generation_config = GenerationConfig.from_pretrained(checkpoint / "hf")
@@ -105,13 +133,12 @@ def build_model(checkpoint: Path, dtype: torch.dtype):
 # ---- write ----
 def model_card(checkpoint: Path, dtype: str) -> str:
     """README.md of the exported folder: where it comes from, its held-out scores, its config."""
-    record = checkpoint / "trainer.json"
-    trainer = json.loads(record.read_text()) if record.exists() else {}
+    trainer = read_record(checkpoint)
     settings = checkpoint.parent / "config.yaml"
-    step = f" after step {trainer['step']}" if "step" in trainer else ""
-    scores = {k: v for k, v in trainer.get("scores", {}).items() if isinstance(v, (int, float))}
+    scores = {k: v for k, v in trainer["scores"].items() if isinstance(v, (int, float))}
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---"]
-    lines += [f"# {checkpoint.name}", "", f"Qwen2.5-VL weights in {dtype}, exported{step}."]
+    lines += [f"# {checkpoint.name}", "",
+              f"Qwen2.5-VL weights in {dtype}, exported after step {trainer['step']}."]
     if scores:
         lines += ["", "| held-out metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4g} |" for name, value in scores.items()]
@@ -145,7 +172,9 @@ def merge(checkpoint, out=None, dtype: str = "bfloat16", max_shard_size: str = "
             if file.name != "config.json":
                 shutil.copy2(file, tmp)
         (tmp / "README.md").write_text(model_card(checkpoint, dtype))
-        difference = verify(model, tmp)
+        expected = digest(model, tmp)
+        del model  # one copy in memory at a time
+        difference = verify(expected, tmp, DTYPES[dtype])
         os.replace(tmp, out)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -154,22 +183,45 @@ def merge(checkpoint, out=None, dtype: str = "bfloat16", max_shard_size: str = "
     return out
 
 
+def push(folder: Path, name: str):
+    """Upload the folder to the Hub as NAME (owner/model), which is made, private, if need be.
+
+    Raises: ValueError if the Hub refuses or does not answer; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(name, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # the client's, its HTTP library's, the disk's: the folder stays in any case
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{folder} is whole, but was not pushed to {name}: {why}") from None
+    print(f"pushed to https://huggingface.co/{name}")
+
+
 # ---- verify ----
-def verify(model, folder: Path) -> float:
-    """Load `folder` and compare it with the trainer's model; returns the largest logit difference.
+def digest(model, folder: Path) -> tuple[dict[str, int], torch.Tensor]:
+    """What two equal models have in common: {key: crc32 of the bytes}, logits on a fixed prompt."""
+    sums = {key: zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            for key, tensor in model.state_dict().items()}
+    return sums, logits(model, folder)
+
+
+def verify(expected: tuple[dict[str, int], torch.Tensor], folder: Path, dtype: torch.dtype) -> float:
+    """Load `folder` strictly and compare its digest; returns the largest logit difference.
 
     Raises: ValueError if a key is missing or a weight or logit differs.
     """
     from transformers import AutoModelForImageTextToText
 
     load = AutoModelForImageTextToText.from_pretrained
-    copy, info = load(folder, dtype=model.dtype, output_loading_info=True)
+    copy, info = load(folder, dtype=dtype, output_loading_info=True)
     if problems := {kind: keys for kind, keys in info.items() if keys}:
         raise ValueError(f"{folder}: expected every key once, got {problems}")
-    ours, theirs = model.state_dict(), copy.state_dict()
-    if different := [key for key in ours if not torch.equal(ours[key], theirs[key])]:
+    (ours, our_logits), (theirs, their_logits) = expected, digest(copy.eval(), folder)
+    if different := [key for key in ours if ours[key] != theirs.get(key)]:
         raise ValueError(f"{folder}: {len(different)} weights are not the checkpoint's, e.g. {different[:3]}")
-    difference = (logits(model, folder) - logits(copy.eval(), folder)).abs().max().item()
+    difference = (our_logits - their_logits).abs().max().item()
     if difference > 0:
         raise ValueError(f"{folder}: equal weights give logits that differ by {difference:g}")
     return difference
@@ -203,11 +255,14 @@ def main(argv=None):
     parser.add_argument("out", nargs="?", help="folder to write (default: CHECKPOINT-merged)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weight file")
+    parser.add_argument("--push_to_hub", metavar="NAME", help="upload the folder as owner/model (private)")
     args = parser.parse_args(argv)
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        merge(args.checkpoint, args.out, args.dtype, args.max_shard_size)
+        out = merge(args.checkpoint, args.out, args.dtype, args.max_shard_size)
+        if args.push_to_hub:
+            push(out, args.push_to_hub)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -13,12 +13,12 @@ What separates this from GRPO as first published (arXiv:2402.03300), beside the 
 Batch and seeds are functions of (seed, step): a resumed run repeats what an undisturbed one would have done.
 """
 
+import functools
+import itertools
 import json
 import math
 import os
-import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -34,20 +34,27 @@ from pydantic import model_validator
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from config import Config, opt, to_yaml, write_run_record
+from checkpoint import CheckpointError, gather, refuse_another_run, resume, save
+from config import Config, opt, write_run_record
 from data import (
     Prompt,
     PromptEncoder,
-    Sequenced,
+    attention_implementation,
     batch_at,
     load_samples,
     micro_batches,
     pack,
-    use_packed_attention,
 )
+from dry_run import arithmetic, dry_run
 from evaluate import grade, summarise
+from metrics import check_mismatch, mem_gb, save_samples, step_line, step_metrics
 from rewards import Score, Weights, score_completion, vanilla_reward
 
+PREEMPTED = 75  # exit status after SIGTERM: state saved, run me again
+FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
+    "out resume keep_last keep_best save_every samples_every tracker vllm_memory vllm_max_seqs "
+    "vllm_max_batched_tokens tensor_parallel sleep_level max_tokens_per_micro_batch logit_chunk "
+    "gradient_checkpointing max_skipped val_data val_split val_limit val_every".split())
 FORBIDDEN_BIAS = -100.0  # on the logits of image and video tokens: a sampled one would break the next forward
 
 
@@ -81,7 +88,15 @@ class GRPOConfig(Config):
     group_size: int = opt(8, "G: completions a prompt", ge=2)
     temperature: float = opt(1.0, "of the rollouts", gt=0)
     max_completion_length: int = opt(2048, "tokens; what has not ended by then is cut", ge=1)
+    # vLLM: raise vllm_memory until the update runs out (it sleeps meanwhile, so 0.6-0.8 is usual; with
+    # sleep_level 0 both must fit); more sequences at once cost KV cache, more batched tokens activations.
     vllm_memory: float = opt(0.6, "share of the GPU's memory for vLLM (on a CPU: GiB of KV cache)", gt=0)
+    vllm_max_seqs: int | None = opt(None, "completions sampled at the same time; empty: vLLM's choice", ge=1)
+    vllm_max_batched_tokens: int | None = opt(None, "tokens in one engine step; empty: vLLM's choice", ge=1)
+    tensor_parallel: int = opt(1, "processes that share one vLLM engine", ge=1)
+    sleep_level: Literal[0, 1, 2] = opt(
+        2, "vLLM during the update on a GPU: 0 keeps its memory, 1 moves weights to the host, 2 drops them")
+    resample_dead_groups: int = opt(0, "rounds of other prompts for groups of equal rewards", ge=0)
     # update
     steps: int = opt(75, "rollout + update rounds", ge=1)
     updates_per_step: int = opt(4, "optimizer steps a round, on P / updates_per_step prompts each", ge=1)
@@ -96,6 +111,7 @@ class GRPOConfig(Config):
     dual_clip: float = opt(3.0, "bound on ratio * |advantage| where the advantage is negative", gt=1)
     kl_coef: float = opt(0.01, "weight of the KL to the start; 0: no reference model in memory", ge=0)
     is_cap: float = opt(2.0, "cap of the trainer / sampler importance weight; 0: off", ge=0)
+    max_skipped: int = opt(3, "updates in a row without a finite gradient that end the run", ge=1)
     freeze_vision: bool = opt(False, "train the language model only")
     max_tokens_per_micro_batch: int = opt(16384, "tokens packed into one forward pass, per process", ge=1)
     logit_chunk: int = opt(1024, "tokens whose logits exist at the same time", ge=1)
@@ -104,8 +120,9 @@ class GRPOConfig(Config):
     out: str = opt("runs/grpo", "folder of the run")
     seed: int = opt(0, "of batch order and sampling", ge=0)
     save_every: int = opt(5, "steps between checkpoints (and one at the end)", ge=1)
-    keep_last: int = opt(2, "checkpoints kept", ge=1)
-    resume: Literal["auto", "never"] = opt("auto", "continue a run found in out; never: refuse to")
+    keep_last: int = opt(2, "checkpoints kept, besides the best", ge=1)
+    keep_best: str | None = opt("val_reward", "held-out metric of the checkpoint to keep; empty: none")
+    resume: str = opt("auto", "auto: continue a run found in out; never: refuse to; or a checkpoint's folder")
     samples_every: int = opt(5, "steps between saved samples of completions with their images; 0: none", ge=0)
     tracker: Literal["tensorboard", "wandb", "none"] = opt("tensorboard", "besides metrics.jsonl")
     dry_run: bool = opt(False, "print what would run and what is missing, load no model, exit")
@@ -124,30 +141,91 @@ class GRPOConfig(Config):
     def weights(self) -> Weights:
         return Weights(self.weight_format, self.weight_count, self.weight_accuracy, self.weight_spatial)
 
+    def source(self, data: str, split: str) -> dict:
+        """Arguments of load_samples."""
+        return dict(source=data, split=split, revision=self.revision, columns=self.columns,
+                    need_scene=self.reward == "spatial", skip_bad_rows=self.skip_bad_rows)
+
+
+# ---- processes ---------------------------------------------------------------------------------------------
+def make_accelerator(cfg: GRPOConfig, layers: list[str]):
+    """FSDP2 over all processes: fp32 masters sharded, bf16 compute on a GPU, fp32 gradient reduction.
+
+    A single GPU is a mesh of one. A single process on a CPU shards nothing: the copies would cost the tiny
+    model half of its speed. `layers`: names of the classes that are gathered one at a time.
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    on_gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
+    if on_gpu:
+        launch_alone()
+    # accelerate's own bf16 policy would reduce gradients and return log-probs in bf16 as well.
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, mixed_precision_policy=precision, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=layers, cpu_ram_efficient_loading=False)
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", fsdp_plugin=plugin if on_gpu else None,
+                              project_dir=cfg.out, log_with=None if cfg.tracker == "none" else cfg.tracker)
+    torch.set_num_threads(threads)  # accelerate counts physical cores, hence half of them in most containers
+    if not on_gpu and accelerator.num_processes > 1:  # accelerate shards on GPUs only; gloo can do it as well
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def launch_alone():
+    """What a launcher would have set for a single process."""
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": free_port()}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def full_weights(model):
+    """(name, whole tensor) one at a time; on every process, since a sharded one is gathered by all."""
+    # state_dict, not named_parameters: a tied head is listed in it, and would go stale in vLLM otherwise.
+    for name, p in model.state_dict().items():
+        if hasattr(p, "full_tensor"):
+            p = (p.bfloat16() if p.is_cuda else p).full_tensor()  # bf16: what vLLM holds, half the traffic
+        yield name, p
+
 
 # ---- rollout -----------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
+@dataclass
 class Rollout:
-    """One sampled completion of one prompt."""
+    """One sampled completion of one row. Light: it travels to all processes, the images do not."""
 
-    prompt: Prompt
+    row: int  # of the data
+    prompt_length: int  # tokens, with the images'
     completion_ids: list[int]  # (T,), with the end token where it came
     sampler_logps: list[float]  # (T,), of the distribution that was sampled from
     text: str  # without special tokens
     finished: bool  # False: cut at max_completion_length
+    score: Score | None = None
+    advantage: float = 0.0
 
-    @property
-    def sequence(self) -> Sequenced:
-        return Sequenced(self.prompt, self.completion_ids)
+    def __len__(self):
+        return self.prompt_length + len(self.completion_ids)
 
 
 def request_seed(*path: int) -> int:
-    """A seed for one request from (run seed, step, prompt): independent of batch, rank and resumption."""
+    """A seed for one request from (run seed, step, row): independent of batch, rank and resumption."""
     return int(np.random.SeedSequence(path).generate_state(1)[0])
 
 
 class VLLMSampler:
-    """vLLM in this process, on this process's device; `sync` copies the policy's weights into it."""
+    """vLLM in the training processes, on their devices; `sync` copies the policy's weights into it."""
 
     def __init__(self, cfg: GRPOConfig, processor, forbidden_ids: list[int], images_per_prompt: int):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives here, not in a child
@@ -155,24 +233,25 @@ class VLLMSampler:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(cfg.vllm_memory)))
-        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": free_port()}.items():
-            os.environ.setdefault(name, str(value))  # external_launcher reads what a launcher would have set
+        launch_alone()  # external_launcher reads it
         from vllm import LLM
 
         self.tokenizer, self.forbidden_ids = processor.tokenizer, forbidden_ids
-        self.max_tokens = cfg.max_completion_length
+        self.max_tokens, self.sleep_level = cfg.max_completion_length, cfg.sleep_level if on_gpu else 0
         length = cfg.max_prompt_length + cfg.max_completion_length
+        limits = {"max_num_seqs": cfg.vllm_max_seqs, "max_num_batched_tokens": cfg.vllm_max_batched_tokens}
+        limits = {name: value for name, value in limits.items() if value}
         if on_gpu:
             device = {"dtype": "bfloat16", "gpu_memory_utilization": cfg.vllm_memory,
-                      "enable_sleep_mode": True}
+                      "enable_sleep_mode": bool(cfg.sleep_level)}
         else:  # a prompt prefilled in two chunks rewinds its generator, which a CPU generator cannot do
-            device = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False,
-                      "max_num_batched_tokens": max(8192, length)}
+            device = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
+            limits["max_num_batched_tokens"] = max(limits.get("max_num_batched_tokens", 8192), length)
         rng = torch.get_rng_state()  # LLM(seed=...) seeds every generator of the process
         self.llm = LLM(
-            model=cfg.model, distributed_executor_backend="external_launcher", tensor_parallel_size=1, seed=0,
-            logprobs_mode="processed_logprobs", max_model_len=length, disable_log_stats=True, **device,
+            model=cfg.model, distributed_executor_backend="external_launcher",
+            tensor_parallel_size=cfg.tensor_parallel, seed=0, logprobs_mode="processed_logprobs",
+            max_model_len=length, disable_log_stats=True, **device, **limits,
             limit_mm_per_prompt={"image": images_per_prompt, "video": 0},
             mm_processor_kwargs={"min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels})
         torch.set_rng_state(rng)
@@ -182,9 +261,7 @@ class VLLMSampler:
         """Copy the policy's parameters into the engine and drop everything computed with the old ones."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        # state_dict, not named_parameters: a tied head is listed in it, and would go stale otherwise.
-        weights = iter(model.state_dict().items())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(model)})
         self.llm.llm_engine.reset_encoder_cache()  # stale image features cost about two nats
         self.llm.reset_prefix_cache()
         if self.asleep:
@@ -193,12 +270,12 @@ class VLLMSampler:
 
     def sleep(self):
         """Give the GPU's memory to the update, until the next `sync`."""
-        if torch.cuda.is_available():
-            self.llm.sleep(level=2)  # 2: the weights are dropped too, sync brings the new ones
+        if self.sleep_level:
+            self.llm.sleep(level=self.sleep_level)
             self.asleep = True
 
-    def generate(self, prompts: list[Prompt], n: int, temperature: float, seeds: list[int]):
-        """n completions of each prompt, as a list of n Rollouts a prompt. Temperature 0 is greedy."""
+    def generate(self, rows: list[int], prompts: list[Prompt], n: int, temperature: float, seeds: list[int]):
+        """n Rollouts of each prompt, as a list a prompt. Temperature 0 is greedy."""
         from vllm import SamplingParams
 
         bias = {i: FORBIDDEN_BIAS for i in self.forbidden_ids}
@@ -206,16 +283,17 @@ class VLLMSampler:
                     {"prompt_token_ids": p.vllm_ids} for p in prompts]
         params = [SamplingParams(n=n, temperature=temperature, seed=seed, max_tokens=self.max_tokens,
                                  logprobs=0, logit_bias=bias, detokenize=False) for seed in seeds]
-        rollouts = []
-        for prompt, output in zip(prompts, self.llm.generate(requests, params, use_tqdm=False), strict=True):
+        outputs = self.llm.generate(requests, params, use_tqdm=False) if requests else []
+        groups = []
+        for row, prompt, output in zip(rows, prompts, outputs, strict=True):
             assert output.prompt_token_ids == prompt.ids, f"row {prompt.sample.id}: vLLM reads another prompt"
-            rollouts.append([])
+            groups.append([])
             for o in output.outputs:
                 ids = list(o.token_ids)
                 logps = [step[i].logprob for step, i in zip(o.logprobs, ids, strict=True)]
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                rollouts[-1].append(Rollout(prompt, ids, logps, text, o.finish_reason == "stop"))
-        return rollouts
+                groups[-1].append(Rollout(row, len(prompt.ids), ids, logps, text, o.finish_reason == "stop"))
+        return groups
 
     def close(self):
         import gc
@@ -228,42 +306,56 @@ class HFSampler:
     """The same calls on transformers' `generate`: slow, for machines without vLLM."""
 
     def __init__(self, cfg: GRPOConfig, processor, forbidden_ids: list[int]):
-        self.tokenizer, self.forbidden_ids = processor.tokenizer, forbidden_ids
+        self.cfg, self.tokenizer, self.forbidden_ids = cfg, processor.tokenizer, forbidden_ids
         self.max_tokens, self.end_ids = cfg.max_completion_length, end_token_ids(processor.tokenizer)
         self.model = None
 
+    @torch.no_grad()
     def sync(self, model):
-        self.model = model  # it samples from the policy itself
+        """Alone, sample from the policy itself; of a sharded one, keep a whole copy on every process."""
+        if not hasattr(next(model.parameters()), "full_tensor"):
+            self.model = model
+            return
+        if self.model is None:
+            dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+            self.model = load_model(self.cfg, self.forbidden_ids, dtype).to(model.device)
+        held = self.model.state_dict()
+        for name, weight in full_weights(model):
+            held[name].copy_(weight)
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], n: int, temperature: float, seeds: list[int]):
-        model, device = self.model, self.model.device
-        greedy, was_training = temperature == 0, model.training
-        model.eval()
+    def generate(self, rows: list[int], prompts: list[Prompt], n: int, temperature: float, seeds: list[int]):
+        was_training = self.model.training
+        self.model.eval()
+        groups = [[Rollout(row, len(prompt.ids), *r) for r in self.one(prompt, n, temperature, seed)]
+                  for row, prompt, seed in zip(rows, prompts, seeds, strict=True)]
+        self.model.train(was_training)
+        return groups
+
+    def one(self, prompt: Prompt, n: int, temperature: float, seed: int) -> list[tuple]:
+        """n of (completion ids, log-probs, text, finished). One prompt alone: no padding, its own seed."""
+        model, device, greedy = self.model, self.model.device, temperature == 0
+        ids = torch.tensor([prompt.ids], device=device).repeat(n, 1)
+        images = {} if prompt.pixel_values is None else {
+            "pixel_values": prompt.pixel_values.repeat(n, 1).to(device),
+            "image_grid_thw": prompt.image_grid_thw.repeat(n, 1).to(device)}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids),
+                mm_token_type_ids=(ids == model.config.image_token_id).int(), **images,
+                do_sample=not greedy, temperature=None if greedy else temperature, top_k=0, top_p=1.0,
+                sequence_bias=[[[i], FORBIDDEN_BIAS] for i in self.forbidden_ids],
+                max_new_tokens=self.max_tokens, eos_token_id=self.end_ids, return_dict_in_generate=True,
+                output_scores=True)
+        logps = torch.stack(out.scores, 1).float().log_softmax(-1)  # (n, T, V), with bias and temperature
+        new = out.sequences[:, len(prompt.ids):]
+        logps = logps.gather(2, new[..., None])[..., 0]  # (n, T)
         rollouts = []
-        for prompt, seed in zip(prompts, seeds, strict=True):  # one at a time: no padding, a seed of its own
-            ids = torch.tensor([prompt.ids], device=device).repeat(n, 1)
-            images = {} if prompt.pixel_values is None else {
-                "pixel_values": prompt.pixel_values.repeat(n, 1).to(device),
-                "image_grid_thw": prompt.image_grid_thw.repeat(n, 1).to(device)}
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                out = model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids),
-                    mm_token_type_ids=(ids == model.config.image_token_id).int(), **images,
-                    do_sample=not greedy, temperature=None if greedy else temperature, top_k=0, top_p=1.0,
-                    sequence_bias=[[[i], FORBIDDEN_BIAS] for i in self.forbidden_ids],
-                    max_new_tokens=self.max_tokens, eos_token_id=self.end_ids, return_dict_in_generate=True,
-                    output_scores=True)
-            logps = torch.stack(out.scores, 1).float().log_softmax(-1)  # (n, T, V), with bias and temperature
-            new = out.sequences[:, len(prompt.ids):]
-            logps = logps.gather(2, new[..., None])[..., 0]  # (n, T)
-            rollouts.append([])
-            for row, row_logps in zip(new.tolist(), logps.tolist(), strict=True):
-                end = next((t + 1 for t, i in enumerate(row) if i in self.end_ids), None)
-                text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
-                rollouts[-1].append(Rollout(prompt, row[:end], row_logps[:end], text, end is not None))
-        model.train(was_training)
+        for ids, row_logps in zip(new.tolist(), logps.tolist(), strict=True):
+            end = next((t + 1 for t, i in enumerate(ids) if i in self.end_ids), None)
+            text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+            rollouts.append((ids[:end], row_logps[:end], text, end is not None))
         return rollouts
 
     def sleep(self):
@@ -278,22 +370,32 @@ def end_token_ids(tokenizer) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def free_port() -> int:
-    import socket
+def sample_everywhere(accelerator, sampler, encode, rows, n, temperature, seeds, tensor_parallel=1):
+    """n Rollouts of each row, in the order of rows, known to every process in the end.
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    Every engine, of `tensor_parallel` processes, takes its share of the rows.
+    """
+    engines = accelerator.num_processes // tensor_parallel
+    mine = range(accelerator.process_index // tensor_parallel, len(rows), engines)
+    groups = sampler.generate([rows[k] for k in mine], [encode(rows[k]) for k in mine], n, temperature,
+                              [seeds[k] for k in mine])
+    # Processes of one engine hold the same: the first of them sends.
+    parts = gather([groups if accelerator.process_index % tensor_parallel == 0 else None])
+    parts = [part for part in parts if part is not None]
+    return [parts[k % engines][k // engines] for k in range(len(rows))]
 
 
 # ---- reward and advantage ----------------------------------------------------------------------------------
-def score(rollout: Rollout, cfg: GRPOConfig) -> Score:
-    """The configured reward of one rollout. A completion that was cut off is scored like any other text."""
-    sample = rollout.prompt.sample
+def score(text: str, sample, cfg: GRPOConfig) -> Score:
+    """The configured reward of a completion. One that was cut off is scored like any other text."""
     if cfg.reward == "vanilla":
-        terms = vanilla_reward(rollout.text, sample.ground_truth)
+        terms = vanilla_reward(text, sample.ground_truth)
         return Score(terms["reward"], terms["format"], 0.0, terms["accuracy"], 0.0)
-    return score_completion(rollout.text, sample.ground_truth, sample.size, weights=cfg.weights)
+    return score_completion(text, sample.ground_truth, sample.size, weights=cfg.weights)
+
+
+def rewards_of(groups: list[list[Rollout]]) -> torch.Tensor:
+    return torch.tensor([[r.score.reward for r in group] for group in groups], dtype=torch.float64)  # (P, G)
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
@@ -353,12 +455,10 @@ def token_logps(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     `batch` comes from data.pack; `model` went through `use_logprob_head`.
     """
     inputs = dict(batch)
-    at = inputs.pop("target_positions")  # (N,)
     head = getattr(model, "module", model).lm_head
-    head.targets = batch["input_ids"][0, at]
+    head.targets, at = inputs.pop("target_ids"), inputs.pop("predicted_at")  # (N,), (N,)
     try:
-        # The token at position t is predicted by the hidden state at t - 1.
-        out = model(**inputs, use_cache=False, logits_to_keep=at - 1).logits[0]  # (N, 2)
+        out = model(**inputs, use_cache=False, logits_to_keep=at).logits[0]  # (N, 2)
     finally:
         head.targets = None
     return out[:, 0], out[:, 1].detach()
@@ -399,20 +499,53 @@ def kl_loss(logp, logp_ref, logp_old, mask):
 
 
 # ---- update ------------------------------------------------------------------------------------------------
-def packed_batches(rollouts: list[Rollout], model, cfg: GRPOConfig, device):
-    """Yield (indices into rollouts, packed batch on the device) within the token budget."""
-    sequences = [r.sequence for r in rollouts]
-    for group in micro_batches([len(s) for s in sequences], cfg.max_tokens_per_micro_batch):
-        batch = pack([sequences[i] for i in group], model, model.config.image_token_id)
-        yield group, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+def balance(groups: list[list[int]], tokens: list[int], processes: int) -> list[list[int]]:
+    """Deal groups out, the largest first, each to the process with the fewest tokens so far.
+
+    Whole groups, since they share their prompt. Returns: each process's members of groups, in order.
+
+    >>> balance([[0, 1], [2, 3], [4, 5]], [2, 4, 6], 2)
+    [[4, 5], [0, 1, 2, 3]]
+    """
+    shares, load = [[] for _ in range(processes)], [0] * processes
+    for size, group in sorted(zip(tokens, groups, strict=True), key=lambda pair: -pair[0]):
+        least = load.index(min(load))
+        shares[least] += group
+        load[least] += size
+    return [sorted(share) for share in shares]
+
+
+def plan_updates(rollouts: list[Rollout], cfg: GRPOConfig, processes: int) -> list[list[list[int]]]:
+    """For each update, for each process: indices of the rollouts it trains on."""
+    groups = [list(range(k, k + cfg.group_size)) for k in range(0, len(rollouts), cfg.group_size)]
+    tokens = [rollouts[g[0]].prompt_length + sum(len(rollouts[k].completion_ids) for k in g) for g in groups]
+    size = len(groups) // cfg.updates_per_step
+    return [balance(groups[k:k + size], tokens[k:k + size], processes) for k in range(0, len(groups), size)]
+
+
+def packed_batches(rollouts: list[Rollout], shares: list[list[int]], rank: int, encode, model, cfg, device):
+    """Yield (indices into rollouts, packed batch) of this process's share, within the token budget.
+
+    Every process yields equally often, at the end an empty batch: sharded layers are gathered by all or none.
+    """
+    split = [micro_batches([(rollouts[k].row, rollouts[k].prompt_length, len(rollouts[k].completion_ids))
+                            for k in share], cfg.max_tokens_per_micro_batch) for share in shares]
+    batches = [[shares[rank][i] for i in group] for group in split[rank]]
+    batches += [[]] * (max(map(len, split)) - len(batches))
+    for batch in batches:
+        by_row = itertools.groupby(batch, key=lambda k: rollouts[k].row)
+        packed = pack([(encode(row), [rollouts[k].completion_ids for k in ks]) for row, ks in by_row], model)
+        yield batch, {name: v.to(device) if torch.is_tensor(v) else v for name, v in packed.items()}
 
 
 @torch.no_grad()
-def rollout_logps(model, base, rollouts: list[Rollout], cfg: GRPOConfig, device) -> list[torch.Tensor]:
-    """Log-probs of every rollout under a model: N tensors (T,)."""
-    logps = []
-    for group, batch in packed_batches(rollouts, base, cfg, device):
-        logps += token_logps(model, batch)[0].split([len(rollouts[i].completion_ids) for i in group])
+def rollout_logps(model, rollouts, plans, rank, encode, base, cfg, device) -> dict[int, torch.Tensor]:
+    """Log-probs under a model of the rollouts that this process will train on: {index: (T,)}."""
+    logps = {}
+    for shares in plans:
+        for batch, packed in packed_batches(rollouts, shares, rank, encode, base, cfg, device):
+            pieces = token_logps(model, packed)[0].split([len(rollouts[k].completion_ids) for k in batch])
+            logps |= dict(zip(batch, pieces, strict=True)) if batch else {}
     return logps
 
 
@@ -425,413 +558,277 @@ def learning_rate_at(step: int, cfg: GRPOConfig) -> float:
     return cfg.learning_rate + (final - cfg.learning_rate) * share
 
 
-def update(accelerator, policy, optimizer, rollouts, advantages, logps_old, logps_ref, cfg, lr) -> Counter:
-    """One optimizer step on these rollouts: lists of N. Returns sums over the tokens of this process.
+def update(accelerator, policy, optimizer, rollouts, shares, encode, advantages, logps_old, logps_ref, cfg,
+           lr) -> Counter:
+    """One optimizer step on the rollouts of all shares. Returns sums over the tokens of this process.
 
-    logps_old None: the policy is still the one that sampled, and its own log-probs serve.
+    advantages: one a rollout; logps_old, logps_ref: of this process's share, by index; logps_old None: the
+    policy is still the one that sampled, and its own log-probs serve.
     """
-    device, base = accelerator.device, accelerator.unwrap_model(policy)
-    n_tokens = torch.tensor(float(sum(len(r.completion_ids) for r in rollouts)), device=device)
-    # One denominator for the whole update over all ranks; the factor undoes the mean of data parallelism.
-    scale = accelerator.num_processes / accelerator.reduce(n_tokens, "sum")
-    sums = Counter()
-    for group, batch in packed_batches(rollouts, base, cfg, device):
-        lengths = torch.tensor([len(rollouts[i].completion_ids) for i in group], device=device)
-        logp, entropy = token_logps(policy, batch)  # (N,), (N,)
-        logp_old = torch.cat([logps_old[i] for i in group]) if logps_old else logp.detach()
-        sampled = torch.tensor([x for i in group for x in rollouts[i].sampler_logps], device=device)
-        advantage = torch.tensor([advantages[i] for i in group], device=device)
-        advantage = advantage.repeat_interleave(lengths)  # (N,)
+    rank, device, base = accelerator.process_index, accelerator.device, accelerator.unwrap_model(policy)
+    # One denominator for the whole update over all processes, whose gradients FSDP averages.
+    n_tokens = sum(len(rollouts[k].completion_ids) for share in shares for k in share)
+    scale = accelerator.num_processes / n_tokens
+    sums = Counter(mismatch_max=0.0)
+    for batch, packed in packed_batches(rollouts, shares, rank, encode, base, cfg, device):
+        lengths = [len(rollouts[k].completion_ids) for k in batch]
+        logp, entropy = token_logps(policy, packed)  # (N,), (N,)
+        logp_old = logp.detach() if logps_old is None else gathered(logps_old, batch, logp)
+        sampled = torch.tensor([x for k in batch for x in rollouts[k].sampler_logps], device=device)
+        advantage = torch.tensor(np.repeat([advantages[k] for k in batch], lengths), dtype=logp.dtype,
+                                 device=device)  # (N,)
         mask = torch.ones_like(logp)
         weight = torch.exp((logp_old - sampled).clamp(-20, 20)).clamp(max=cfg.is_cap) if cfg.is_cap else None
         loss, stats = policy_loss(logp, logp_old, advantage, mask, clip_low=cfg.clip_low,
                                   clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, weight=weight)
-        if logps_ref:
-            kl, stats["kl"] = kl_loss(logp, torch.cat([logps_ref[i] for i in group]), logp_old, mask)
+        if logps_ref is not None:
+            kl, stats["kl"] = kl_loss(logp, gathered(logps_ref, batch, logp), logp_old, mask)
             loss = loss + cfg.kl_coef * kl
         accelerator.backward(loss * scale)
         mismatch = (logp_old - sampled).abs()
         stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "mismatch": mismatch.sum(),
-                  "tokens": lengths.sum(), "packed": batch["input_ids"].numel()}
+                  "capped": (weight >= cfg.is_cap).sum() if cfg.is_cap else 0,
+                  "tokens": sum(lengths), "trained": sum(len(rollouts[k]) for k in batch)}
         sums.update({name: float(value) for name, value in stats.items()})
-        sums["mismatch_max"] = max(sums["mismatch_max"], float(mismatch.max()))
+        sums["mismatch_max"] = max([sums["mismatch_max"], *mismatch.tolist()])
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if math.isfinite(grad_norm):
+    if math.isfinite(grad_norm):  # one bad batch must not end in NaN weights
         optimizer.step()
-        sums["grad_norm"] = grad_norm
-    else:
-        sums["skipped"] = 1  # one bad batch must not end in NaN weights
+    sums["grad_norm"], sums["skipped"] = grad_norm, not math.isfinite(grad_norm)
     optimizer.zero_grad()
     return sums
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------
-def checkpoints(out: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    found = [p for p in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+def gathered(logps: dict, batch: list[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.cat([logps[k] for k in batch]) if batch else like.detach()  # (N,)
 
 
-def save_checkpoint(accelerator, policy, processor, out: Path, step: int, scores: dict, keep_last: int):
-    """Model, optimizer, RNG state and what `merge.py` needs, under a temporary name until all is written."""
-    tmp, final = out / f"checkpoint-{step}.tmp", out / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(tmp, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(tmp))
-    accelerator.wait_for_everyone()  # every rank writes a part
-    if accelerator.is_main_process:
-        model = accelerator.unwrap_model(policy)
-        model.config.save_pretrained(tmp / "hf")
-        model.generation_config.save_pretrained(tmp / "hf")
-        processor.save_pretrained(tmp / "hf")
-        (tmp / "trainer.json").write_text(json.dumps({"step": step, "scores": scores}))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(tmp, final)
-        for old in checkpoints(out)[:-keep_last]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def resume(accelerator, out: Path) -> int:
-    """Load the last checkpoint, cut off the metrics of steps that were lost; returns the finished steps."""
-    found = checkpoints(out)
-    step = 0
-    if found:
-        accelerator.load_state(str(found[-1]))
-        step = json.loads((found[-1] / "trainer.json").read_text())["step"]
-    metrics = out / "metrics.jsonl"
-    if accelerator.is_main_process and metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines(keepends=True)
-                 if line.endswith("\n") and found and json.loads(line)["step"] <= step]
-        tmp = metrics.with_suffix(".tmp")
-        tmp.write_text("".join(lines))
-        os.replace(tmp, metrics)
-    accelerator.wait_for_everyone()
-    return step
-
-
-# ---- metrics -----------------------------------------------------------------------------------------------
-def step_line(m: dict, cfg: GRPOConfig, elapsed_s: float, done: int) -> str:
-    """The terminal's line for one step."""
-    parts = [f"step {m['step']}/{cfg.steps}"]
-    if "reward" in m:
-        parts += [f"reward {m['reward']:.3f}", f"fmt {m['format']:.2f} cnt {m['count']:.2f} "
-                  f"acc {m['accuracy']:.2f} spa {m['spatial']:.2f}",
-                  f"dead {m['dead']:.0%} cut {m['cut']:.0%}", f"len {m['length']:.0f}",
-                  f"kl {m['kl']:.4f}", f"gnorm {m['grad_norm']:.2f}", f"mis {m['mismatch_max']:.0e}",
-                  f"gen {m['gen_s']:.1f}s upd {m['update_s']:.1f}s", f"{m['mem_gb']:.1f}GB",
-                  f"eta {(cfg.steps - m['step']) * elapsed_s / max(done, 1) / 3600:.2f}h"]
-    if "val_accuracy" in m:
-        shown = [k for k in ("reward", "accuracy", "mean_iou", "format") if f"val_{k}" in m]
-        parts.append("held out: " + " ".join(f"{k} {m[f'val_{k}']:.3f}" for k in shown))
-    return " | ".join(parts)
-
-
-def step_metrics(groups, group_scores, advantages, sums: list[Counter]) -> dict:
-    """Means over the step's completions and updates, of all processes. The README defines each."""
-    from accelerate.utils import gather_object
-
-    rows = gather_object([vars(s) | {"length": len(r.completion_ids), "cut": not r.finished}
-                          for group, row in zip(groups, group_scores, strict=True)
-                          for r, s in zip(group, row, strict=True)])
-    dead = gather_object([not any(row) for row in advantages.tolist()])
-    updates = gather_object(sums)
-    total = Counter()
-    for one in updates:
-        total.update(one)
-
-    def mean(key):
-        return float(np.mean([row[key] for row in rows]))
-
-    return {
-        **{key: mean(key) for key in ("reward", "format", "count", "accuracy", "spatial")},
-        "reward_std": float(np.std([row["reward"] for row in rows])),
-        "mean_iou": float(np.mean([iou for row in rows for *_, iou, _ in row["matches"]] or [0.0])),
-        "rejected": dict(Counter(row["reason"] for row in rows if row["reason"])),
-        "dead": float(np.mean(dead)), "cut": mean("cut"), "length": mean("length"),
-        **{key: total[key] / total["tokens"] for key in ("loss", "kl", "entropy")},
-        **{key: total[key] / total["tokens"] for key in ("clip_low", "clip_high", "clip_dual")},
-        "mismatch_mean": total["mismatch"] / total["tokens"],
-        "mismatch_max": max(one["mismatch_max"] for one in updates),
-        "grad_norm": total["grad_norm"] / len(updates), "skipped": total["skipped"],
-        "tokens": total["tokens"], "packed": total["packed"],
-    }
-
-
-def mem_gb() -> float:
-    """Peak memory of this process so far: on the GPU where there is one."""
-    import resource
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def save_samples(folder: Path, groups: list[list[Rollout]], scores: list[list[Score]], n: int = 4):
-    """The first n prompts of a step: their image, all completions and what each earned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for group, group_scores in list(zip(groups, scores, strict=True))[:n]:
-        sample = group[0].prompt.sample
-        name = re.sub(r"[^\w.-]", "_", sample.id)[:80]
-        for k, image in enumerate(group[0].prompt.images):
-            image.save(folder / f"{name}_{k}.png")
-        for r, s in zip(group, group_scores, strict=True):
-            line = {"id": sample.id, "question": sample.question, "gold": sample.ground_truth, "text": r.text}
-            lines.append(json.dumps(line | {"finished": r.finished} | vars(s)) + "\n")
-    (folder / "completions.jsonl").write_text("".join(lines))
-
-
-def held_out(sampler, encode, val, cfg: GRPOConfig, accelerator) -> dict:
+# ---- held out ----------------------------------------------------------------------------------------------
+def held_out(accelerator, sampler, encode, val, cfg: GRPOConfig) -> dict:
     """Greedy answers to the held-out rows, graded and summed up as `evaluate.py` does: {"val_...": value}."""
-    from accelerate.utils import gather_object
-
     records = []
-    mine = range(accelerator.process_index, len(val), accelerator.num_processes)
     chunk = max(cfg.prompts_per_step, 64)  # prompts encoded at the same time
-    for start in range(0, len(mine), chunk):
-        prompts = [encode(val[i]) for i in mine[start:start + chunk]]
-        for (rollout,) in sampler.generate(prompts, 1, 0.0, [0] * len(prompts)):
-            records.append(grade(rollout.prompt.sample, rollout.text)
-                           | {"finish_reason": "stop" if rollout.finished else "length"})
-    summary = summarise(gather_object(records))
+    for start in range(0, len(val), chunk):
+        rows = list(range(start, min(start + chunk, len(val))))
+        groups = sample_everywhere(accelerator, sampler, lambda i: encode(val[i]), rows, 1, 0.0,
+                                   [0] * len(rows), cfg.tensor_parallel)
+        records += [grade(val[r.row], r.text) | {"finish_reason": "stop" if r.finished else "length"}
+                    for (r,) in groups]
+    summary = summarise(records)
     shown = ("reward", "format", "count", "spatial", "accuracy", "mean_iou", "recall50")
     return {f"val_{k}": summary[k] for k in shown if k in summary}
 
 
-# ---- dry run -----------------------------------------------------------------------------------------------
-def arithmetic(cfg: GRPOConfig, world: int, n_samples: int | None = None) -> str:
-    """What the config amounts to, in one line."""
-    sequences = cfg.prompts_per_step * cfg.group_size
-    text = (f"{cfg.prompts_per_step} prompts x {cfg.group_size} = {sequences} sequences a step, "
-            f"{cfg.updates_per_step} updates of {sequences // cfg.updates_per_step}, {cfg.steps} steps, "
-            f"{world} process(es)")
-    epochs = cfg.steps * cfg.prompts_per_step / n_samples if n_samples else 0
-    return text + (f", {epochs:.2f} epochs of {n_samples}" if epochs else "")
-
-
-def count_parameters(model: str) -> float | None:
-    """Parameters of a model from its config alone (no weights); None if the config is out of reach."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError):
-        return None
-    with torch.device("meta"):
-        return float(sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters()))
-
-
-def dry_run(cfg: GRPOConfig) -> int:
-    """Print the resolved config, its arithmetic, memory and what is missing; returns the exit status."""
-    import importlib.util
-
-    world = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
-    print(to_yaml(cfg))
-    missing = []
-    try:
-        samples = load_samples(**data_arguments(cfg, cfg.data, cfg.split))
-        print(f"data: {len(samples)} rows of {cfg.data} ({cfg.split}) pass the checks, "
-              f"{len(samples.skipped)} are left out")
-        print(arithmetic(cfg, world, len(samples)))
-    except (OSError, ValueError, RuntimeError) as error:  # the Hub client's errors derive from these
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        missing.append(f"data: {cfg.data} ({cfg.split}) is not readable here: {why}")
-        print(arithmetic(cfg, world))
-    n = count_parameters(cfg.model)
-    if n is None:
-        missing.append(f"model: {cfg.model} is no folder here, not in the cache, and the Hub does not answer")
-        size = re.search(r"(\d+(?:\.\d+)?)B\b", cfg.model)
-        n = {"3": 3.75e9, "7": 8.29e9}.get(size[1], float(size[1]) * 1e9) if size else None
-    if n:
-        gib = n / 2**30
-        head = cfg.logit_chunk * 152064 * 4 * 3 / 2**30
-        print(f"memory per process at {n / 1e9:.2f}B parameters: fp32 weights, gradients and Adam "
-              f"{16 * gib:.1f} GiB, reference {2 * gib * (cfg.kl_coef > 0):.1f} GiB, vLLM's bf16 weights "
-              f"{2 * gib:.1f} GiB, logits {head:.1f} GiB; activations and KV cache come on top")
-    if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
-        missing.append("vllm: not installed (pip install -r requirements.txt, or sampler=hf)")
-    if not torch.cuda.is_available() and n and n > 1e9:
-        missing.append("GPU: none found; this model needs some")
-    print("\n".join(f"missing: {m}" for m in missing) if missing else "nothing is missing")
-    return 1 if missing else 0
-
-
 # ---- main --------------------------------------------------------------------------------------------------
-def data_arguments(cfg: GRPOConfig, source: str, split: str) -> dict:
-    return dict(source=source, split=split, revision=cfg.revision, columns=cfg.columns,
-                need_scene=cfg.reward == "spatial", skip_bad_rows=cfg.skip_bad_rows)
-
-
-def build_models(cfg: GRPOConfig, forbidden_ids: list[int]):
-    """(policy in fp32, reference in bf16 on a GPU or fp32 on a CPU, or None without KL), heads prepared."""
-    import importlib.util
-
+def load_model(cfg: GRPOConfig, forbidden_ids: list[int], dtype: torch.dtype):
+    """The start of the run, with `use_logprob_head`: the policy, or the KL reference."""
     from transformers import AutoModelForImageTextToText
 
-    on_gpu = torch.cuda.is_available()
-    attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else use_packed_attention()
-    if on_gpu and attention != "flash_attention_2":
-        print("flash-attn is not installed: attention runs on PyTorch's SDPA, sequence by sequence")
+    model = AutoModelForImageTextToText.from_pretrained(
+        cfg.model, dtype=dtype, attn_implementation=attention_implementation())
+    use_logprob_head(model, forbidden_ids, cfg.temperature, cfg.logit_chunk)
+    return model
 
-    def load(dtype):
-        model = AutoModelForImageTextToText.from_pretrained(
-            cfg.model, dtype=dtype, attn_implementation=attention)
-        use_logprob_head(model, forbidden_ids, cfg.temperature, cfg.logit_chunk)
-        return model
 
-    policy = load(torch.float32)  # masters: at a step of 1e-6 bf16 weights would round the update away
+def make_policy(accelerator, cfg: GRPOConfig, forbidden_ids: list[int]):
+    """(policy with fp32 masters, its optimizer, reference or None without KL), all sharded."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    policy = load_model(cfg, forbidden_ids, torch.float32)  # bf16 masters would round a step of 1e-6 away
     if cfg.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.freeze_vision:
         policy.model.visual.requires_grad_(False)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    accelerator.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, "
+                      f"{sum(p.numel() for p in trained):,} of them trained")
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # norms and biases: none
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2))
+    policy, optimizer = accelerator.prepare(policy, optimizer)
     if not cfg.kl_coef:
-        return policy, None
-    return policy, load(torch.bfloat16 if on_gpu else torch.float32).eval().requires_grad_(False)
+        return policy, optimizer, None
+    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    reference = load_model(cfg, forbidden_ids, dtype).eval().requires_grad_(False)
+    if accelerator.is_fsdp2:  # accelerate prepares one model only
+        reference = fsdp2_prepare_model(accelerator, reference)
+    return policy, optimizer, reference
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask for a stop at the next safe point; a second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.signal = 0
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self) -> int:
+        """The signal that any process got, or 0. Collective."""
+        return max(gather([self.signal]))
+
+
+def replace_dead(groups, rows: list[int], roll_out, n_rows: int, step: int, cfg: GRPOConfig):
+    """Roll out other rows in place of groups of equal rewards, in `resample_dead_groups` rounds at most.
+
+    Returns: (groups, how many were replaced). The spare rows are a function of (seed, step, round).
+    """
+    groups, used, replaced = list(groups), set(rows), 0
+    for attempt in range(cfg.resample_dead_groups):
+        dead = (group_advantages(rewards_of(groups)) == 0).all(1).nonzero()[:, 0].tolist()
+        spare = batch_at(request_seed(cfg.seed, step, attempt), 0, n_rows, n_rows)
+        spare = [row for row in spare if row not in used][:len(dead)]
+        if not spare:
+            break
+        for k, group in zip(dead, roll_out(spare, step), strict=False):  # fewer spare rows than dead groups
+            groups[k] = group
+        used, replaced = used | set(spare), replaced + len(spare)
+    return groups, replaced
 
 
 def main():
     cfg = GRPOConfig.parse_args()
     if cfg.dry_run:
         raise SystemExit(dry_run(cfg))
-    from accelerate import Accelerator
-    from accelerate.utils import gather_object
-    from transformers import AutoProcessor
+    try:
+        train(cfg)
+    except CheckpointError as error:
+        raise SystemExit(f"error: {error}") from None
 
-    out = Path(cfg.out)
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no", project_dir=out,
-                              log_with=None if cfg.tracker == "none" else cfg.tracker)
-    rank, world, say = accelerator.process_index, accelerator.num_processes, accelerator.print
-    if cfg.prompts_per_step % (world * cfg.updates_per_step):
-        raise SystemExit(f"prompts_per_step {cfg.prompts_per_step}: expected a multiple of processes x "
-                         f"updates_per_step = {world} x {cfg.updates_per_step}")
-    if cfg.resume == "never" and (out / "metrics.jsonl").exists():
-        raise SystemExit(f"{out} holds a run already: remove it, choose another out, or set resume=auto")
+
+def train(cfg: GRPOConfig):
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    out, started = Path(cfg.out), time.time()
+    kind = AutoModelForImageTextToText._model_mapping[type(AutoConfig.from_pretrained(cfg.model))]
+    accelerator = make_accelerator(cfg, sorted(kind._no_split_modules))
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    say = accelerator.print
+    if world % cfg.tensor_parallel:
+        raise SystemExit(f"tensor_parallel {cfg.tensor_parallel}: expected a divisor of {world} processes")
+    # A falling learning rate depends on the number of steps, a constant one does not.
+    refuse_another_run(cfg, out, FREE_TO_CHANGE | ({"steps"} if cfg.final_learning_rate is None else set()))
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_run_record(cfg, out)
-    accelerator.wait_for_everyone()
 
     # data
     processor = AutoProcessor.from_pretrained(cfg.model)
     encode = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
     lengths = dict(prompt_length=encode.length, max_prompt_length=cfg.max_prompt_length,
                    skip_long_prompts=cfg.skip_long_prompts)
-    train = load_samples(**data_arguments(cfg, cfg.data, cfg.split), **lengths)
-    val = load_samples(**data_arguments(cfg, cfg.val_data or cfg.data, cfg.val_split), **lengths,
+    data = load_samples(**cfg.source(cfg.data, cfg.split), **lengths)
+    val = load_samples(**cfg.source(cfg.val_data or cfg.data, cfg.val_split), **lengths,
                        limit=cfg.val_limit) if cfg.val_every else []
-    say(arithmetic(cfg, world, len(train)))
-    for name, samples in (("train", train), ("val", val)) if val else (("train", train),):
+    encode_row = functools.lru_cache(cfg.prompts_per_step)(lambda row: encode(data[row]))
+    say(arithmetic(cfg, world, len(data)))
+    for name, samples in (("train", data), ("val", val)) if val else (("train", data),):
         say(f"{name}: {len(samples)} rows, {samples.clipped} with a gold box clipped to the image, "
             f"{len(samples.skipped)} left out" + "".join(f"\n  {message}" for message in samples.skipped))
 
     # models
     torch.manual_seed(cfg.seed)
-    tokens = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    policy, reference = build_models(cfg, tokens)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # norms and biases: none
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2))
-    say(f"{sum(p.numel() for p in policy.parameters()):,} parameters, "
-        f"{sum(p.numel() for p in trained):,} of them trained")
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    reference = reference.to(accelerator.device) if reference else None
+    forbidden = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    policy, optimizer, reference = make_policy(accelerator, cfg, forbidden)
     base = accelerator.unwrap_model(policy)
-    first = resume(accelerator, out)
+    first = resume(accelerator, policy, optimizer, out, cfg.resume)
     if cfg.tracker != "none":
         settings = {k: v if isinstance(v, (int, float)) else str(v) for k, v in cfg.model_dump().items()}
         accelerator.init_trackers("grpo", config=settings)
-    sampler = (VLLMSampler(cfg, processor, tokens, max(s.max_images for s in (train, val or train)))
-               if cfg.sampler == "vllm" else HFSampler(cfg, processor, tokens))
+    sampler = (VLLMSampler(cfg, processor, forbidden, max(s.max_images for s in (data, val or data)))
+               if cfg.sampler == "vllm" else HFSampler(cfg, processor, forbidden))
     sampler.sync(base)
-
-    stop = []  # Ctrl-C asks for a stop at the end of the step; a second one ends the process at once
-
-    def on_ctrl_c(*_):
-        stop.append(1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, on_ctrl_c)
+    stop = Stop()
 
     def log(m: dict):
         if accelerator.is_main_process:
             with open(out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(m) + "\n")
-        say(step_line(m, cfg, time.time() - started, m["step"] - first))
+        say(step_line(m, cfg.steps, time.time() - started, m["step"] - first))
         if cfg.tracker != "none":
             accelerator.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["step"])
 
-    started = time.time()
+    def save_state(step: int, m: dict):
+        scores = {k: v for k, v in m.items() if k.startswith("val_")}
+        save(accelerator, policy, optimizer, processor, out, step, scores, cfg.keep_last, cfg.keep_best)
+
+    def roll_out(rows: list[int], step: int) -> list[list[Rollout]]:
+        seeds = [request_seed(cfg.seed, step, row) for row in rows]
+        groups = sample_everywhere(accelerator, sampler, encode_row, rows, cfg.group_size, cfg.temperature,
+                                   seeds, cfg.tensor_parallel)
+        for rollout in (r for group in groups for r in group):
+            rollout.score = score(rollout.text, data[rollout.row], cfg)
+        return groups
+
     if first == 0 and val:
-        log({"step": 0} | held_out(sampler, encode, val, cfg, accelerator))
-    scores = {}
+        log({"step": 0} | held_out(accelerator, sampler, encode, val, cfg))
+    done, skipped, stopped_by = first, 0, 0  # steps; updates in a row without a finite gradient; signal
     for step in range(first, cfg.steps):
         # draw prompts, sample completions, score them
         t0 = time.time()
-        drawn = batch_at(cfg.seed, step, cfg.prompts_per_step, len(train))[rank::world]
-        prompts = [encode(train[i]) for i in drawn]
-        seeds = [request_seed(cfg.seed, step, i) for i in drawn]
-        groups = sampler.generate(prompts, cfg.group_size, cfg.temperature, seeds)  # P lists of G
+        rows = batch_at(cfg.seed, step, cfg.prompts_per_step, len(data))
+        groups = roll_out(rows, step)  # P lists of G
+        groups, replaced = replace_dead(groups, rows, roll_out, len(data), step, cfg)
+        advantages = group_advantages(rewards_of(groups))  # (P, G)
         sampler.sleep()
         t1 = time.time()
-        group_scores = [[score(r, cfg) for r in group] for group in groups]
-        rewards = [[s.reward for s in row] for row in group_scores]
-        advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64))  # (P, G)
+        if stopped_by := stop.agreed():  # safe: the weights are still those of the step's start
+            break
 
         # log-probs of the policy that sampled and of the start, then the updates
         rollouts = [r for group in groups for r in group]  # N
-        flat_advantages = advantages.flatten().tolist()
-        device = accelerator.device
+        plans = plan_updates(rollouts, cfg, world)  # of each update, of each process: indices into rollouts
+        mine = (rollouts, plans, rank, encode_row, base, cfg, device)
         t2 = time.time()
         # A single update starts where the policy still stands: its own forward pass gives the old log-probs.
-        logps_old = rollout_logps(policy, base, rollouts, cfg, device) if cfg.updates_per_step > 1 else None
-        logps_ref = rollout_logps(reference, base, rollouts, cfg, device) if reference else None
+        logps_old = rollout_logps(policy, *mine) if cfg.updates_per_step > 1 else None
+        logps_ref = rollout_logps(reference, *mine) if reference else None
         t3 = time.time()
-        lr = learning_rate_at(step, cfg)
-        size, sums = len(rollouts) // cfg.updates_per_step, []
-        for start in tqdm(range(0, len(rollouts), size), desc="updates", disable=None, leave=False):
-            part = slice(start, start + size)
-            sums.append(update(accelerator, policy, optimizer, rollouts[part], flat_advantages[part],
-                               logps_old and logps_old[part], logps_ref and logps_ref[part], cfg, lr))
+        sums = [update(accelerator, policy, optimizer, rollouts, shares, encode_row,
+                       advantages.flatten().tolist(), logps_old, logps_ref, cfg, learning_rate_at(step, cfg))
+                for shares in tqdm(plans, desc="updates", disable=None, leave=False)]
         t4 = time.time()
         sampler.sync(base)
         t5 = time.time()
 
         # measure, evaluate, save
-        m = {"step": step + 1, "lr": lr} | step_metrics(groups, group_scores, advantages, sums) | {
-            "gen_s": t1 - t0, "logp_s": t3 - t2, "update_s": t4 - t3, "sync_s": t5 - t4, "mem_gb": mem_gb()}
+        done = step + 1
+        m = {"step": done, "lr": learning_rate_at(step, cfg)} | step_metrics(rollouts, advantages, sums) | {
+            "replaced": replaced, "gen_s": t1 - t0, "logp_s": t3 - t2, "update_s": t4 - t3, "sync_s": t5 - t4,
+            "mem_gb": mem_gb()}
         m |= {"gen_tokens_per_s": m["tokens"] / m["gen_s"],
-              "update_tokens_per_s": m.pop("packed") / m["update_s"]}
+              "update_tokens_per_s": m.pop("trained") / m["update_s"]}
         check_mismatch(m, on_gpu=device.type == "cuda")
-        done, stopping = step + 1, any(gather_object([bool(stop)]))
         if val and (done % cfg.val_every == 0 or done == cfg.steps):
-            m |= held_out(sampler, encode, val, cfg, accelerator)
-            scores = {k: v for k, v in m.items() if k.startswith("val_")}
+            m |= held_out(accelerator, sampler, encode, val, cfg)
         if cfg.samples_every and (done % cfg.samples_every == 0 or done == 1) and accelerator.is_main_process:
-            save_samples(out / "samples" / f"step-{done:05d}", groups, group_scores)
+            save_samples(out / "samples" / f"step-{done:05d}", groups, data, encode_row)
         log(m)
-        if done % cfg.save_every == 0 or done == cfg.steps or stopping:
-            save_checkpoint(accelerator, policy, processor, out, done, scores, cfg.keep_last)
-        if stopping:
-            say(f"stopped after step {done}; continue with: {shlex.join(sys.orig_argv)}")
+        for one in sums:
+            skipped = skipped + 1 if one["skipped"] else 0
+        stopped_by = stop.agreed()
+        if done % cfg.save_every == 0 or done == cfg.steps or stopped_by or skipped >= cfg.max_skipped:
+            save_state(done, m)
+        if skipped >= cfg.max_skipped:
+            raise SystemExit(f"step {done}: the last {skipped} updates had no finite gradient; {out} holds "
+                             "the state before them: lower learning_rate, or look at the samples")
+        if stopped_by:
             break
     sampler.close()  # before end_training, which would find vLLM's process group gone
+    if stopped_by:
+        if not (out / f"checkpoint-{done}").exists():
+            save_state(done, {})
+        say(f"stopped after step {done}; continue with: {shlex.join(sys.orig_argv)}")
     if cfg.tracker != "none":
         accelerator.end_training()
-
-
-def check_mismatch(m: dict, on_gpu: bool):
-    """Trainer and sampler must hold the same model: in float32 they agree to 1e-4 nats a token, in bf16 less.
-
-    Raises: RuntimeError where the difference can only be a bug: stale weights, another prompt or image.
-    """
-    limit, value = (0.5, m["mismatch_mean"]) if on_gpu else (1e-2, m["mismatch_max"])
-    if value > limit:
-        raise RuntimeError(f"step {m['step']}: trainer and sampler differ by {value:.2g} nats a token, "
-                           f"expected at most {limit}: the sampler holds other weights or another prompt")
+    if stopped_by == signal.SIGTERM:
+        raise SystemExit(PREEMPTED)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@
 
 The loss is the token mean over the completions of one update; prompts are masked. Sequences are packed
 without padding. Writes `<out>/final`, a folder that `from_pretrained` and vLLM load, and
-`<out>/metrics.jsonl`. A killed run continues from `<out>/last` and repeats what an undisturbed one does.
+`<out>/metrics.jsonl`. A killed run continues from its last checkpoint as if nothing had happened.
 """
 
 import json
 import math
-import os
-import shutil
 import time
 from pathlib import Path
 from typing import Literal
@@ -20,8 +18,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 
+from checkpoint import CheckpointError, refuse_another_run, resume, save
 from config import Config, opt, write_run_record
-from data import PromptEncoder, Sequenced, batch_at, load_samples, micro_batches, pack, use_packed_attention
+from data import PromptEncoder, attention_implementation, batch_at, load_samples, micro_batches, pack
+
+FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
+    "out resume save_every log_every val_every val_data val_split val_limit max_tokens_per_micro_batch "
+    "gradient_checkpointing".split())
 
 
 class SFTConfig(Config):
@@ -61,7 +64,7 @@ class SFTConfig(Config):
     log_every: int = opt(10, "updates between two metric lines", ge=1)
     val_every: int = opt(200, "updates between two validation losses", ge=1)
     save_every: int = opt(200, "updates between two checkpoints", ge=1)
-    resume: Literal["auto", "never"] = opt("auto", "continue from the last checkpoint in out")
+    resume: str = opt("auto", "auto: continue a run found in out; never: refuse to; or a checkpoint's folder")
 
     @model_validator(mode="after")
     def _check(self):
@@ -93,11 +96,10 @@ def parameter_groups(model, cfg):
 
 def completion_loss_sum(model, batch):
     """Summed negative log-likelihood of the packed completion tokens (nats), number predicted right."""
-    targets = batch["target_positions"]
-    batch = {k: v for k, v in batch.items() if k != "target_positions"}
-    labels = batch["input_ids"][0, targets]  # (N,)
+    batch = dict(batch)
+    labels, at = batch.pop("target_ids"), batch.pop("predicted_at")  # (N,), (N,)
     # Only positions that predict a completion token go through the head: at 152k entries it is the largest.
-    logits = model(**batch, use_cache=False, logits_to_keep=targets - 1).logits[0]  # (N, V)
+    logits = model(**batch, use_cache=False, logits_to_keep=at).logits[0]  # (N, V)
     return F.cross_entropy(logits.float(), labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
 
 
@@ -106,7 +108,7 @@ def build_model(cfg):
 
     # fp32 masters: at small learning rates bf16 weights would round the update away.
     model = AutoModelForImageTextToText.from_pretrained(
-        cfg.model, dtype=torch.float32, attn_implementation=use_packed_attention())
+        cfg.model, dtype=torch.float32, attn_implementation=attention_implementation())
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.vision_learning_rate == 0:
@@ -120,58 +122,23 @@ def build_model(cfg):
     return model
 
 
-def save_checkpoint(accelerator, out, step):
-    """Accelerate state, then the step: `last.tmp` is whole once it holds step.json."""
-    if accelerator.is_main_process:
-        shutil.rmtree(out / "last.tmp", ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(out / "last.tmp"))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (out / "last.tmp" / "step.json").write_text(json.dumps({"step": step}))
-        replace_checkpoint(out)
-    accelerator.wait_for_everyone()
-
-
-def replace_checkpoint(out):
-    """`last.tmp` becomes `last`, if it is whole. Killed in between, a run does so when it resumes."""
-    if (out / "last.tmp" / "step.json").exists():
-        shutil.rmtree(out / "last", ignore_errors=True)
-        os.replace(out / "last.tmp", out / "last")
-
-
-def resume(accelerator, out):
-    """Load the last checkpoint, cut off the metrics of lost updates; returns the number of finished ones."""
-    if accelerator.is_main_process:
-        replace_checkpoint(out)
-    accelerator.wait_for_everyone()
-    step = 0
-    if (out / "last" / "step.json").exists():
-        accelerator.load_state(str(out / "last"))
-        step = json.loads((out / "last" / "step.json").read_text())["step"]
-    metrics = out / "metrics.jsonl"
-    if accelerator.is_main_process and metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines(keepends=True)
-                 if line.endswith("\n") and json.loads(line)["step"] <= step]
-        tmp = metrics.with_suffix(".tmp")
-        tmp.write_text("".join(lines))
-        os.replace(tmp, metrics)
-    return step
-
-
 def main():
-    cfg = SFTConfig.parse_args()
+    try:
+        train(SFTConfig.parse_args())
+    except CheckpointError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def train(cfg: SFTConfig):
     from accelerate import Accelerator
     from transformers import AutoProcessor
 
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     out = Path(cfg.out)
-    if accelerator.is_main_process:
-        if cfg.resume == "never":
-            for name in ("last", "last.tmp"):
-                shutil.rmtree(out / name, ignore_errors=True)
-        write_run_record(cfg, out)
+    refuse_another_run(cfg, out, FREE_TO_CHANGE)
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_run_record(cfg, out)
 
     # ---- data ----
     processor = AutoProcessor.from_pretrained(cfg.model)
@@ -187,7 +154,7 @@ def main():
         text = getattr(sample, {"scene_answer": "ground_truth"}.get(cfg.target, cfg.target))
         if not text:
             raise ValueError(f"row {sample.id}: no text in the column of target={cfg.target}")
-        return Sequenced(encode(sample), [*processor.tokenizer(text)["input_ids"], eos])
+        return encode(sample), [*processor.tokenizer(text)["input_ids"], eos]
 
     # ---- model ----
     torch.manual_seed(cfg.seed)
@@ -198,18 +165,17 @@ def main():
     model, optimizer = accelerator.prepare(model, optimizer)
     base = accelerator.unwrap_model(model)
     base = base.get_base_model() if cfg.lora_rank else base
-    image_token_id = base.config.image_token_id
 
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
-    first = resume(accelerator, out)
+    first = resume(accelerator, model, optimizer, out, cfg.resume)
     rank, world = accelerator.process_index, accelerator.num_processes
     accelerator.print(f"{len(samples)} samples, {steps} updates of {cfg.batch_size}, from update {first}; "
                       f"{n_trained:,} trained parameters")
 
     def packed(sequences):
-        groups = micro_batches([len(s) for s in sequences], cfg.max_tokens_per_micro_batch)
-        for group in groups:
-            batch = pack([sequences[i] for i in group], base, image_token_id)
+        lengths = [(i, len(prompt.ids), len(ids)) for i, (prompt, ids) in enumerate(sequences)]
+        for group in micro_batches(lengths, cfg.max_tokens_per_micro_batch):
+            batch = pack([(prompt, [ids]) for prompt, ids in (sequences[i] for i in group)], base)
             yield {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     @torch.no_grad()
@@ -218,7 +184,7 @@ def main():
         model.eval()
         total = torch.zeros(3, device=accelerator.device)
         for batch in packed([sequence(val[i]) for i in range(rank, len(val), world)]):
-            n = len(batch["target_positions"])
+            n = len(batch["target_ids"])
             loss, right = completion_loss_sum(model, batch)
             total += torch.stack([loss, right.float(), torch.tensor(float(n), device=loss.device)])
         model.train()
@@ -232,7 +198,7 @@ def main():
         order = (batch_at(cfg.seed, step, cfg.batch_size, len(samples)) if cfg.shuffle else
                  [i % len(samples) for i in range(step * cfg.batch_size, (step + 1) * cfg.batch_size)])
         sequences = [sequence(samples[i]) for i in order[rank::world]]
-        n_tokens = float(sum(len(s.completion_ids) for s in sequences))
+        n_tokens = float(sum(len(ids) for _, ids in sequences))
         n_tokens = torch.tensor(n_tokens, device=accelerator.device)
         n_tokens = accelerator.reduce(n_tokens, "sum")  # one denominator for the whole update
         total = torch.zeros(2, device=accelerator.device)
@@ -245,7 +211,7 @@ def main():
             group["lr"] = group["peak"] * schedule(step, steps, cfg.warmup)
         optimizer.step()
         optimizer.zero_grad()
-        tokens_seen += sum(map(len, sequences)) * world
+        tokens_seen += sum(len(prompt.ids) + len(ids) for prompt, ids in sequences) * world
 
         done = step + 1
         if done % cfg.log_every == 0 or done == steps:
@@ -262,7 +228,7 @@ def main():
                 with open(out / "metrics.jsonl", "a") as f:
                     f.write(json.dumps(line) + "\n")
         if done % cfg.save_every == 0 or done == steps:
-            save_checkpoint(accelerator, out, done)
+            save(accelerator, model, optimizer, processor, out, done, {}, keep_last=1)
 
     # ---- save ----
     trained = accelerator.unwrap_model(model)

@@ -1,6 +1,7 @@
 """Loading, checking, prompting, resizing, packing and ordering, on rows in STVQA-7K's own format."""
 
 import io
+import itertools
 import json
 from collections import Counter
 
@@ -211,12 +212,14 @@ def test_batches_are_a_function_of_seed_and_step():
     assert batch_at(1, 0, 100, 100) != batch_at(1, 1, 100, 100)
 
 
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 60))
-def test_micro_batches_keep_order_and_budget(lengths, budget):
-    groups = micro_batches(lengths, budget)
-    assert [i for g in groups for i in g] == list(range(len(lengths)))
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), max_size=40), st.integers(1, 60))
+def test_micro_batches_keep_order_and_budget(sequences, budget):
+    prompts = [7, 1, 20, 5]  # tokens of the four prompts
+    groups = micro_batches([(key, prompts[key], n) for key, n in sequences], budget)
+    assert [i for g in groups for i in g] == list(range(len(sequences)))
     for g in groups:
-        assert len(g) == 1 or sum(lengths[i] for i in g) <= budget
+        runs = [key for key, _ in itertools.groupby(sequences[i][0] for i in g)]  # each pays its prompt once
+        assert len(g) == 1 or sum(prompts[k] for k in runs) + sum(sequences[i][1] for i in g) <= budget
 
 
 # ---- the tiny set ----

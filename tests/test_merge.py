@@ -9,29 +9,28 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merge import SHARDS, WEIGHTS, find_checkpoint, main, merge, verify
+from merge import SHARDS, digest, find_checkpoint, main, merge, verify
 
+WEIGHTS = "model.safetensors"
 EMBED, NORM = "model.language_model.embed_tokens.weight", "model.language_model.norm.weight"
 
 
 def save_checkpoint(base, folder, tied=True):
-    """A checkpoint as the trainer writes it: accelerate's save_state beside hf/ and trainer.json."""
+    """A checkpoint of an untrained model, written by the trainer's own function."""
     from accelerate import Accelerator
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from checkpoint import save
 
     config = AutoConfig.from_pretrained(base)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     torch.manual_seed(7)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    accelerator = Accelerator(cpu=True)
-    accelerator.prepare(model)
-    accelerator.save_state(str(folder))
-    config.save_pretrained(folder / "hf")
     model.generation_config.eos_token_id = 5
-    model.generation_config.save_pretrained(folder / "hf")
-    AutoProcessor.from_pretrained(base).save_pretrained(folder / "hf")
-    (folder / "trainer.json").write_text(json.dumps({"step": 7, "scores": {"val_reward": 0.5123, "n": None}}))
     (folder.parent / "config.yaml").write_text("learning_rate: 1.0e-06\n")
+    optimizer = torch.optim.AdamW(model.parameters())
+    save(Accelerator(cpu=True), model, optimizer, AutoProcessor.from_pretrained(base), folder.parent,
+         int(folder.name.split("-")[1]), {"val_reward": 0.5123, "n": None}, keep_last=1)
     return model
 
 
@@ -93,18 +92,6 @@ def test_small_shards_load_too(run, tmp_path):
     assert (out / "model.safetensors.index.json").exists()
 
 
-def test_sharded_checkpoint_gives_the_same_export(run, tmp_path):
-    import torch.distributed.checkpoint as dcp
-
-    sharded = tmp_path / "checkpoint-7"
-    shutil.copytree(run.checkpoint / "hf", sharded / "hf")
-    dcp.save({"model": run.model.state_dict()}, checkpoint_id=sharded / SHARDS, no_dist=True)
-    ours = load_file(merge(sharded, tmp_path / "out", "float32") / WEIGHTS)
-    theirs = load_file(merge(run.checkpoint, tmp_path / "single", "float32") / WEIGHTS)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
 def test_refuses_to_overwrite(run, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="expected a new or empty folder"):
@@ -112,48 +99,68 @@ def test_refuses_to_overwrite(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_truncated_file_is_named(broken, tmp_path):
-    data = (broken / WEIGHTS).read_bytes()
-    (broken / WEIGHTS).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"checkpoint-7/model\.safetensors: expected a whole"):
+def test_truncated_and_missing_files_are_named(broken, tmp_path):
+    (file,) = (broken / SHARDS).glob("*.distcp")
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"model/__0_0\.distcp: truncated: .* ends at byte \d+, got \d+"):
+        merge(broken, tmp_path / "out")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"model/__0_0\.distcp: missing; it holds .*weight"):
+        merge(broken, tmp_path / "out")
+    (broken / SHARDS / ".metadata").write_bytes(b"\x80")
+    with pytest.raises(ValueError, match=r"model/\.metadata: expected the index"):
         merge(broken, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda w: w.pop(NORM), rf"1 missing keys, among them \['{NORM}"),
-        (lambda w: w.update(extra=torch.zeros(2)), r"1 unexpected keys, among them \['extra'\]"),
-        (lambda w: w.update({NORM: torch.zeros(3)}), rf"{NORM}: expected shape \(192,\), got \(3,\)"),
-        (lambda w: w.update({"lm_head.weight": w[EMBED] + 1}), "tied in config.json but differ"),
-    ],
-)
-def test_wrong_weights_are_named(broken, tmp_path, damage, message):
-    weights = load_file(broken / WEIGHTS)
+@pytest.mark.parametrize("damage, message", [
+    (lambda w: w.pop(NORM), rf"1 missing keys, among them \['{NORM}"),
+    (lambda w: w.update(extra=torch.zeros(2)), r"1 unexpected keys, among them \['extra'\]"),
+    (lambda w: w.update({NORM: torch.zeros(3)}), rf"{NORM}: expected shape \(192,\), got \(3,\)"),
+    (lambda w: w.update({"lm_head.weight": w[EMBED] + 1}), "tied in config.json but differ"),
+    (lambda w: w.update({NORM: w[NORM].flip(0) + 0.001}), f"{NORM}: not the weights that were trained"),
+    (lambda w: w.update({EMBED: w[EMBED].flip(0), "lm_head.weight": w[EMBED].flip(0)}), "not the weights"),
+])  # fmt: skip
+def test_wrong_weights_are_named(run, broken, tmp_path, damage, message):
+    import torch.distributed.checkpoint as dcp
+
+    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     damage(weights)
-    save_file(weights, broken / WEIGHTS)
+    shutil.rmtree(broken / SHARDS)
+    dcp.save(weights, checkpoint_id=broken / SHARDS, no_dist=True)
     with pytest.raises(ValueError, match=message) as error:
         merge(broken, tmp_path / "out")
-    assert str(broken / WEIGHTS) in str(error.value)
+    assert str(broken / SHARDS) in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-7"]
 
 
 def test_a_changed_weight_in_the_copy_is_found(run, tmp_path):
     out = merge(run.checkpoint, tmp_path / "out", "float32")
+    expected = digest(run.model.eval(), out)
+    assert verify(expected, out, torch.float32) == 0
     weights = load_file(out / WEIGHTS)
     weights["visual.merger.ln_q.weight"][0] += 1e-6
     save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 weights are not the checkpoint's"):
-        verify(run.model.eval(), out)
+        verify(expected, out, torch.float32)
+
+
+def test_a_push_that_fails_says_so_and_keeps_the_folder(run, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(SystemExit, match="error: .*is whole, but was not pushed to owner/tiny"):
+        main([str(run.checkpoint), str(tmp_path / "out"), "--push_to_hub", "owner/tiny"])
+    assert (tmp_path / "out" / WEIGHTS).exists()
 
 
 def test_other_mistakes(run, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"dtype: expected one of .*, got 'int8'"):
         merge(run.checkpoint, tmp_path / "out", "int8")
-    with pytest.raises(ValueError, match="expected model.safetensors, pytorch_model_fsdp_0/ or checkpoint-N"):
+    with pytest.raises(ValueError, match="expected model/ or checkpoint-N folders"):
         merge(tmp_path)
-    (tmp_path / WEIGHTS).touch()
+    (tmp_path / SHARDS).mkdir()
     with pytest.raises(ValueError, match=r"expected hf/config\.json"):
         merge(tmp_path, tmp_path / "out")
     with pytest.raises(SystemExit, match="error: .*no such folder"):

@@ -47,7 +47,9 @@ def test_the_run_leaves_what_the_readme_says(undisturbed):
     assert {"val_reward", "val_accuracy", "val_mean_iou", "val_format"} <= set(lines[0]) & set(lines[4])
     assert "step 4/4 | reward" in printed
     assert (out / "config.yaml").exists() and (out / "run.json").exists()
-    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]  # keep_last=2
+    best = max((m for m in lines[1:] if "val_reward" in m), key=lambda m: m["val_reward"])["step"]
+    kept = {p.name for p in out.glob("checkpoint-*")}
+    assert kept == {"checkpoint-3", "checkpoint-4", f"checkpoint-{best}"}  # keep_last=2 and the best
     assert len((out / "samples" / "step-00002" / "completions.jsonl").read_text().splitlines()) == 16
     assert list((out / "samples" / "step-00002").glob("*.png"))
     assert list((out / "grpo").glob("events*"))  # TensorBoard
@@ -61,29 +63,28 @@ def test_metrics_are_consistent(undisturbed):
         assert sum(m["rejected"].values()) == round((1 - m["format"]) * 16)
 
 
-def test_the_sampler_holds_the_policy_after_every_sync(undisturbed):
+def test_the_sampler_holds_the_policy_after_every_sync(undisturbed, tmp_path):
     """float32, vision tower training: log-probs agree to 1e-4 after six updates, and the weights moved."""
     import torch
     from safetensors.torch import load_file
 
+    from merge import merge
+
     out, _ = undisturbed
     assert max(m["mismatch_max"] for m in metrics(out)[1:]) <= 1e-4
     start = load_file(REPO / "assets" / "tiny" / "model.safetensors")
-    end = {k.replace("model.visual", "visual").replace("model.language_model", "model"): v  # the hub's names
-           for k, v in load_file(out / "checkpoint-4" / "model.safetensors").items()}
+    end = load_file(merge(out, tmp_path / "merged", "float32") / "model.safetensors")
     moved = [k for k in start if not torch.equal(start[k].float(), end[k].float())]
     assert any("visual" in k for k in moved) and any("layers.3" in k for k in moved)
 
 
-@pytest.mark.parametrize("when", ["rollout", "save"])
-def test_a_killed_run_continues_as_if_nothing_had_happened(when, undisturbed, tiny_data, tmp_path):
-    """kill -9 after the second step: while its checkpoint is written, or in the middle of the next one."""
+def test_a_killed_run_continues_as_if_nothing_had_happened(undisturbed, tiny_data, tmp_path):
+    """kill -9 from outside, in the middle of the third rollout of vLLM."""
     out = tmp_path / "killed"
     process = subprocess.Popen(command(out, tiny_data), cwd=REPO, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     deadline = time.time() + 240
-    ready = (lambda: len(metrics(out)) > 2) if when == "save" else (lambda: (out / "checkpoint-2").exists())
-    while not ready():
+    while not (out / "checkpoint-2").exists():
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -110,12 +111,83 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_0(undisturbed, tiny_data, tmp_
     assert metrics(out) == metrics(undisturbed[0])
 
 
-def test_the_hf_sampler_runs_the_same_loop(tiny_data, tmp_path):
-    train(tmp_path / "hf", tiny_data, sampler="hf", steps=2, max_completion_length=96, val_limit=2,
-          tracker="none")
-    lines = metrics(tmp_path / "hf")[1:]
-    assert len(lines) == 2 and max(m["mismatch_max"] for m in lines) <= 1e-4
-    assert lines[-1]["grad_norm"] > 0
+def test_sigterm_saves_and_exits_with_its_own_status(undisturbed, tiny_data, tmp_path):
+    out = tmp_path / "preempted"
+    process = subprocess.Popen(command(out, tiny_data, save_every=100), cwd=REPO, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    while len(metrics(out)) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 75 and "continue with: " in printed
+    train(out, tiny_data, save_every=100)
+    assert metrics(out) == metrics(undisturbed[0])
+
+
+# ---- one and two processes, killed everywhere ----
+HF = {"sampler": "hf", "steps": 3, "max_completion_length": 16, "val_every": 0, "tracker": "none",
+      "samples_every": 0, "keep_last": 1}
+
+
+def launch(script, processes, *arguments):
+    """Run the script, by torchrun if there are several processes: (exit status, output)."""
+    start = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    done = subprocess.run([*start, script, *arguments], cwd=REPO, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_every_phase_and_resumed(processes, tiny_data, tmp_path):
+    """One run, killed in its rollout, between updates, after its log line, while and after it saves."""
+    straight = command(tmp_path / "straight", tiny_data, **HF)[2:]
+    status, output = launch("train_grpo.py", processes, *straight)
+    assert status == 0, output
+    killed = command(tmp_path / "killed", tiny_data, **HF)[2:]
+    for moment, count in (("rollout", 1), ("update", 2), ("save", 1), ("log", 1), ("renamed", 2)):
+        status, output = launch("tests/kill_at.py", processes, moment, str(count), *killed)
+        assert status == -signal.SIGKILL, f"{moment}: {status} {output}"
+    status, output = launch("train_grpo.py", processes, *killed)
+    assert status == 0, output
+    assert len(metrics(tmp_path / "killed")) == 3
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+    assert max(m["mismatch_max"] for m in metrics(tmp_path / "killed")) <= 1e-4
+    assert sorted(p.name for p in (tmp_path / "killed").glob("checkpoint-*")) == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_two_processes_with_vllm(tensor_parallel, undisturbed, tiny_data, tmp_path):
+    """FSDP2 shards, an engine each or one for both: the sampler holds the policy after every sync."""
+    out = tmp_path / "two"
+    status, output = launch("train_grpo.py", 2, *command(
+        out, tiny_data, steps=3, tensor_parallel=tensor_parallel, val_every=3)[2:])
+    assert status == 0, output
+    lines, alone = metrics(out), metrics(undisturbed[0])
+    assert max(m["mismatch_max"] for m in lines[1:]) <= 1e-4
+    for key in ("reward", "length", "entropy", "tokens"):  # the first step samples from the same weights
+        assert lines[1][key] == pytest.approx(alone[1][key], rel=1e-3)
+    assert lines[1]["grad_norm"] == pytest.approx(alone[1]["grad_norm"], rel=1e-2)
+
+
+def test_another_run_in_the_same_folder_is_refused(undisturbed, tiny_data):
+    out, _ = undisturbed
+    before = (out / "metrics.jsonl").read_bytes()
+    for overrides, message in (({"learning_rate": 1e-5}, "learning_rate: 0.0003 there, 1e-05 here"),
+                               ({"resume": "never"}, "holds a run already")):
+        done = subprocess.run(command(out, tiny_data, **overrides), cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_run_can_start_from_a_checkpoint(undisturbed, tiny_data, tmp_path):
+    """resume=PATH continues elsewhere; dead groups are replaced by other rows, within the rounds allowed."""
+    out = tmp_path / "elsewhere"
+    train(out, tiny_data, **(HF | {"steps": 4, "resume": undisturbed[0] / "checkpoint-3",
+                                   "resample_dead_groups": 2}))
+    (line,) = metrics(out)
+    assert line["step"] == 4 and 0 < line["replaced"] <= 8
 
 
 # ---- messages ----

@@ -1,12 +1,15 @@
 """The algorithm: advantages, losses and log-probs by hand and against plain implementations, and a bandit."""
 
+import dataclasses
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from data import PromptEncoder, Sequenced, load_samples, pack, use_packed_attention
+from data import PromptEncoder, attention_implementation, load_samples, micro_batches, pack
 from train_grpo import (
     FORBIDDEN_BIAS,
     GRPOConfig,
@@ -150,59 +153,78 @@ def test_a_bandit_learns():
 
 
 # ---- log-probs of the real model ----
+def noise(width, height):
+    pixels = np.random.default_rng(width).integers(0, 255, (height, width, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_base, tiny_data):
+    """Model, and prompts with completions: images of three sizes, two in one prompt, none in another."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(tiny_base)
     encode = PromptEncoder(processor, "spatial_thinker", 784, 802816)
     samples = load_samples(str(tiny_data))
     model = AutoModelForImageTextToText.from_pretrained(
-        tiny_base, dtype=torch.float32, attn_implementation=use_packed_attention())
+        tiny_base, dtype=torch.float32, attn_implementation=attention_implementation())
     rng = np.random.default_rng(0)
-    sequences = [Sequenced(encode(samples[i]), rng.integers(300, 600, 5 + 9 * i).tolist()) for i in range(4)]
-    return model, processor, sequences
+    image, wide, tall = (noise(*size) for size in ((84, 84), (140, 56), (28, 84)))
+    kinds = [samples[0].encoded_images, (), (wide,), (tall, image), samples[1].encoded_images]
+    prompts = [encode(dataclasses.replace(samples[i], encoded_images=k)) for i, k in enumerate(kinds)]
+    return model, [(p, [rng.integers(300, 600, n).tolist() for n in (1, 5 + 9 * i, 30)[: 1 + i % 3]])
+                   for i, p in enumerate(prompts)]
 
 
-def plain_logps(model_folder, sequence, forbidden, temperature):
-    """One sequence, transformers' ordinary forward and log_softmax."""
+def plain_logps(model_folder, prompt, completion, forbidden, temperature):
+    """One sequence alone, transformers' ordinary forward and log_softmax."""
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(
         model_folder, dtype=torch.float32, attn_implementation="eager")
-    ids = torch.tensor([sequence.prompt.ids + sequence.completion_ids])
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids),
-                       pixel_values=sequence.prompt.pixel_values,
-                       image_grid_thw=sequence.prompt.image_grid_thw,
-                       mm_token_type_ids=(ids == model.config.image_token_id).int()).logits[0]
-    logits[:, forbidden] += FORBIDDEN_BIAS
-    logps = (logits / temperature).log_softmax(-1)[len(sequence.prompt.ids) - 1 : -1]
+    ids = torch.tensor([prompt.ids + completion])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values,
+                   image_grid_thw=prompt.image_grid_thw,
+                   mm_token_type_ids=(ids == model.config.image_token_id).int()).logits[0]
+    bias = torch.zeros(logits.shape[-1])
+    bias[forbidden] = FORBIDDEN_BIAS
+    logps = ((logits + bias) / temperature).log_softmax(-1)[len(prompt.ids) - 1 : -1]
     entropy = -(logps.exp() * logps).sum(-1)
-    return logps.gather(1, torch.tensor(sequence.completion_ids)[:, None])[:, 0], entropy
+    logps = logps.gather(1, torch.tensor(completion)[:, None])[:, 0]
+    logps.sum().backward()
+    return logps.detach(), entropy.detach(), [p.grad for p in model.parameters()]
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
-def test_packed_chunked_logps_equal_plain_ones(tiny, tiny_base, chunk):
-    model, processor, sequences = tiny
+def test_packed_with_shared_prompts_equals_every_sequence_alone(tiny, tiny_base, chunk):
+    """Log-probs, entropies and gradients: padding, packing, sharing and chunking change none of them."""
+    model, prompts = tiny
     forbidden = [model.config.image_token_id, model.config.video_token_id]
     use_logprob_head(model, forbidden, 0.7, chunk)
-    with torch.no_grad():
-        logp, entropy = token_logps(model, pack(sequences, model, model.config.image_token_id))
-    want = [plain_logps(tiny_base, s, forbidden, 0.7) for s in sequences]
-    np.testing.assert_allclose(logp, torch.cat([w[0] for w in want]), atol=1e-5)
+    model.zero_grad()
+    logp, entropy = token_logps(model, pack(prompts, model))
+    logp.sum().backward()
+    want = [plain_logps(tiny_base, p, c, forbidden, 0.7) for p, completions in prompts for c in completions]
+    np.testing.assert_allclose(logp.detach(), torch.cat([w[0] for w in want]), atol=1e-5)
     np.testing.assert_allclose(entropy, torch.cat([w[1] for w in want]), atol=1e-5)
+    for k, (name, p) in enumerate(model.named_parameters()):
+        alone = sum(w[2][k] for w in want if w[2][k] is not None)  # text alone: no gradient of the tower
+        assert (p.grad - alone).norm() <= 1e-4 * alone.norm() + 1e-7, name
 
 
 def test_gradients_do_not_depend_on_packing_or_chunk(tiny):
-    model, _, sequences = tiny
+    model, prompts = tiny
     gradients = []
-    for chunk, groups in ((1024, [[0, 1, 2, 3]]), (5, [[3], [0, 2], [1]])):
+    last, completions = prompts[4]
+    split = [[prompts[3], (last, completions[:1])], [prompts[0]], [(last, completions[1:])],
+             [prompts[1]], [prompts[2]], []]  # one prompt in two batches, text alone, nothing
+    for chunk, batches in ((1024, [prompts]), (5, split)):
         use_logprob_head(model, [], 1.0, chunk)
         model.zero_grad()
-        for group in groups:
-            packed = pack([sequences[i] for i in group], model, model.config.image_token_id)
-            logp, _ = token_logps(model, packed)
+        for batch in batches:
+            logp, _ = token_logps(model, pack(batch, model))
             logp.sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
@@ -210,18 +232,66 @@ def test_gradients_do_not_depend_on_packing_or_chunk(tiny):
     assert gradients[0].norm() > 0
 
 
+def test_a_group_shares_its_prompt(tiny):
+    model, prompts = tiny
+    prompt, completions = prompts[2]
+    batch = pack([(prompt, completions)], model)
+    assert batch["input_ids"].shape[1] == len(prompt.ids) + sum(map(len, completions))
+    assert len(batch["pixel_values"]) == len(prompt.pixel_values)
+    # a completion sees the prompt and itself, not the one before it
+    starts = [segment[0] for segment in batch["segments"]]
+    other = [i + 1 for i in completions[0]]
+    use_logprob_head(model, [], 1.0, 1024)
+    with torch.no_grad():
+        one, _ = token_logps(model, batch)
+        two, _ = token_logps(model, pack([(prompt, [other, *completions[1:]])], model))
+    n = len(completions[0])
+    assert starts == [0, len(prompt.ids), len(prompt.ids) + n, len(prompt.ids) + n + len(completions[1])]
+    assert torch.equal(one[n:], two[n:]) and not torch.equal(one[:n], two[:n])
+
+
+def test_micro_batches_count_a_shared_prompt_once():
+    same = [("a", 10, 5)] * 4
+    assert micro_batches(same, 30) == [[0, 1, 2, 3]]
+    assert micro_batches(same, 20) == [[0, 1], [2, 3]]
+    assert micro_batches(same, 3) == [[0], [1], [2], [3]]  # longer than the budget: alone
+    assert micro_batches([("a", 10, 5), ("b", 10, 5), ("a", 10, 5)], 30) == [[0, 1], [2]]
+    assert micro_batches([], 30) == []
+
+
+def test_logits_never_exist_for_more_than_a_chunk(tiny):
+    """Forward and backward: no tensor with a column for every vocabulary entry has more rows than `chunk`."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model, prompts = tiny
+    vocabulary, width = model.lm_head.weight.shape
+    rows = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and out.shape[-1:] == (vocabulary,):
+                rows.add(out.numel() // vocabulary)
+            return out
+
+    use_logprob_head(model, [], 1.0, 8)
+    with Spy():
+        logp, _ = token_logps(model, pack(prompts, model))
+        logp.sum().backward()
+    assert len(logp) > 100
+    assert max(rows - {width}) == 8  # (width, vocabulary) is the head itself, transposed
+
+
 def test_the_image_reaches_the_logps(tiny):
     """Another image, same text: other log-probs. A batch that drops or mixes up images would not see it."""
-    model, _, sequences = tiny
+    model, prompts = tiny
     use_logprob_head(model, [], 1.0, 1024)
-    import dataclasses
-
-    a, b = sequences[2], sequences[3]
-    swapped = Sequenced(dataclasses.replace(a.prompt, pixel_values=b.prompt.pixel_values), a.completion_ids)
+    (a, completions), b = prompts[0], prompts[4]
+    swapped = dataclasses.replace(a, pixel_values=b[0].pixel_values)
     with torch.no_grad():
-        one, _ = token_logps(model, pack([b, a], model, model.config.image_token_id))
-        two, _ = token_logps(model, pack([b, swapped], model, model.config.image_token_id))
-    n = len(b.completion_ids)
+        one, _ = token_logps(model, pack([b, (a, completions)], model))
+        two, _ = token_logps(model, pack([b, (swapped, completions)], model))
+    n = sum(map(len, b[1]))
     assert torch.equal(one[:n], two[:n])
     assert (one[n:] - two[n:]).abs().max() > 1e-4
 

@@ -1,0 +1,210 @@
+"""Checkpoints of both trainers: written whole or not at all, read by any number of processes.
+
+    runs/7b/checkpoint-75/
+        model/         fp32 weights, torch.distributed.checkpoint files: every process writes its shards
+        optimizer/     AdamW's moments, likewise; may be deleted from a checkpoint that will not be continued
+        rng-0.pt ...   random states of each process
+        trainer.json   step, held-out scores, processes, fingerprint of the weights
+        hf/            config, generation config, processor and chat template, for merge.py
+A checkpoint is written as checkpoint-75.tmp and renamed when all of it is on disk: a run killed at any moment
+leaves the previous one as it was. 12 bytes a parameter: 45 GB for 3B, 100 GB for 7B.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from config import Config
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be continued, or could not be written: names the folder and why."""
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = [p for p in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+# ---- write -------------------------------------------------------------------------------------------------
+def save(accelerator, model, optimizer, processor, out: Path, step: int, scores: dict, keep_last: int,
+         best: str | None = None) -> Path:
+    """Write checkpoint-STEP, then drop all but the last `keep_last` and the one with the highest `best`.
+
+    Collective. Raises: CheckpointError on every process if any of them could not write; what was there stays.
+    """
+    tmp, final = out / f"checkpoint-{step}.tmp", out / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(tmp, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    record = {"step": step, "scores": scores, "processes": accelerator.num_processes,
+              "fingerprint": fingerprint(accelerator, model)}
+    problem = None
+    try:  # dcp passes one process's error to all
+        tmp.mkdir(parents=True, exist_ok=True)
+        dcp.save(model_state, checkpoint_id=tmp / "model")
+        dcp.save(optimizer_state, checkpoint_id=tmp / "optimizer")
+        torch.save(rng_state(), tmp / f"rng-{accelerator.process_index}.pt")
+        if accelerator.is_main_process:
+            model = accelerator.unwrap_model(model)
+            model.config.save_pretrained(tmp / "hf")
+            model.generation_config.save_pretrained(tmp / "hf")
+            processor.save_pretrained(tmp / "hf")
+            (tmp / "trainer.json").write_text(json.dumps(record))
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch.save: RuntimeError if full
+        problem = f"process {accelerator.process_index}: {str(error).strip().splitlines()[-1]}"
+    problems = [p for p in gather([problem]) if p]
+    if accelerator.is_main_process:
+        if problems:
+            shutil.rmtree(tmp, ignore_errors=True)
+        else:
+            shutil.rmtree(final, ignore_errors=True)  # of an earlier attempt at this step
+            os.replace(tmp, final)
+            rotate(out, keep_last, best)
+    accelerator.wait_for_everyone()
+    if problems:
+        left = checkpoints(out)
+        raise CheckpointError(f"{final} could not be written ({problems[0]}); "
+                              f"{f'{left[-1]} is whole' if left else 'there is no earlier one'}")
+    return final
+
+
+def rotate(out: Path, keep_last: int, best: str | None):
+    """Drop all checkpoints but the last ones and the best."""
+    found = checkpoints(out)
+    scored = {p: read_record(p)["scores"].get(best) for p in found} if best else {}
+    scored = {p: score for p, score in scored.items() if score is not None}
+    keep = {*found[-keep_last:], *([max(scored, key=scored.get)] if scored else [])}
+    for old in found:
+        if old not in keep:
+            shutil.rmtree(old)
+
+
+def gather(items: list) -> list:
+    """The items of all processes, in order of rank."""
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
+
+
+def rng_state() -> dict:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(),
+            "numpy": np.random.get_state(legacy=False)}
+
+
+@torch.no_grad()
+def fingerprint(accelerator, model) -> dict[str, list[float]]:
+    """[sum of the values, of their magnitudes, of row number * magnitude] of every parameter, in float64.
+
+    Computed on the shards, so that nothing is gathered; `merge.py` computes it again from what it wrote.
+    """
+    names, sums = [], []
+    for name, p in model.named_parameters():
+        local, first = (p.to_local(), first_row(p)) if hasattr(p, "to_local") else (p, 0)
+        names.append(name)
+        sums.append(row_sums(local, first))
+    total = accelerator.reduce(torch.stack(sums).to(accelerator.device), "sum").tolist()
+    return dict(zip(names, total, strict=True))
+
+
+def row_sums(rows: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """The three sums of `fingerprint` over the rows of one tensor, which are numbered from `first`: (3,)."""
+    flat = rows.detach().double().reshape(rows.shape[0], -1)  # (rows, rest)
+    size = flat.abs().sum(1)
+    number = torch.arange(first, first + len(size), dtype=torch.float64, device=size.device)
+    return torch.stack([flat.sum(), size.sum(), (number * size).sum()])
+
+
+def first_row(p) -> int:
+    """Index of a sharded parameter's first local row in the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1][0]
+
+
+# ---- read --------------------------------------------------------------------------------------------------
+def read_record(checkpoint: Path) -> dict:
+    try:
+        record = json.loads((checkpoint / "trainer.json").read_text())
+        return {"scores": {}, **record, "step": int(record["step"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint}/trainer.json: expected a checkpoint's record, got {error!r}"
+                              ) from None
+
+
+def load(accelerator, model, optimizer, checkpoint: Path) -> int:
+    """Load a checkpoint into the prepared model and optimizer; returns the finished steps. Collective."""
+    record = read_record(checkpoint)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    for name, part in state.items():
+        try:
+            dcp.load(part, checkpoint_id=checkpoint / name)
+        except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
+            last = str(error).strip().splitlines()[-1]
+            raise CheckpointError(f"{checkpoint / name}: expected this model's state, got {last}") from None
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    processes = record.get("processes")
+    if processes == accelerator.num_processes:
+        rng = torch.load(checkpoint / f"rng-{accelerator.process_index}.pt", weights_only=False)
+        torch.set_rng_state(rng["torch"])
+        random.setstate(rng["python"])
+        np.random.set_state(rng["numpy"])
+        if rng["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(rng["cuda"])
+    else:
+        accelerator.print(f"{checkpoint} is of {processes} process(es), this run of "
+                          f"{accelerator.num_processes}: model and optimizer continue, sampling will differ")
+    return record["step"]
+
+
+def resume(accelerator, model, optimizer, out: Path, how: str) -> int:
+    """Continue by resume=auto (the run's last checkpoint, if any), never, or a checkpoint's path.
+
+    Lines of metrics.jsonl beyond the checkpoint are of steps that are lost and are cut off.
+    Returns: finished steps. Raises: CheckpointError.
+    """
+    found = checkpoints(out)
+    if how not in ("auto", "never"):
+        if not (Path(how) / "trainer.json").exists():
+            raise CheckpointError(f"resume={how}: expected auto, never or a checkpoint's folder")
+        found = [Path(how)]
+    step = load(accelerator, model, optimizer, found[-1]) if found and how != "never" else 0
+    metrics = out / "metrics.jsonl"
+    if accelerator.is_main_process and metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines(keepends=True)
+                 if line.endswith("\n") and step and json.loads(line)["step"] <= step]
+        tmp = metrics.with_suffix(".tmp")
+        tmp.write_text("".join(lines))
+        os.replace(tmp, metrics)
+    accelerator.wait_for_everyone()
+    return step
+
+
+def refuse_another_run(cfg: Config, out: Path, free: frozenset[str]):
+    """Refuse to continue a run against resume=never, or under a config that would make it another one.
+
+    Args: free: keys that may change. Raises: CheckpointError listing the keys with their old and new values.
+    """
+    if cfg.resume == "never" and ((out / "metrics.jsonl").exists() or checkpoints(out)):
+        raise CheckpointError(f"{out} holds a run already: remove it, choose another out, or set resume=auto")
+    record = out / "run.json"
+    if not record.exists() or not checkpoints(out):
+        return
+    before = json.loads(record.read_text()).get("config", {})
+    now = json.loads(cfg.model_dump_json())
+    changed = [k for k in now if k not in free and k in before and before[k] != now[k]]
+    if changed:
+        lines = [f"  {k}: {before[k]!r} there, {now[k]!r} here" for k in changed]
+        raise CheckpointError("\n".join([f"{out} holds a run of another config: choose another out, or keep",
+                                         *lines]))

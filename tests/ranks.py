@@ -1,0 +1,129 @@
+"""Run by torchrun: real updates on real FSDP2 shards, written down whole for test_sharding.py to compare.
+
+    torchrun --nproc_per_node 2 tests/ranks.py MODEL DATA OUT
+"""
+
+import dataclasses
+import io
+import random
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from checkpoint import CheckpointError, load, save  # noqa: E402
+from data import PromptEncoder, load_samples  # noqa: E402
+from train_grpo import (  # noqa: E402
+    GRPOConfig,
+    Rollout,
+    make_accelerator,
+    make_policy,
+    plan_updates,
+    rollout_logps,
+    update,
+)
+
+LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
+
+
+def noise(width, height, seed):
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def make_rollouts(encode, samples, group_size):
+    """Prompts with one image of different sizes, two images, none; completions of 1 to 40 tokens."""
+    images = [(noise(84, 84, 0),), (noise(140, 56, 1),), (), (noise(28, 56, 2), noise(84, 28, 3)), (), ()]
+    prompts = [encode(dataclasses.replace(samples[i], encoded_images=some)) for i, some in enumerate(images)]
+    rng, rollouts = random.Random(0), []
+    for row, prompt in enumerate(prompts):
+        for _ in range(group_size):
+            ids = [rng.randrange(300, 600) for _ in range(rng.randrange(1, 41))]
+            logps = [-6 - rng.random() for _ in ids]
+            rollouts.append(Rollout(row, len(prompt.ids), ids, logps, "", True))
+    return rollouts, prompts.__getitem__
+
+
+def whole(tensor):
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().clone()
+
+
+def try_to_save(attempt):
+    """The message of an attempt on a disk where no file grows beyond 100 kB."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        attempt()
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def main(model, data, out):
+    from transformers import AutoProcessor
+
+    cfg = GRPOConfig(model=model, out=out, group_size=4, prompts_per_step=6, updates_per_step=2,
+                     max_tokens_per_micro_batch=300, logit_chunk=16, tracker="none")
+    accelerator = make_accelerator(cfg, LAYERS)
+    processor = AutoProcessor.from_pretrained(model)
+    samples = load_samples(data)
+    rollouts, encode = make_rollouts(PromptEncoder(processor, "spatial_thinker", 784, 802816), samples, 4)
+    torch.manual_seed(0)
+    policy, optimizer, reference = make_policy(accelerator, cfg, [5, 6])
+    with torch.no_grad():  # a start that is not the reference, so that there is a KL
+        for p in policy.parameters():
+            p.mul_(1.01)
+    base, rank = accelerator.unwrap_model(policy), accelerator.process_index
+    gradients, clip = [], accelerator.clip_grad_norm_
+
+    def clip_and_keep(parameters, norm):
+        parameters = list(parameters)
+        gradients.append({n: whole(p.grad) for n, p in policy.named_parameters()})
+        return clip(parameters, norm)
+
+    accelerator.clip_grad_norm_ = clip_and_keep
+    rng = random.Random(1)
+    advantages = [rng.uniform(-1, 1) for _ in rollouts]
+    plans = plan_updates(rollouts, cfg, accelerator.num_processes)
+    one_group = [list(range(4))] + [[]] * (accelerator.num_processes - 1)  # the others have nothing to do
+    plans = [plans[0], plans[1], one_group]
+    logps_old = rollout_logps(policy, rollouts, plans[:2], rank, encode, base, cfg, accelerator.device)
+    logps_old = {k: v + 0.1 for k, v in logps_old.items()}  # as if the policy had moved
+    logps_ref = rollout_logps(reference, rollouts, plans[:2], rank, encode, base, cfg, accelerator.device)
+    keep = {"weights": [], "norms": [], "sums": []}
+    for number, shares in enumerate(plans):
+        old, ref = (logps_old, logps_ref) if number < 2 else (None, None)
+        sums = update(accelerator, policy, optimizer, rollouts, shares, encode, advantages, old, ref, cfg,
+                      1e-3)
+        keep["weights"].append({n: whole(p) for n, p in policy.named_parameters()})
+        keep["norms"].append(sums["grad_norm"])
+        totals = accelerator.reduce(torch.tensor([float(sums[k]) for k in ("loss", "kl", "tokens")]), "sum")
+        keep["sums"].append(totals.tolist())
+        if number == 1:  # what one world size wrote, the other reads
+            save(accelerator, policy, optimizer, processor, Path(out), 2, {}, keep_last=1)
+    # Continue from the checkpoint of this world size and of the other one, if that is there.
+    keep["continued"] = []
+    other = Path(out).with_name(f"world-{3 - accelerator.num_processes}")
+    for folder in [Path(out), other] if other.exists() else [Path(out)]:
+        load(accelerator, policy, optimizer, folder / "checkpoint-2")
+        update(accelerator, policy, optimizer, rollouts, plans[2], encode, advantages, None, None, cfg, 1e-3)
+        keep["continued"].append({n: whole(p) for n, p in policy.named_parameters()})
+    keep["full_disk"] = try_to_save(
+        lambda: save(accelerator, policy, optimizer, processor, Path(out), 3, {}, keep_last=1))
+    keep["files"] = sorted(p.name for p in Path(out).iterdir())
+    keep["gradients"] = gradients
+    if accelerator.is_main_process:
+        torch.save(keep, Path(out) / "result.pt")
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
