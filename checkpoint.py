@@ -37,57 +37,76 @@ def checkpoints(out: Path) -> list[Path]:
 
 # ---- write -------------------------------------------------------------------------------------------------
 def save(accelerator, model, optimizer, processor, out: Path, step: int, scores: dict, keep_last: int,
-         best: str | None = None) -> Path:
+         best: str | None = None) -> None:
     """Write checkpoint-STEP, then drop all but the last `keep_last` and the one with the highest `best`.
 
     Collective. Raises: CheckpointError on every process if any of them could not write; what was there stays.
     """
     tmp, final = out / f"checkpoint-{step}.tmp", out / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(tmp, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    record = {"step": step, "scores": scores, "processes": accelerator.num_processes,
-              "fingerprint": fingerprint(accelerator, model)}
-    problem = None
-    try:  # dcp passes one process's error to all
-        tmp.mkdir(parents=True, exist_ok=True)
-        dcp.save(model_state, checkpoint_id=tmp / "model")
+
+    def together(write) -> None:
+        """Run `write` on this process; if it failed on any, clean up and raise on all."""
+        problem = None
+        try:
+            write()
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch's is a RuntimeError
+            why = (str(error).strip() or repr(error)).splitlines()[-1]
+            problem = f"process {accelerator.process_index}: {why}"
+        if problems := [p for p in gather([problem]) if p]:
+            if accelerator.is_main_process:
+                shutil.rmtree(tmp, ignore_errors=True)
+            left = checkpoints(out)
+            raise CheckpointError(f"{final} could not be written ({problems[0]}); "
+                                  f"{f'{left[-1]} is whole' if left else 'there is no earlier one'}")
+
+    def begin():
+        if accelerator.is_main_process:
+            for left in (*out.glob("checkpoint-*.tmp"), *out.glob("checkpoint-*.old")):  # by a killed run
+                shutil.rmtree(left, ignore_errors=True)
+            tmp.mkdir(parents=True)
+
+    def write():
+        dcp.save(model_state, checkpoint_id=tmp / "model")  # dcp passes one process's error to all
         dcp.save(optimizer_state, checkpoint_id=tmp / "optimizer")
         torch.save(rng_state(), tmp / f"rng-{accelerator.process_index}.pt")
         if accelerator.is_main_process:
-            model = accelerator.unwrap_model(model)
-            model.config.save_pretrained(tmp / "hf")
-            model.generation_config.save_pretrained(tmp / "hf")
+            whole = accelerator.unwrap_model(model)
+            whole.config.save_pretrained(tmp / "hf")
+            whole.generation_config.save_pretrained(tmp / "hf")
             processor.save_pretrained(tmp / "hf")
             (tmp / "trainer.json").write_text(json.dumps(record))
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch.save: RuntimeError if full
-        problem = f"process {accelerator.process_index}: {str(error).strip().splitlines()[-1]}"
-    problems = [p for p in gather([problem]) if p]
-    if accelerator.is_main_process:
-        if problems:
-            shutil.rmtree(tmp, ignore_errors=True)
-        else:
-            shutil.rmtree(final, ignore_errors=True)  # of an earlier attempt at this step
+
+    def finish():
+        if accelerator.is_main_process:
+            if final.exists():  # of an earlier attempt at this step
+                remove(final)
             os.replace(tmp, final)
             rotate(out, keep_last, best)
-    accelerator.wait_for_everyone()
-    if problems:
-        left = checkpoints(out)
-        raise CheckpointError(f"{final} could not be written ({problems[0]}); "
-                              f"{f'{left[-1]} is whole' if left else 'there is no earlier one'}")
-    return final
+
+    together(begin)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    record = {"step": step, "scores": scores, "processes": accelerator.num_processes,
+              "fingerprint": fingerprint(accelerator, model)}
+    together(write)
+    together(finish)
+
+
+def remove(checkpoint: Path):
+    """Delete a checkpoint that, killed halfway, must not be taken for a whole one."""
+    doomed = checkpoint.with_name(checkpoint.name + ".old")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def rotate(out: Path, keep_last: int, best: str | None):
     """Drop all checkpoints but the last ones and the best."""
     found = checkpoints(out)
-    scored = {p: read_record(p)["scores"].get(best) for p in found} if best else {}
+    scored = {p: read_record(p)["scores"].get(best) for p in found if (p / "trainer.json").exists()}
     scored = {p: score for p, score in scored.items() if score is not None}
     keep = {*found[-keep_last:], *([max(scored, key=scored.get)] if scored else [])}
     for old in found:
         if old not in keep:
-            shutil.rmtree(old)
+            remove(old)
 
 
 def gather(items: list) -> list:
@@ -154,22 +173,23 @@ def load(accelerator, model, optimizer, checkpoint: Path) -> int:
             last = str(error).strip().splitlines()[-1]
             raise CheckpointError(f"{checkpoint / name}: expected this model's state, got {last}") from None
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    processes = record.get("processes")
-    if processes == accelerator.num_processes:
-        rng = torch.load(checkpoint / f"rng-{accelerator.process_index}.pt", weights_only=False)
+    processes, rng_file = record.get("processes"), checkpoint / f"rng-{accelerator.process_index}.pt"
+    if processes == accelerator.num_processes and rng_file.exists():
+        rng = torch.load(rng_file, weights_only=False)
         torch.set_rng_state(rng["torch"])
         random.setstate(rng["python"])
         np.random.set_state(rng["numpy"])
         if rng["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng["cuda"])
     else:
-        accelerator.print(f"{checkpoint} is of {processes} process(es), this run of "
-                          f"{accelerator.num_processes}: model and optimizer continue, sampling will differ")
+        accelerator.print(
+            f"{checkpoint} is of {processes} process(es), this run of {accelerator.num_processes}: model and "
+            "optimizer continue; in other batches sums round differently, so samples will differ")
     return record["step"]
 
 
 def resume(accelerator, model, optimizer, out: Path, how: str) -> int:
-    """Continue by resume=auto (the run's last checkpoint, if any), never, or a checkpoint's path.
+    """Continue from the run's last checkpoint; where there is none, from the checkpoint `how`, if it is one.
 
     Lines of metrics.jsonl beyond the checkpoint are of steps that are lost and are cut off.
     Returns: finished steps. Raises: CheckpointError.
@@ -178,7 +198,7 @@ def resume(accelerator, model, optimizer, out: Path, how: str) -> int:
     if how not in ("auto", "never"):
         if not (Path(how) / "trainer.json").exists():
             raise CheckpointError(f"resume={how}: expected auto, never or a checkpoint's folder")
-        found = [Path(how)]
+        found = found or [Path(how)]
     step = load(accelerator, model, optimizer, found[-1]) if found and how != "never" else 0
     metrics = out / "metrics.jsonl"
     if accelerator.is_main_process and metrics.exists():
@@ -196,12 +216,14 @@ def refuse_another_run(cfg: Config, out: Path, free: frozenset[str]):
 
     Args: free: keys that may change. Raises: CheckpointError listing the keys with their old and new values.
     """
-    if cfg.resume == "never" and ((out / "metrics.jsonl").exists() or checkpoints(out)):
-        raise CheckpointError(f"{out} holds a run already: remove it, choose another out, or set resume=auto")
+    held = (out / "metrics.jsonl").exists() or bool(checkpoints(out))
     record = out / "run.json"
-    if not record.exists() or not checkpoints(out):
+    before = json.loads(record.read_text()).get("config", {}) if record.exists() else {}
+    # A path starts a run elsewhere; the same command again continues that one.
+    if held and cfg.resume != "auto" and (cfg.resume == "never" or before.get("resume") != cfg.resume):
+        raise CheckpointError(f"{out} holds a run already: remove it, choose another out, or set resume=auto")
+    if not checkpoints(out):
         return
-    before = json.loads(record.read_text()).get("config", {})
     now = json.loads(cfg.model_dump_json())
     changed = [k for k in now if k not in free and k in before and before[k] != now[k]]
     if changed:

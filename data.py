@@ -440,17 +440,20 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if query.is_cuda and has_flash_attention():
         return flash_attention(query, key, value, segments, scaling), None
-    how, pieces = {"scale": scaling, "enable_gqa": True}, []
+    pieces = []
     for start, end, prompt_start, prompt_end in segments:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         if prompt_end == prompt_start:
-            pieces.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **how))
+            pieces.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling,
+                                                         enable_gqa=True))
             continue
         k = torch.cat([key[:, :, prompt_start:prompt_end], k], dim=2)
         v = torch.cat([value[:, :, prompt_start:prompt_end], v], dim=2)
         sees = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
         sees = sees.tril(prompt_end - prompt_start)  # the whole prompt, and itself up to the present
-        pieces.append(F.scaled_dot_product_attention(q, k, v, sees, **how))
+        # A mask and grouped heads together would leave a GPU the slow kernel: repeat them instead.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        pieces.append(F.scaled_dot_product_attention(q, k, v, sees, scale=scaling))
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
@@ -458,6 +461,7 @@ def flash_attention(query, key, value, segments, scaling):
     """The same in one call of flash-attn, whose causal mask is aligned at the end of the keys."""
     from flash_attn import flash_attn_varlen_func
 
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rope leaves them in float32
     keys, own, seen, longest, most = flash_layout(segments, query.device)
     q, k, v = query[0].transpose(0, 1), key[0, :, keys].transpose(0, 1), value[0, :, keys].transpose(0, 1)
     return flash_attn_varlen_func(q, k, v, own, seen, longest, most, softmax_scale=scaling, causal=True)[None]

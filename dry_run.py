@@ -57,9 +57,11 @@ def dry_run(cfg) -> int:
     if n:
         gib = n / 2**30
         head = cfg.logit_chunk * 152064 * 4 * 3 / 2**30
-        print(f"memory per process at {n / 1e9:.2f}B parameters: fp32 weights, gradients and Adam "
-              f"{16 * gib:.1f} GiB, reference {2 * gib * (cfg.kl_coef > 0):.1f} GiB, vLLM's bf16 weights "
-              f"{2 * gib:.1f} GiB, logits {head:.1f} GiB; activations and KV cache come on top")
+        print(f"memory per process at {n / 1e9:.2f}B parameters, sharded over {world}: fp32 weights, "
+              f"gradients and Adam {16 * gib / world:.1f} GiB, reference "
+              f"{2 * gib * (cfg.kl_coef > 0) / world:.1f} GiB, vLLM's bf16 weights "
+              f"{2 * gib / cfg.tensor_parallel:.1f} GiB, logits {head:.1f} GiB; gathered layers, activations "
+              "and KV cache come on top")
     if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
         missing.append("vllm: not installed (pip install -r requirements.txt, or sampler=hf)")
     if not torch.cuda.is_available() and n and n > 1e9:

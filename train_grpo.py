@@ -9,7 +9,8 @@ What separates this from GRPO as first published (arXiv:2402.03300), beside the 
     long wrong ones), clipped higher than lower (DAPO), dual-clipped for negative advantages;
   - KL to the start: k3 estimator, weighted by the ratio so that its gradient is that of the KL;
   - the sampler's own log-probs enter as a truncated importance weight, since vLLM's arithmetic is its own;
-  - a group of (nearly) equal rewards gives exactly zero advantage instead of amplified float noise.
+  - a group of (nearly) equal rewards gives exactly zero advantage instead of amplified float noise;
+  - a prompt and its images are run once for all completions of its group, exactly (data.pack).
 Batch and seeds are functions of (seed, step): a resumed run repeats what an undisturbed one would have done.
 """
 
@@ -31,7 +32,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import model_validator
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, gather, refuse_another_run, resume, save
@@ -114,7 +114,7 @@ class GRPOConfig(Config):
     max_skipped: int = opt(3, "updates in a row without a finite gradient that end the run", ge=1)
     freeze_vision: bool = opt(False, "train the language model only")
     max_tokens_per_micro_batch: int = opt(16384, "tokens packed into one forward pass, per process", ge=1)
-    logit_chunk: int = opt(1024, "tokens whose logits exist at the same time", ge=1)
+    logit_chunk: int = opt(256, "tokens whose logits exist at the same time", ge=1)
     gradient_checkpointing: bool = opt(True, "recompute activations: less memory, a third more time")
     # run
     out: str = opt("runs/grpo", "folder of the run")
@@ -169,7 +169,7 @@ def make_accelerator(cfg: GRPOConfig, layers: list[str]):
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", fsdp_plugin=plugin if on_gpu else None,
                               project_dir=cfg.out, log_with=None if cfg.tracker == "none" else cfg.tracker)
     torch.set_num_threads(threads)  # accelerate counts physical cores, hence half of them in most containers
-    if not on_gpu and accelerator.num_processes > 1:  # accelerate shards on GPUs only; gloo can do it as well
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate shards on GPUs only; gloo can
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -345,6 +345,7 @@ class HFSampler:
                 input_ids=ids, attention_mask=torch.ones_like(ids),
                 mm_token_type_ids=(ids == model.config.image_token_id).int(), **images,
                 do_sample=not greedy, temperature=None if greedy else temperature, top_k=0, top_p=1.0,
+                repetition_penalty=1.0,  # Qwen2.5-VL's generation config has another
                 sequence_bias=[[[i], FORBIDDEN_BIAS] for i in self.forbidden_ids],
                 max_new_tokens=self.max_tokens, eos_token_id=self.end_ids, return_dict_in_generate=True,
                 output_scores=True)
@@ -418,31 +419,67 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
 
 
 # ---- log-probs ---------------------------------------------------------------------------------------------
-def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk: int):
-    """Let `model.lm_head` return log-probs and entropies, chunk by chunk, while `lm_head.targets` is set.
+class ChunkedLogProbs(torch.autograd.Function):
+    """log p(target) and entropy under softmax((h W^T + bias) / temperature), `chunk` tokens at a time.
 
     The logits of a 152k vocabulary take 0.6 MB a token; here those of at most `chunk` tokens exist at a time,
-    also in the backward pass, which recomputes them. The head stays the module that forward calls, once:
-    under FSDP its weight is gathered, and its gradient reduced, like any other.
+    in two copies, in the backward pass as well, which computes them again. The weight's gradient is summed up
+    in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, temperature, chunk):  # (N, D), (V, D), (N,), (V,)
+        ctx.save_for_backward(hidden, weight, targets, bias)
+        ctx.temperature, ctx.chunk, pieces = temperature, chunk, []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = ChunkedLogProbs.logits(h, weight, bias, temperature)
+            logits.sub_(logits.amax(-1, keepdim=True))
+            p = logits.exp()
+            norm = p.sum(-1)  # (chunk,)
+            logp = logits.gather(1, t[:, None])[:, 0] - norm.log()
+            entropy = norm.log() - torch.bmm(p[:, None], logits[..., None])[:, 0, 0] / norm
+            pieces.append(torch.stack([logp, entropy]))
+        return torch.cat(pieces, dim=1)  # (2, N)
+
+    @staticmethod
+    def backward(ctx, grad):  # (2, N); the entropy is measured, not trained on
+        hidden, weight, targets, bias = ctx.saved_tensors
+        grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        pieces = (x.split(ctx.chunk) for x in (hidden, targets, grad[0] / ctx.temperature))
+        for h, t, g in zip(*pieces, strict=True):
+            logits = ChunkedLogProbs.logits(h, weight, bias, ctx.temperature)
+            p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+            d = p.mul_((-g / p.sum(-1))[:, None])  # g (1[target] - p), first its second half
+            d.scatter_add_(1, t[:, None], g[:, None].to(d.dtype))
+            d = d.to(weight.dtype)
+            grad_hidden.append(d @ weight)
+            if d.dtype == grad_weight.dtype:
+                grad_weight.addmm_(d.T, h)  # without a second (V, D)
+            else:
+                grad_weight += d.T @ h
+        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None, None, None
+
+    @staticmethod
+    def logits(hidden, weight, bias, temperature):
+        return F.linear(hidden, weight).float().add_(bias).div_(temperature)  # (chunk, V)
+
+
+def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk: int):
+    """Let `model.lm_head` return log-probs and entropies (1, N, 2) while `lm_head.targets` is set.
+
+    The head stays the module that forward calls, once: under FSDP its weight is gathered, and its gradient
+    reduced, like any other.
     """
     head = model.lm_head
     bias = torch.zeros(head.weight.shape[0])  # (V,)
     bias[forbidden_ids] = FORBIDDEN_BIAS
 
-    def logp_and_entropy(hidden, targets):
-        logits = F.linear(hidden, head.weight).float()  # (chunk, V)
-        logits = logits + bias.to(logits.device)
-        logps = (logits / temperature).log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(logps.exp() * logps).sum(-1)
-        return torch.stack([logps.gather(1, targets[:, None])[:, 0], entropy], -1)  # (chunk, 2)
-
     def forward(hidden):
         if head.targets is None:
             return F.linear(hidden, head.weight)
-        pieces = zip(hidden[0].split(chunk), head.targets.split(chunk), strict=True)
-        pieces = [checkpoint(logp_and_entropy, h, t, use_reentrant=False) for h, t in pieces]
-        return torch.cat(pieces)[None]  # (1, N, 2)
+        out = ChunkedLogProbs.apply(hidden[0], head.weight, head.targets, bias.to(hidden.device), temperature,
+                                    chunk)  # (2, N)
+        return out.T[None]
 
     head.targets = None
     head.forward = forward
@@ -647,7 +684,8 @@ def make_policy(accelerator, cfg: GRPOConfig, forbidden_ids: list[int]):
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # norms and biases: none
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2))
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    del trained, groups  # they would hold on to the whole parameters
+    policy, optimizer = accelerator.prepare(policy.train(), optimizer)  # train(): or nothing is checkpointed
     if not cfg.kl_coef:
         return policy, optimizer, None
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
@@ -695,7 +733,7 @@ def replace_dead(groups, rows: list[int], roll_out, n_rows: int, step: int, cfg:
 def main():
     cfg = GRPOConfig.parse_args()
     if cfg.dry_run:
-        raise SystemExit(dry_run(cfg))
+        raise SystemExit(dry_run(cfg) if os.environ.get("RANK", "0") == "0" else 0)
     try:
         train(cfg)
     except CheckpointError as error:
@@ -737,12 +775,12 @@ def train(cfg: GRPOConfig):
     forbidden = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     policy, optimizer, reference = make_policy(accelerator, cfg, forbidden)
     base = accelerator.unwrap_model(policy)
-    first = resume(accelerator, policy, optimizer, out, cfg.resume)
     if cfg.tracker != "none":
         settings = {k: v if isinstance(v, (int, float)) else str(v) for k, v in cfg.model_dump().items()}
         accelerator.init_trackers("grpo", config=settings)
     sampler = (VLLMSampler(cfg, processor, forbidden, max(s.max_images for s in (data, val or data)))
                if cfg.sampler == "vllm" else HFSampler(cfg, processor, forbidden))
+    first = resume(accelerator, policy, optimizer, out, cfg.resume)
     sampler.sync(base)
     stop = Stop()
 
@@ -768,7 +806,8 @@ def train(cfg: GRPOConfig):
 
     if first == 0 and val:
         log({"step": 0} | held_out(accelerator, sampler, encode, val, cfg))
-    done, skipped, stopped_by = first, 0, 0  # steps; updates in a row without a finite gradient; signal
+    done, m = first, {}
+    skipped, stopped_by = 0, 0  # updates in a row without a finite gradient; signal
     for step in range(first, cfg.steps):
         # draw prompts, sample completions, score them
         t0 = time.time()
@@ -792,7 +831,7 @@ def train(cfg: GRPOConfig):
         t3 = time.time()
         sums = [update(accelerator, policy, optimizer, rollouts, shares, encode_row,
                        advantages.flatten().tolist(), logps_old, logps_ref, cfg, learning_rate_at(step, cfg))
-                for shares in tqdm(plans, desc="updates", disable=None, leave=False)]
+                for shares in tqdm(plans, desc="updates", disable=None if rank == 0 else True, leave=False)]
         t4 = time.time()
         sampler.sync(base)
         t5 = time.time()
@@ -820,11 +859,12 @@ def train(cfg: GRPOConfig):
                              "the state before them: lower learning_rate, or look at the samples")
         if stopped_by:
             break
-    sampler.close()  # before end_training, which would find vLLM's process group gone
     if stopped_by:
-        if not (out / f"checkpoint-{done}").exists():
-            save_state(done, {})
-        say(f"stopped after step {done}; continue with: {shlex.join(sys.orig_argv)}")
+        if done and not (out / f"checkpoint-{done}").exists():  # after no step there is nothing to lose
+            save_state(done, m)
+        again = ["accelerate", "launch", *sys.argv] if "TORCHELASTIC_RUN_ID" in os.environ else sys.orig_argv
+        say(f"stopped after step {done}; continue with: {shlex.join(again)}")
+    sampler.close()  # the process group goes with it, so nothing collective may follow
     if cfg.tracker != "none":
         accelerator.end_training()
     if stopped_by == signal.SIGTERM:

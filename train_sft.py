@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 
-from checkpoint import CheckpointError, refuse_another_run, resume, save
+from checkpoint import CheckpointError, gather, refuse_another_run, resume, save
 from config import Config, opt, write_run_record
 from data import PromptEncoder, attention_implementation, batch_at, load_samples, micro_batches, pack
 
@@ -133,7 +133,8 @@ def train(cfg: SFTConfig):
     from accelerate import Accelerator
     from transformers import AutoProcessor
 
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    on_gpu = torch.cuda.is_available()
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     out = Path(cfg.out)
     refuse_another_run(cfg, out, FREE_TO_CHANGE)
     accelerator.wait_for_everyone()
@@ -174,7 +175,9 @@ def train(cfg: SFTConfig):
 
     def packed(sequences):
         lengths = [(i, len(prompt.ids), len(ids)) for i, (prompt, ids) in enumerate(sequences)]
-        for group in micro_batches(lengths, cfg.max_tokens_per_micro_batch):
+        groups = micro_batches(lengths, cfg.max_tokens_per_micro_batch)
+        groups += [[]] * (max(gather([len(groups)])) - len(groups))  # every process runs equally often
+        for group in groups:
             batch = pack([(prompt, [ids]) for prompt, ids in (sequences[i] for i in group)], base)
             yield {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
 

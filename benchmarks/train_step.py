@@ -3,9 +3,10 @@
     python benchmarks/train_step.py           (10 minutes on two cores; TRL is in requirements-cpu.txt)
 
 Both train the same randomly initialised Qwen2.5-VL in float32 with AdamW, without KL and without gradient
-checkpointing, on the same 4 prompts x 8 completions, in micro-batches of 8 sequences, or of as many tokens as
-8 of the longest have. `update` trains on given completions of 16 to 128 tokens; `step` samples 96 tokens each
-first: TRL with `generate` (its vLLM does not start on a CPU), this trainer with vLLM and with `generate`.
+checkpointing, on the same 16 prompts x 8 completions (2 x 8 at the large vocabulary), in micro-batches of 8
+sequences, or of as many tokens as 8 of the longest have. `update` trains on given completions of 16 to 128
+tokens; `step` samples 96 tokens each first: TRL with `generate` (its vLLM does not start on a CPU), this
+trainer with vLLM and with `generate`.
 Tokens are those of prompts and completions without padding; memory is the growth of the process meanwhile.
 `scaling` is an update's speed as its micro-batch grows. Every cell runs in a process of its own; ratios hold,
 single figures vary with the machine.
@@ -26,16 +27,16 @@ from pathlib import Path
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
-SIZES = {  # name: text width, layers, vocabulary
-    "2.5M, vocabulary 700": (192, 4, None),
-    "42M, vocabulary 152k": (256, 4, 152064),
+SIZES = {  # name: text width, layers, vocabulary, prompts
+    "2.5M, vocabulary 700": (192, 4, None, 16),
+    "43M, vocabulary 152k": (256, 4, 152064, 2),
 }
-PROMPTS, GROUP, SHORTEST, LONGEST, SAMPLED = 4, 8, 16, 128, 96
-WARM, TIMED = 1, 3  # rounds
+GROUP, SHORTEST, LONGEST, SAMPLED = 8, 16, 128, 96
+WARM, TIMED = 1, 2  # rounds
 
 
 # ---- the common ground ----
-def build(folder, width, layers, vocabulary):
+def build(folder, width, layers, vocabulary, prompts):
     """Model, processor and rows of one size; the tokenizer stays the tiny one."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -48,20 +49,18 @@ def build(folder, width, layers, vocabulary):
         text = config.text_config
         text.hidden_size, text.num_hidden_layers, text.vocab_size = width, layers, vocabulary
         text.intermediate_size, config.vision_config.out_hidden_size = 3 * width, width
-        text.layer_types = None
-        head = width // text.num_attention_heads
-        text.rope_parameters["mrope_section"] = [head // 2 - 2 * (head // 6), head // 6, head // 6]
+        text.num_attention_heads, text.num_key_value_heads = width // 32, width // 128
         torch.manual_seed(0)
         processor = AutoProcessor.from_pretrained(folder)
         AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
         processor.save_pretrained(folder)
-    write_parquet(Path(folder) / "train.parquet", rows(PROMPTS, 0, "train", set()), stvqa_features())
+    write_parquet(Path(folder) / "train.parquet", rows(prompts, 0, "train", set()), stvqa_features())
 
 
-def given_completions():
+def given_completions(prompts):
     rng = random.Random(0)
     return [[rng.randrange(300, 600) for _ in range(rng.randint(SHORTEST, LONGEST))]
-            for _ in range(PROMPTS * GROUP)]
+            for _ in range(prompts * GROUP)]
 
 
 class Memory(threading.Thread):
@@ -105,36 +104,39 @@ def ours(folder, sampler, budget=None, rounds=WARM + TIMED, lengths=None):
         update,
     )
 
+    samples = load_samples(str(folder))
+    n_prompts = len(samples)
     cfg = GRPOConfig(
         model=str(folder), data=str(folder), template="spatial_thinker", min_pixels=784,
-        max_prompt_length=128, max_completion_length=SAMPLED, prompts_per_step=PROMPTS, group_size=GROUP,
+        max_prompt_length=128, max_completion_length=SAMPLED, prompts_per_step=n_prompts, group_size=GROUP,
         updates_per_step=1, kl_coef=0, learning_rate=1e-6, gradient_checkpointing=False, vllm_memory=1,
         tracker="none", out=f"{folder}/out", max_tokens_per_micro_batch=budget or 8 * (50 + LONGEST))
     accelerator = make_accelerator(cfg, ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"])
     processor = AutoProcessor.from_pretrained(folder)
-    samples, encoder = load_samples(str(folder)), PromptEncoder(processor, cfg.template, 784, cfg.max_pixels)
+    encoder = PromptEncoder(processor, cfg.template, 784, cfg.max_pixels)
     prompts = [encoder(s) for s in samples]
-    policy, optimizer, _ = make_policy(accelerator, cfg, [5, 6])
+    pads = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    policy, optimizer, _ = make_policy(accelerator, cfg, pads)
     if sampler != "given":
-        sampler = (VLLMSampler(cfg, processor, [5, 6], 1) if sampler == "vllm" else
-                   HFSampler(cfg, processor, [5, 6]))
+        sampler = (VLLMSampler(cfg, processor, pads, 1) if sampler == "vllm" else
+                   HFSampler(cfg, processor, pads))
         sampler.sync(policy)
-    given = given_completions() if lengths is None else [[400] * n for n in lengths]
+    given = given_completions(n_prompts) if lengths is None else [[400] * n for n in lengths]
     results = []
     with Memory() as memory:
         for _ in range(rounds):
             t0 = time.perf_counter()
             if sampler == "given":
-                rollouts = [Rollout(k * PROMPTS // len(given), 0, ids, [-6.5] * len(ids), "", True)
+                rollouts = [Rollout(k * n_prompts // len(given), 0, ids, [-6.5] * len(ids), "", True)
                             for k, ids in enumerate(given)]
                 for r in rollouts:
                     r.prompt_length = len(prompts[r.row].ids)
             else:
-                groups = sample_everywhere(accelerator, sampler, prompts.__getitem__, [*range(PROMPTS)],
-                                           GROUP, 1.0, [*range(PROMPTS)])
+                groups = sample_everywhere(accelerator, sampler, prompts.__getitem__, [*range(n_prompts)],
+                                           GROUP, 1.0, [*range(n_prompts)])
                 rollouts = [r for group in groups for r in group]
             t1 = time.perf_counter()
-            one_group = cfg.model_copy(update={"group_size": len(rollouts) // PROMPTS})
+            one_group = cfg.model_copy(update={"group_size": len(rollouts) // n_prompts})
             (shares,) = plan_updates(rollouts, one_group, 1)
             update(accelerator, policy, optimizer, rollouts, shares, prompts.__getitem__,
                    [(-1.0) ** k for k in range(len(rollouts))], None, None, cfg, 1e-6)
@@ -159,17 +161,20 @@ def trl(folder, sampler):
     def chat(s):
         return [{"role": "user", "content": build_prompt_text("spatial_thinker", s.question, s.size)}]
 
-    rows = [{"prompt": chat(s), "image": s.load_images()[0]} for s in load_samples(str(folder))]
+    samples = load_samples(str(folder))
+    rows = [{"prompt": chat(s), "image": s.load_images()[0]} for s in samples]
     message = [{"role": Value("string"), "content": Value("string")}]
     data = Dataset.from_list(rows * (WARM + TIMED), features=Features({"prompt": message, "image": Image()}))
     processor = AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"
-    arguments = GRPOConfig(
-        output_dir=f"{folder}/trl", per_device_train_batch_size=8, gradient_accumulation_steps=4,
-        num_generations=GROUP, max_completion_length=SAMPLED if sampler != "given" else LONGEST, beta=0.0,
+    pads = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    arguments = GRPOConfig(  # a sampled image token ends TRL's run; this trainer forbids them anyway
+        output_dir=f"{folder}/trl", generation_kwargs={"suppress_tokens": pads},
+        per_device_train_batch_size=8, gradient_accumulation_steps=len(samples), num_generations=GROUP,
+        max_completion_length=SAMPLED if sampler != "given" else LONGEST, beta=0.0,
         max_steps=WARM + TIMED, learning_rate=1e-6, gradient_checkpointing=False, use_cpu=True, bf16=False,
         report_to=[], save_strategy="no", logging_strategy="no", shuffle_dataset=False, disable_tqdm=True)
-    given, results = given_completions(), []
+    given, results = given_completions(len(samples)), []
 
     class Timed(GRPOTrainer):
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
@@ -228,19 +233,19 @@ def main():
         folder, system, sampler, *more = args.cell
         if system == "trl":
             rounds, memory = trl(folder, sampler)
-        elif more:  # one micro-batch of so many tokens, in sequences of about 256
+        elif more:  # one micro-batch of so many tokens, in groups of 8 completions of about 200 tokens
             tokens = int(more[0])
-            n = PROMPTS * max(1, tokens // (256 * PROMPTS))
-            rounds, memory = ours(folder, sampler, budget=tokens + 256, lengths=[tokens // n - 46] * n)
+            n = 16 * max(1, tokens // (16 * 200))
+            rounds, memory = ours(folder, sampler, budget=2 * tokens, lengths=[tokens // n] * n)
         else:
             rounds, memory = ours(folder, sampler)
         print(json.dumps({"rounds": rounds, "memory": memory}))
         return
     with tempfile.TemporaryDirectory() as scratch:
         print(f"{'':24}{'':14}{'rollout tok/s':>14}{'update tok/s':>14}{'step s':>8}{'update GB':>11}")
-        for name, (width, layers, vocabulary) in SIZES.items():
-            folder = Path(scratch, str(width))
-            build(folder, width, layers, vocabulary)
+        for name, size in SIZES.items():
+            folder = Path(scratch, str(size[0]))
+            build(folder, *size)
             cells = {}
             for label, system, sampler in (("TRL update", "trl", "given"), ("our update", "ours", "given"),
                                            ("TRL generate", "trl", "hf"),
@@ -255,9 +260,9 @@ def main():
             step = cells["TRL generate"]["step_s"] / cells["our vLLM"]["step_s"]
             print(f"  ours / TRL: update {speed:.2f} x the tokens/s, {b['memory'] / a['memory']:.2f} x the "
                   f"memory; whole step {step:.1f} x as fast\n")
-        print("scaling: tokens in the micro-batch, update tokens/s (152k vocabulary)")
+        print("scaling (2.5M): tokens in the one micro-batch, update tokens/s, memory")
         for tokens in (512, 1024, 2048, 4096, 8192):
-            c = cell(folder, "ours", "given", tokens)
+            c = cell(Path(scratch, "192"), "ours", "given", tokens)
             print(f"  {c['tokens']:>6} {c['tokens'] / c['update_s']:>8.0f}  {c['memory'] / 2**30:.2f} GB",
                   flush=True)
 

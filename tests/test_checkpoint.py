@@ -72,8 +72,11 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
 def test_half_a_checkpoint_is_not_one(tmp_path):
     parts = Parts()
     parts.save(tmp_path, 3)
-    (tmp_path / "checkpoint-4.tmp").mkdir()
+    for left in ("checkpoint-4.tmp", "checkpoint-2.old"):
+        (tmp_path / left).mkdir()
     assert names(tmp_path) == ["checkpoint-3"] and parts.resume(tmp_path) == 3
+    parts.save(tmp_path, 3)  # once more
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 def test_metrics_of_lost_steps_are_cut_off(tmp_path):
@@ -127,4 +130,19 @@ def test_another_config_is_refused_by_its_keys(tmp_path):
                                                  "  clip_low: 0.2 there, 0.1 here"]
     with pytest.raises(CheckpointError, match="holds a run already"):
         refuse_another_run(GRPOConfig(resume="never"), tmp_path, FREE_TO_CHANGE)
+    with pytest.raises(CheckpointError, match="holds a run already"):  # somebody else's
+        refuse_another_run(GRPOConfig(resume="elsewhere/checkpoint-1"), tmp_path, FREE_TO_CHANGE)
     assert FREE_TO_CHANGE <= set(GRPOConfig.model_fields)
+
+
+def test_a_run_from_elsewhere_continues_itself(tmp_path):
+    """resume=PATH starts from PATH once; the same command again goes on from its own last checkpoint."""
+    parts, start, out = Parts(), tmp_path / "start", tmp_path / "out"
+    parts.save(start, 2)
+    path = str(start / "checkpoint-2")
+    refuse_another_run(GRPOConfig(resume=path), out, FREE_TO_CHANGE)
+    assert parts.resume(out, path) == 2
+    parts.save(out, 3)
+    (out / "run.json").write_text(json.dumps({"config": GRPOConfig(resume=path).model_dump(mode="json")}))
+    refuse_another_run(GRPOConfig(resume=path), out, FREE_TO_CHANGE)
+    assert parts.resume(out, path) == 3

@@ -107,8 +107,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_0(undisturbed, tiny_data, tmp_
     assert "continue with: " in printed and "train_grpo.py configs/tiny.yaml" in printed
     done = metrics(out)[-1]["step"]
     assert (out / f"checkpoint-{done}").exists() and done < 4
-    train(out, tiny_data, save_every=100)
-    assert metrics(out) == metrics(undisturbed[0])
+    assert metrics(out) == metrics(undisturbed[0])[:done + 1]
 
 
 def test_sigterm_saves_and_exits_with_its_own_status(undisturbed, tiny_data, tmp_path):
@@ -155,6 +154,23 @@ def test_killed_at_every_phase_and_resumed(processes, tiny_data, tmp_path):
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
     assert max(m["mismatch_max"] for m in metrics(tmp_path / "killed")) <= 1e-4
     assert sorted(p.name for p in (tmp_path / "killed").glob("checkpoint-*")) == ["checkpoint-3"]
+
+
+def test_sigterm_to_the_launcher_saves_what_two_processes_have(tiny_data, tmp_path):
+    out = tmp_path / "preempted"
+    arguments = command(out, tiny_data, **(HF | {"steps": 50, "save_every": 100}))[1:]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+         "--rdzv_endpoint", "localhost:0", *arguments], cwd=REPO, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL, env=os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"})
+    while not metrics(out):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert "continue with: accelerate launch train_grpo.py" in printed
+    done = metrics(out)[-1]["step"]
+    assert (out / f"checkpoint-{done}" / "trainer.json").exists() and done < 50
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])

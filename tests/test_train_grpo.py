@@ -16,6 +16,7 @@ from train_grpo import (
     group_advantages,
     kl_loss,
     learning_rate_at,
+    make_policy,
     policy_loss,
     request_seed,
     token_logps,
@@ -280,6 +281,20 @@ def test_logits_never_exist_for_more_than_a_chunk(tiny):
         logp.sum().backward()
     assert len(logp) > 100
     assert max(rows - {width}) == 8  # (width, vocabulary) is the head itself, transposed
+
+
+def test_gradient_checkpointing_recomputes_every_layer(tiny, tiny_base):
+    """It is silently off in a model that is not in training mode, which is how from_pretrained leaves it."""
+    from accelerate import Accelerator
+
+    cfg = GRPOConfig(model=str(tiny_base), kl_coef=0, gradient_checkpointing=True)
+    policy, _, _ = make_policy(Accelerator(cpu=True), cfg, [5])
+    calls = []
+    for layer in (policy.model.language_model.layers[1].mlp, policy.model.visual.blocks[1].mlp):
+        layer.register_forward_pre_hook(lambda module, inputs: calls.append(module))
+    logp, _ = token_logps(policy, pack(tiny[1][:1], policy))
+    logp.sum().backward()
+    assert len(calls) == 4  # each forward, and again backward
 
 
 def test_the_image_reaches_the_logps(tiny):
