@@ -178,13 +178,23 @@ def test_two_processes_with_vllm(tensor_parallel, undisturbed, tiny_data, tmp_pa
     """FSDP2 shards, an engine each or one for both: the sampler holds the policy after every sync."""
     out = tmp_path / "two"
     status, output = launch("train_grpo.py", 2, *command(
-        out, tiny_data, steps=3, tensor_parallel=tensor_parallel, val_every=3)[2:])
+        out, tiny_data, steps=3, tensor_parallel=tensor_parallel, val_every=3, val_limit=24)[2:])
     assert status == 0, output
     lines, alone = metrics(out), metrics(undisturbed[0])
     assert max(m["mismatch_max"] for m in lines[1:]) <= 1e-4
     for key in ("reward", "length", "entropy", "tokens"):  # the first step samples from the same weights
         assert lines[1][key] == pytest.approx(alone[1][key], rel=1e-3)
     assert lines[1]["grad_norm"] == pytest.approx(alone[1]["grad_norm"], rel=1e-2)
+    # Sharded over two, merged in one: the folder answers as the trainer's engine did.
+    from merge import merge
+
+    merged, provider = merge(out, tmp_path / "merged", "float32"), ("hf", "vllm")[tensor_parallel - 1]
+    subprocess.run([sys.executable, "evaluate.py", "--dataset", tiny_data / "val.parquet", "--out", tmp_path,
+                    "--model_path", merged, "--provider", provider, "--min_pixels", "784",
+                    "--max_new_tokens", "192", "--custom_filename", "merged"], cwd=REPO, check=True)
+    summary = json.loads((tmp_path / "merged.summary.json").read_text())
+    for key in ("reward", "format", "mean_iou", "accuracy"):
+        assert summary[key] == pytest.approx(lines[-1][f"val_{key}"], abs=1e-9), key
 
 
 def test_another_run_in_the_same_folder_is_refused(undisturbed, tiny_data):

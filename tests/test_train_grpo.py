@@ -13,13 +13,16 @@ from data import PromptEncoder, attention_implementation, load_samples, micro_ba
 from train_grpo import (
     FORBIDDEN_BIAS,
     GRPOConfig,
+    Rollout,
     group_advantages,
     kl_loss,
     learning_rate_at,
     make_policy,
     policy_loss,
     request_seed,
+    rollout_logps,
     token_logps,
+    update,
     use_logprob_head,
 )
 
@@ -309,6 +312,59 @@ def test_the_image_reaches_the_logps(tiny):
     n = sum(map(len, b[1]))
     assert torch.equal(one[:n], two[:n])
     assert (one[n:] - two[n:]).abs().max() > 1e-4
+
+
+# ---- update ----
+def one_update(tiny_base, prompts, order=(0, 1, 2, 3, 4), **settings):
+    """Gradients and (loss, KL, tokens) of an update on the prompts' groups, laid out in the given order."""
+    from accelerate import Accelerator
+
+    cfg = GRPOConfig(model=str(tiny_base), kl_coef=0.1, gradient_checkpointing=False, **settings)
+    accelerator, gradients, rng = Accelerator(cpu=True), {}, np.random.default_rng(5)
+    policy, optimizer, reference = make_policy(accelerator, cfg, [5])
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.02)
+    clip = accelerator.clip_grad_norm_
+
+    def keep_and_clip(parameters, norm):
+        gradients.update({n: p.grad.clone() for n, p in policy.named_parameters()})
+        return clip(parameters, norm)
+
+    accelerator.clip_grad_norm_ = keep_and_clip
+    noise_of = [[(rng.normal(), rng.normal(-6, 0.1, len(c)).tolist()) for c in cs] for _, cs in prompts]
+    rollouts, advantages = [], []
+    for row in order:
+        for completion, (advantage, logps) in zip(prompts[row][1], noise_of[row], strict=True):
+            rollouts.append(Rollout(row, len(prompts[row][0].ids), completion, logps, "", True))
+            advantages.append(advantage)
+    shares, encode = [list(range(len(rollouts)))], lambda row: prompts[row][0]
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    logps = [rollout_logps(m, rollouts, [shares], 0, encode, policy, cfg, "cpu") for m in (policy, reference)]
+    sums = update(accelerator, policy, optimizer, rollouts, shares, encode, advantages, *logps, cfg, 1e-3)
+    moved = any(not torch.equal(before[n], p) for n, p in policy.named_parameters())
+    return gradients, sums, moved
+
+
+def test_an_update_depends_neither_on_micro_batches_nor_on_order(tiny, tiny_base):
+    """One denominator: the tokens of the whole update."""
+    want, sums, moved = one_update(tiny_base, tiny[1])
+    assert moved and sums["kl"] > 0 and sums["grad_norm"] > 0
+    assert sums["tokens"] == sum(len(c) for _, cs in tiny[1] for c in cs)
+    for variant in ({"max_tokens_per_micro_batch": 150}, {"max_tokens_per_micro_batch": 1},
+                    {"order": (3, 1, 4, 0, 2)}, {"logit_chunk": 3}):
+        got, other, _ = one_update(tiny_base, tiny[1], **variant)
+        gap = sum(float((got[n] - want[n]).square().sum()) for n in want) ** 0.5
+        assert gap < 1e-5 * sum(float(g.square().sum()) for g in want.values()) ** 0.5, variant
+        assert other["loss"] == pytest.approx(sums["loss"], rel=1e-4, abs=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(tiny, tiny_base, monkeypatch):
+    import train_grpo
+
+    monkeypatch.setattr(train_grpo, "policy_loss", lambda logp, *_, **__: (logp.sum() * math.inf, {}))
+    _, sums, moved = one_update(tiny_base, tiny[1][:1], order=(0,))
+    assert sums["skipped"] and not moved
 
 
 # ---- config ----
