@@ -1,6 +1,6 @@
 # make demo    train, merge and evaluate a tiny model on this machine, GPU or not
 # make test    the test suite (PYTEST_ARGS="-k reward -x" narrows it)
-# make warm-start   the start of the demo, from nothing (about ten minutes); assets/tiny holds the result
+# make warm-start   the start of the demo, from nothing (12 minutes); assets/tiny holds the result
 # make bench   micro-benchmarks
 # make lint    ruff
 # make setup   only make .venv (PYTHON=/path/to/python3.11 chooses the interpreter); the others do it as well

@@ -10,7 +10,9 @@ A checkpoint is written as checkpoint-75.tmp and renamed when all of it is on di
 leaves the previous one as it was. 12 bytes a parameter: 45 GB for 3B, 100 GB for 7B.
 """
 
+import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -49,7 +51,7 @@ def save(accelerator, model, optimizer, processor, out: Path, step: int, scores:
         problem = None
         try:
             write()
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch's is a RuntimeError
+        except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, the others wait for us
             why = (str(error).strip() or repr(error)).splitlines()[-1]
             problem = f"process {accelerator.process_index}: {why}"
         if problems := [p for p in gather([problem]) if p]:
@@ -83,7 +85,12 @@ def save(accelerator, model, optimizer, processor, out: Path, step: int, scores:
             os.replace(tmp, final)
             rotate(out, keep_last, best)
 
+    def shared():
+        if not tmp.is_dir():
+            raise OSError(f"{out} is not a folder that all processes share")
+
     together(begin)
+    together(shared)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     record = {"step": step, "scores": scores, "processes": accelerator.num_processes,
               "fingerprint": fingerprint(accelerator, model)}
@@ -101,12 +108,16 @@ def remove(checkpoint: Path):
 def rotate(out: Path, keep_last: int, best: str | None):
     """Drop all checkpoints but the last ones and the best."""
     found = checkpoints(out)
-    scored = {p: read_record(p)["scores"].get(best) for p in found if (p / "trainer.json").exists()}
+    scored = {}
+    for p in found:
+        with contextlib.suppress(CheckpointError):  # a damaged one has no score
+            scored[p] = read_record(p)["scores"].get(best)
     scored = {p: score for p, score in scored.items() if score is not None}
     keep = {*found[-keep_last:], *([max(scored, key=scored.get)] if scored else [])}
     for old in found:
         if old not in keep:
-            remove(old)
+            with contextlib.suppress(OSError):  # in use: the next rotation will try again
+                remove(old)
 
 
 def gather(items: list) -> list:
@@ -129,17 +140,18 @@ def fingerprint(accelerator, model) -> dict[str, list[float]]:
     Computed on the shards, so that nothing is gathered; `merge.py` computes it again from what it wrote.
     """
     names, sums = [], []
-    for name, p in model.named_parameters():
+    for name, p in accelerator.unwrap_model(model).named_parameters():
         local, first = (p.to_local(), first_row(p)) if hasattr(p, "to_local") else (p, 0)
+        counted = hasattr(p, "to_local") or accelerator.is_main_process  # copies count once
         names.append(name)
-        sums.append(row_sums(local, first))
+        sums.append(row_sums(local, first) * counted)
     total = accelerator.reduce(torch.stack(sums).to(accelerator.device), "sum").tolist()
     return dict(zip(names, total, strict=True))
 
 
 def row_sums(rows: torch.Tensor, first: int = 0) -> torch.Tensor:
     """The three sums of `fingerprint` over the rows of one tensor, which are numbered from `first`: (3,)."""
-    flat = rows.detach().double().reshape(rows.shape[0], -1)  # (rows, rest)
+    flat = rows.detach().double().reshape(len(rows), math.prod(rows.shape[1:]))  # a shard may have no rows
     size = flat.abs().sum(1)
     number = torch.arange(first, first + len(size), dtype=torch.float64, device=size.device)
     return torch.stack([flat.sum(), size.sum(), (number * size).sum()])
@@ -195,10 +207,12 @@ def resume(accelerator, model, optimizer, out: Path, how: str) -> int:
     Returns: finished steps. Raises: CheckpointError.
     """
     found = checkpoints(out)
-    if how not in ("auto", "never"):
+    if len({p.name for p in gather(found[-1:] or [Path(how)])}) > 1:
+        raise CheckpointError(f"{out}: processes see different checkpoints; all must share the folder")
+    if not found and how not in ("auto", "never"):
         if not (Path(how) / "trainer.json").exists():
             raise CheckpointError(f"resume={how}: expected auto, never or a checkpoint's folder")
-        found = found or [Path(how)]
+        found = [Path(how)]
     step = load(accelerator, model, optimizer, found[-1]) if found and how != "never" else 0
     metrics = out / "metrics.jsonl"
     if accelerator.is_main_process and metrics.exists():

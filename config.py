@@ -10,6 +10,7 @@ One key a line, no nesting. All mistakes (unknown, repeated or ill-typed keys, u
 at once, each with its file and line; `--help` lists the keys. Checks between keys are pydantic
 `model_validator(mode="after")` methods of the subclass: they raise ValueError with the text the user sees.
 """
+import contextlib
 import difflib
 import importlib.metadata
 import json
@@ -31,6 +32,15 @@ BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multip
 
 class ConfigError(ValueError):
     """One line for each mistake in the files and on the command line."""
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """End the program with one line where data or a model cannot be loaded: no traceback for a wrong path."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def opt(default, help, **constraints):

@@ -24,6 +24,7 @@ import re
 import shlex
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from config import plain_errors
 from data import COLUMNS, TEMPLATES, Prompt, PromptEncoder, Sample, Samples, load_samples, read_table
 from rewards import (
     MAX_CHARS,
@@ -384,7 +386,10 @@ def vllm_replies(model_path: str, samples: Sequence, encode: PromptEncoder, how:
         mm_processor_kwargs={"size": {"shortest_edge": encode.min_pixels, "longest_edge": encode.max_pixels}},
         seed=how.seed,
     )
-    params = SamplingParams(max_tokens=how.max_new_tokens, temperature=how.temperature, seed=how.seed)
+    def params(sample):  # a seed of its own for every item: one for all would give all the same noise
+        return SamplingParams(max_tokens=how.max_new_tokens, temperature=how.temperature,
+                              seed=zlib.crc32(f"{how.seed} {sample.id}".encode()))
+
     try:
         for start in range(0, len(samples), how.batch_size):
             batch = samples[start : start + how.batch_size]
@@ -392,7 +397,8 @@ def vllm_replies(model_path: str, samples: Sequence, encode: PromptEncoder, how:
             fits = [len(p.ids) < context for p in prompts]
             requests = [{"prompt_token_ids": p.vllm_ids, "multi_modal_data": {"image": p.images}}
                         for p, ok in zip(prompts, fits, strict=True) if ok]  # fmt: skip
-            outputs = iter(llm.generate(requests, params, use_tqdm=False))
+            each = [params(p.sample) for p, ok in zip(prompts, fits, strict=True) if ok]
+            outputs = iter(llm.generate(requests, each, use_tqdm=False))
             for prompt, ok in zip(prompts, fits, strict=True):
                 yield _vllm_reply(prompt, next(outputs), encode.processor.tokenizer) if ok else FAILED
     finally:
@@ -604,8 +610,9 @@ def main(argv=None):
     provider = choose_provider() if args.provider == "auto" else args.provider
     batch_size = args.batch_size or {"vllm": 256, "hf": 8}[provider]
     how = Decoding(args.max_new_tokens, args.temperature, args.seed, batch_size)
-    samples = load_items(args)
-    processor = AutoProcessor.from_pretrained(args.processor_name or args.model_path)
+    with plain_errors():
+        samples = load_items(args)
+        processor = AutoProcessor.from_pretrained(args.processor_name or args.model_path)
     encode = PromptEncoder(processor, args.template, args.min_pixels, args.max_pixels)
     source = args.local_path or args.dataset
     print(f"{len(samples)} items of {source} | {args.model_path} through {provider} | "

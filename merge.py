@@ -89,7 +89,11 @@ def read_weights(folder: Path, shapes, aliases, dtype: torch.dtype, fingerprint:
         size += batch[key].nbytes
         if size < AT_ONCE and k + 1 < len(found):
             continue
-        dcp.load(batch, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load(batch, storage_reader=reader, no_dist=True)
+        except dcp.api.CheckpointException as error:
+            why = (str(error).strip() or repr(error)).splitlines()[-1]
+            raise ValueError(f"{folder}: damaged, in one of {[*batch][:3]} ...: {why}") from None
         for name, values in batch.items():
             kept = aliases.get(name, name)
             if fingerprint is not None and name in fingerprint:
@@ -263,7 +267,7 @@ def main(argv=None):
         out = merge(args.checkpoint, args.out, args.dtype, args.max_shard_size)
         if args.push_to_hub:
             push(out, args.push_to_hub)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

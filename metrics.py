@@ -14,6 +14,8 @@ import torch
 
 from checkpoint import gather
 
+HELD_OUT = ("reward", "format", "count", "spatial", "accuracy", "mean_iou", "recall50")  # as val_...
+
 
 def step_metrics(rollouts: list, advantages: torch.Tensor, sums: list[Counter]) -> dict:
     """Means over a step's completions and the updates of all processes. The README defines each."""

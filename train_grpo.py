@@ -35,7 +35,7 @@ from pydantic import model_validator
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, gather, refuse_another_run, resume, save
-from config import Config, opt, write_run_record
+from config import Config, opt, plain_errors, write_run_record
 from data import (
     Prompt,
     PromptEncoder,
@@ -47,7 +47,7 @@ from data import (
 )
 from dry_run import arithmetic, dry_run
 from evaluate import grade, summarise
-from metrics import check_mismatch, mem_gb, save_samples, step_line, step_metrics
+from metrics import HELD_OUT, check_mismatch, mem_gb, save_samples, step_line, step_metrics
 from rewards import Score, Weights, score_completion, vanilla_reward
 
 PREEMPTED = 75  # exit status after SIGTERM: state saved, run me again
@@ -134,6 +134,8 @@ class GRPOConfig(Config):
                              f"updates_per_step {self.updates_per_step}: prompts would be dropped")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} > max_pixels {self.max_pixels}")
+        if self.keep_best not in (None, *(names := [f"val_{k}" for k in HELD_OUT])):
+            raise ValueError(f"keep_best: expected one of {names}, got {self.keep_best!r}")
         _ = self.weights
         return self
 
@@ -282,15 +284,16 @@ class VLLMSampler:
         requests = [{"prompt_token_ids": p.vllm_ids, "multi_modal_data": {"image": p.images}} if p.images else
                     {"prompt_token_ids": p.vllm_ids} for p in prompts]
         params = [SamplingParams(n=n, temperature=temperature, seed=seed, max_tokens=self.max_tokens,
-                                 logprobs=0, logit_bias=bias, detokenize=False) for seed in seeds]
+                                 logprobs=0, flat_logprobs=True, logit_bias=bias, detokenize=False)
+                  for seed in seeds]
         outputs = self.llm.generate(requests, params, use_tqdm=False) if requests else []
         groups = []
         for row, prompt, output in zip(rows, prompts, outputs, strict=True):
             assert output.prompt_token_ids == prompt.ids, f"row {prompt.sample.id}: vLLM reads another prompt"
             groups.append([])
             for o in output.outputs:
-                ids = list(o.token_ids)
-                logps = [step[i].logprob for step, i in zip(o.logprobs, ids, strict=True)]
+                ids, logps = list(o.token_ids), o.logprobs.logprobs  # of the sampled tokens alone
+                assert o.logprobs.token_ids == ids, f"row {prompt.sample.id}: log-probs of other tokens"
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 groups[-1].append(Rollout(row, len(prompt.ids), ids, logps, text, o.finish_reason == "stop"))
         return groups
@@ -467,8 +470,8 @@ class ChunkedLogProbs(torch.autograd.Function):
 def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk: int):
     """Let `model.lm_head` return log-probs and entropies (1, N, 2) while `lm_head.targets` is set.
 
-    The head stays the module that forward calls, once: under FSDP its weight is gathered, and its gradient
-    reduced, like any other.
+    They are of the tokens `targets`, each predicted by the hidden state at `predicted_at`. The head stays
+    the module that forward calls, once: under FSDP its weight is gathered, its gradient reduced, as usual.
     """
     head = model.lm_head
     bias = torch.zeros(head.weight.shape[0])  # (V,)
@@ -477,7 +480,10 @@ def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk:
     def forward(hidden):
         if head.targets is None:
             return F.linear(hidden, head.weight)
-        out = ChunkedLogProbs.apply(hidden[0], head.weight, head.targets, bias.to(hidden.device), temperature,
+        # Completions share the end of their prompt. index_select sums its gradients up in order; the indexing
+        # of transformers' logits_to_keep does not, and a resumed run would differ in the last bits.
+        hidden = hidden[0].index_select(0, head.predicted_at)  # (N, D)
+        out = ChunkedLogProbs.apply(hidden, head.weight, head.targets, bias.to(hidden.device), temperature,
                                     chunk)  # (2, N)
         return out.T[None]
 
@@ -493,9 +499,9 @@ def token_logps(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """
     inputs = dict(batch)
     head = getattr(model, "module", model).lm_head
-    head.targets, at = inputs.pop("target_ids"), inputs.pop("predicted_at")  # (N,), (N,)
+    head.targets, head.predicted_at = inputs.pop("target_ids"), inputs.pop("predicted_at")  # (N,), (N,)
     try:
-        out = model(**inputs, use_cache=False, logits_to_keep=at).logits[0]  # (N, 2)
+        out = model(**inputs, use_cache=False).logits[0]  # (N, 2)
     finally:
         head.targets = None
     return out[:, 0], out[:, 1].detach()
@@ -654,8 +660,7 @@ def held_out(accelerator, sampler, encode, val, cfg: GRPOConfig) -> dict:
         records += [grade(val[r.row], r.text) | {"finish_reason": "stop" if r.finished else "length"}
                     for (r,) in groups]
     summary = summarise(records)
-    shown = ("reward", "format", "count", "spatial", "accuracy", "mean_iou", "recall50")
-    return {f"val_{k}": summary[k] for k in shown if k in summary}
+    return {f"val_{k}": summary[k] for k in HELD_OUT if k in summary}
 
 
 # ---- main --------------------------------------------------------------------------------------------------
@@ -744,7 +749,9 @@ def train(cfg: GRPOConfig):
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     out, started = Path(cfg.out), time.time()
-    kind = AutoModelForImageTextToText._model_mapping[type(AutoConfig.from_pretrained(cfg.model))]
+    with plain_errors():
+        model_config = AutoConfig.from_pretrained(cfg.model)
+    kind = AutoModelForImageTextToText._model_mapping[type(model_config)]
     accelerator = make_accelerator(cfg, sorted(kind._no_split_modules))
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     say = accelerator.print
@@ -761,9 +768,10 @@ def train(cfg: GRPOConfig):
     encode = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
     lengths = dict(prompt_length=encode.length, max_prompt_length=cfg.max_prompt_length,
                    skip_long_prompts=cfg.skip_long_prompts)
-    data = load_samples(**cfg.source(cfg.data, cfg.split), **lengths)
-    val = load_samples(**cfg.source(cfg.val_data or cfg.data, cfg.val_split), **lengths,
-                       limit=cfg.val_limit) if cfg.val_every else []
+    with plain_errors():
+        data = load_samples(**cfg.source(cfg.data, cfg.split), **lengths)
+        val = load_samples(**cfg.source(cfg.val_data or cfg.data, cfg.val_split), **lengths,
+                           limit=cfg.val_limit) if cfg.val_every else []
     encode_row = functools.lru_cache(cfg.prompts_per_step)(lambda row: encode(data[row]))
     say(arithmetic(cfg, world, len(data)))
     for name, samples in (("train", data), ("val", val)) if val else (("train", data),):
@@ -797,7 +805,9 @@ def train(cfg: GRPOConfig):
         save(accelerator, policy, optimizer, processor, out, step, scores, cfg.keep_last, cfg.keep_best)
 
     def roll_out(rows: list[int], step: int) -> list[list[Rollout]]:
-        seeds = [request_seed(cfg.seed, step, row) for row in rows]
+        before = [rows[:k].count(row) for k, row in enumerate(rows)]  # across two epochs one may come twice
+        seeds = [request_seed(cfg.seed, step, row, *[n] * (n > 0))
+                 for row, n in zip(rows, before, strict=True)]
         groups = sample_everywhere(accelerator, sampler, encode_row, rows, cfg.group_size, cfg.temperature,
                                    seeds, cfg.tensor_parallel)
         for rollout in (r for group in groups for r in group):
@@ -860,7 +870,8 @@ def train(cfg: GRPOConfig):
         if stopped_by:
             break
     if stopped_by:
-        if done and not (out / f"checkpoint-{done}").exists():  # after no step there is nothing to lose
+        saved = any(gather([(out / f"checkpoint-{done}").exists()]))
+        if done and not saved:  # after no step there is nothing to lose
             save_state(done, m)
         again = ["accelerate", "launch", *sys.argv] if "TORCHELASTIC_RUN_ID" in os.environ else sys.orig_argv
         say(f"stopped after step {done}; continue with: {shlex.join(again)}")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 
 from checkpoint import CheckpointError, gather, refuse_another_run, resume, save
-from config import Config, opt, write_run_record
+from config import Config, opt, plain_errors, write_run_record
 from data import PromptEncoder, attention_implementation, batch_at, load_samples, micro_batches, pack
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
@@ -142,13 +142,15 @@ def train(cfg: SFTConfig):
         write_run_record(cfg, out)
 
     # ---- data ----
-    processor = AutoProcessor.from_pretrained(cfg.model)
+    with plain_errors():
+        processor = AutoProcessor.from_pretrained(cfg.model)
     encode = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
     load = dict(revision=cfg.revision, need_scene=cfg.target == "scene_answer",
                 prompt_length=encode.length, max_prompt_length=cfg.max_length)
-    samples = load_samples(cfg.data, cfg.split, **load)
-    val = (load_samples(cfg.val_data or cfg.data, cfg.val_split, limit=cfg.val_limit, **load)
-           if cfg.val_split else [])
+    with plain_errors():
+        samples = load_samples(cfg.data, cfg.split, **load)
+        val = (load_samples(cfg.val_data or cfg.data, cfg.val_split, limit=cfg.val_limit, **load)
+               if cfg.val_split else [])
     eos = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def sequence(sample):
@@ -217,13 +219,14 @@ def train(cfg: SFTConfig):
         tokens_seen += sum(len(prompt.ids) + len(ids) for prompt, ids in sequences) * world
 
         done = step + 1
-        if done % cfg.log_every == 0 or done == steps:
+        validating = bool(val) and (done % cfg.val_every == 0 or done == steps)
+        if done % cfg.log_every == 0 or done == steps or validating:
             loss, right = (accelerator.reduce(total, "sum") / n_tokens).tolist()
             seconds = time.time() - started
             line = {"step": done, "loss": loss, "token_accuracy": right, "grad_norm": float(grad_norm),
                     "lr": cfg.learning_rate * schedule(step, steps, cfg.warmup),
                     "tokens_per_s": tokens_seen / seconds, "seconds": seconds}
-            if val and (done % cfg.val_every == 0 or done == steps):
+            if validating:
                 line |= validate()
             if accelerator.is_main_process:
                 numbers = " | ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step")

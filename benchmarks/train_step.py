@@ -5,7 +5,7 @@
 Both train the same randomly initialised Qwen2.5-VL in float32 with AdamW, without KL and without gradient
 checkpointing, on the same 16 prompts x 8 completions (2 x 8 at the large vocabulary), in micro-batches of 8
 sequences, or of as many tokens as 8 of the longest have. `update` trains on given completions of 16 to 128
-tokens; `step` samples 96 tokens each first: TRL with `generate` (its vLLM does not start on a CPU), this
+tokens; `step` samples 96 tokens each first: TRL with `generate` (its vLLM mode does not start here), this
 trainer with vLLM and with `generate`.
 Tokens are those of prompts and completions without padding; memory is the growth of the process meanwhile.
 `scaling` is an update's speed as its micro-batch grows. Every cell runs in a process of its own; ratios hold,

@@ -101,12 +101,13 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="trainer.json: expected a checkpoint's record"):
         parts.resume(tmp_path)
     with pytest.raises(CheckpointError, match="resume=elsewhere: expected auto, never or a checkpoint"):
-        parts.resume(tmp_path, "elsewhere")
+        parts.resume(tmp_path / "new", "elsewhere")
 
 
 def test_fingerprint_by_hand():
     # rows 4 and 5: sum 1 - 2 + 3 + 4 = 6, magnitudes 3 and 7, 4 * 3 + 5 * 7 = 47
     assert row_sums(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), first=4).tolist() == [6, 10, 47]
+    assert row_sums(torch.zeros(0, 5)).tolist() == [0, 0, 0]  # a process may hold no row of a small parameter
     parts = Parts()
     sums = fingerprint(parts.accelerator, parts.model)
     assert sums.keys() == {"weight", "bias"}

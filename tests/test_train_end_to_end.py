@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO = Path(__file__).parent.parent
 TIMINGS = ("gen_s", "logp_s", "update_s", "sync_s", "gen_tokens_per_s", "update_tokens_per_s", "mem_gb")
@@ -65,7 +66,6 @@ def test_metrics_are_consistent(undisturbed):
 
 def test_the_sampler_holds_the_policy_after_every_sync(undisturbed, tmp_path):
     """float32, vision tower training: log-probs agree to 1e-4 after six updates, and the weights moved."""
-    import torch
     from safetensors.torch import load_file
 
     from merge import merge
@@ -125,7 +125,7 @@ def test_sigterm_saves_and_exits_with_its_own_status(undisturbed, tiny_data, tmp
 
 
 # ---- one and two processes, killed everywhere ----
-HF = {"sampler": "hf", "steps": 3, "max_completion_length": 16, "val_every": 0, "tracker": "none",
+HF = {"sampler": "hf", "steps": 3, "max_completion_length": 80, "val_every": 0, "tracker": "none",
       "samples_every": 0, "keep_last": 1}
 
 
@@ -151,6 +151,7 @@ def test_killed_at_every_phase_and_resumed(processes, tiny_data, tmp_path):
     status, output = launch("train_grpo.py", processes, *killed)
     assert status == 0, output
     assert len(metrics(tmp_path / "killed")) == 3
+    assert all(m["grad_norm"] > 0 for m in metrics(tmp_path / "killed"))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
     assert max(m["mismatch_max"] for m in metrics(tmp_path / "killed")) <= 1e-4
     assert sorted(p.name for p in (tmp_path / "killed").glob("checkpoint-*")) == ["checkpoint-3"]
@@ -158,7 +159,8 @@ def test_killed_at_every_phase_and_resumed(processes, tiny_data, tmp_path):
 
 def test_sigterm_to_the_launcher_saves_what_two_processes_have(tiny_data, tmp_path):
     out = tmp_path / "preempted"
-    arguments = command(out, tiny_data, **(HF | {"steps": 50, "save_every": 100}))[1:]
+    frozen = HF | {"steps": 50, "save_every": 100, "freeze_vision": True}
+    arguments = command(out, tiny_data, **frozen)[1:]
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
          "--rdzv_endpoint", "localhost:0", *arguments], cwd=REPO, stdout=subprocess.PIPE, text=True,
@@ -170,7 +172,15 @@ def test_sigterm_to_the_launcher_saves_what_two_processes_have(tiny_data, tmp_pa
     printed, _ = process.communicate(timeout=120)
     assert "continue with: accelerate launch train_grpo.py" in printed
     done = metrics(out)[-1]["step"]
-    assert (out / f"checkpoint-{done}" / "trainer.json").exists() and done < 50
+    assert done < 50
+    from safetensors.torch import load_file
+
+    from merge import merge
+
+    start = load_file(REPO / "assets" / "tiny" / "model.safetensors")
+    end = load_file(merge(out / f"checkpoint-{done}", tmp_path / "merged") / "model.safetensors")
+    moved = {k for k in start if not torch.equal(start[k], end[k])}
+    assert moved and not any(k.startswith("visual") for k in moved)
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
