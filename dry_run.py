@@ -56,7 +56,7 @@ def dry_run(cfg) -> int:
         n = {"3": 3.75e9, "7": 8.29e9}.get(size[1], float(size[1]) * 1e9) if size else None
     if n:
         gib = n / 2**30
-        head = cfg.logit_chunk * 152064 * 4 * 3 / 2**30
+        head = cfg.logit_chunk * 152064 * 4 * 2 / 2**30  # two copies
         print(f"memory per process at {n / 1e9:.2f}B parameters, sharded over {world}: fp32 weights, "
               f"gradients and Adam {16 * gib / world:.1f} GiB, reference "
               f"{2 * gib * (cfg.kl_coef > 0) / world:.1f} GiB, vLLM's bf16 weights "

@@ -94,17 +94,22 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(undisturbed, tiny_dat
     assert metrics(out) == metrics(undisturbed[0])
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_0(undisturbed, tiny_data, tmp_path):
-    out = tmp_path / "stopped"
-    process = subprocess.Popen(command(out, tiny_data, save_every=100), cwd=REPO, stdout=subprocess.PIPE,
+def interrupted(out, data, steps, number):
+    """A run that got the signal once `steps` metrics lines stood: (exit status, what it printed)."""
+    process = subprocess.Popen(command(out, data, save_every=100), cwd=REPO, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
-    while len(metrics(out)) < 2:
+    while len(metrics(out)) < steps:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, _ = process.communicate(timeout=240)
-    assert process.returncode == 0
-    assert "continue with: " in printed and "train_grpo.py configs/tiny.yaml" in printed
+    return process.returncode, printed
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_0(undisturbed, tiny_data, tmp_path):
+    out = tmp_path / "stopped"
+    status, printed = interrupted(out, tiny_data, 2, signal.SIGINT)
+    assert status == 0 and "continue with: " in printed and "train_grpo.py configs/tiny.yaml" in printed
     done = metrics(out)[-1]["step"]
     assert (out / f"checkpoint-{done}").exists() and done < 4
     assert metrics(out) == metrics(undisturbed[0])[:done + 1]
@@ -112,14 +117,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_0(undisturbed, tiny_data, tmp_
 
 def test_sigterm_saves_and_exits_with_its_own_status(undisturbed, tiny_data, tmp_path):
     out = tmp_path / "preempted"
-    process = subprocess.Popen(command(out, tiny_data, save_every=100), cwd=REPO, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
-    while len(metrics(out)) < 3:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode == 75 and "continue with: " in printed
+    status, printed = interrupted(out, tiny_data, 3, signal.SIGTERM)
+    assert status == 75 and "continue with: " in printed
     train(out, tiny_data, save_every=100)
     assert metrics(out) == metrics(undisturbed[0])
 
