@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,18 @@ def gather(items: list) -> list:
     from accelerate.utils import gather_object
 
     return gather_object(items)
+
+
+def leave():
+    """End one of several processes at once, when all is written.
+
+    Python's own exit can meet a thread of gloo that lets go of its last tensor, wants the interpreter's lock
+    for that, and aborts the process.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def rng_state() -> dict:

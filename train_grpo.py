@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, gather, refuse_another_run, resume, save
+from checkpoint import CheckpointError, gather, leave, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
 from data import (
     Prompt,
@@ -884,3 +884,4 @@ def train(cfg: GRPOConfig):
 
 if __name__ == "__main__":
     main()
+    leave()

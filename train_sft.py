@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 
-from checkpoint import CheckpointError, gather, refuse_another_run, resume, save
+from checkpoint import CheckpointError, gather, leave, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
 from data import PromptEncoder, attention_implementation, batch_at, load_samples, micro_batches, pack
 
@@ -247,3 +247,4 @@ def train(cfg: SFTConfig):
 
 if __name__ == "__main__":
     main()
+    leave()

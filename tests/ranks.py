@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoint import CheckpointError, load, save  # noqa: E402
+from checkpoint import CheckpointError, leave, load, save  # noqa: E402
 from data import PromptEncoder, load_samples  # noqa: E402
 from train_grpo import (  # noqa: E402
     GRPOConfig,
@@ -127,3 +127,4 @@ def main(model, data, out):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()
