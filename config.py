@@ -230,7 +230,7 @@ def describe_run(config):
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {"config": config.model_dump(mode="json"), "command": shlex.join(sys.orig_argv),
-            "git": _git_revision(), "python": sys.version.split()[0], "packages": versions}
+            "git": git_revision(), "python": sys.version.split()[0], "packages": versions}
 
 
 def write_run_record(config, folder):
@@ -243,7 +243,7 @@ def write_run_record(config, folder):
         os.replace(temporary, Path(folder, name))
 
 
-def _git_revision():
+def git_revision():
     """The commit, with `-dirty` after it where tracked files differ from it."""
     command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
     try:

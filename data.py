@@ -7,13 +7,14 @@ One prompt builder and one image path serve training, vLLM and evaluation, so th
 tokens. Boxes are in the pixels of the original image, whatever size the model is shown; the prompt states it.
 """
 
+import base64
 import functools
 import io
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,8 @@ class Sample:
     category: str = ""
     level: str = ""
     completion: str = ""
+    kind: str = "choice"  # or yes_no, number, word, point, sequence: how grading.py reads the answer
+    meta: dict = field(default_factory=dict)  # what a benchmark's official score groups by
 
     def load_images(self) -> list[Image.Image]:
         return [open_image(e).convert("RGB") for e in self.encoded_images]
@@ -126,7 +129,7 @@ def load_samples(
     if unknown := set(columns or {}) - set(COLUMNS):
         raise ValueError(f"columns: expected some of {list(COLUMNS)}, got {sorted(unknown)}")
     columns = COLUMNS | (columns or {})
-    table = read_table(source, split, revision, columns["images"])
+    table = read_table(source, split, revision, [columns["images"]])
     needed = [c for key, c in columns.items()
               if key not in OPTIONAL_COLUMNS and (key != "scene_answer" or need_scene)]
     if missing := [c for c in needed if c not in table.column_names]:
@@ -159,8 +162,12 @@ def load_samples(
     return Samples(table, columns, np.array(rows), need_scene, clipped, skipped, max_images)
 
 
-def read_table(source: str, split: str, revision: str | None, image_column: str):
-    """The rows as a memory-mapped `datasets.Dataset` whose images are left encoded."""
+def read_table(source: str, split: str, revision: str | None, image_columns: Sequence[str],
+               config: str | None = None):
+    """The rows as a memory-mapped `datasets.Dataset` whose images are left encoded.
+
+    Args: source: Hub id (with `config`), .parquet, .jsonl or .tsv file (images in base64), or folder.
+    """
     import datasets
 
     path = Path(source)
@@ -178,30 +185,38 @@ def read_table(source: str, split: str, revision: str | None, image_column: str)
             raise ValueError(f"{source}: expected {split}*.parquet in the folder, "
                              f"got {sorted(p.name for p in path.iterdir())}")
         table = datasets.Dataset.from_parquet([str(f) for f in files])
-    elif path.suffix in (".parquet", ".jsonl", ".json"):
+    elif path.suffix in (".parquet", ".jsonl", ".json", ".tsv"):
         if not path.exists():
             raise ValueError(f"{source}: no such file")
-        read = datasets.Dataset.from_parquet if path.suffix == ".parquet" else datasets.Dataset.from_json
-        table = read(str(path))
+        kinds = {".parquet": datasets.Dataset.from_parquet,
+                 ".tsv": functools.partial(datasets.Dataset.from_csv, sep="\t")}
+        table = kinds.get(path.suffix, datasets.Dataset.from_json)(str(path))
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
-        table = datasets.load_dataset(source, split=split, revision=revision)
+        table = datasets.load_dataset(source, config, split=split, revision=revision)
     else:
-        raise ValueError(f"{source}: expected a Hub id, a .parquet or .jsonl file, or a folder; "
+        raise ValueError(f"{source}: expected a Hub id, a .parquet, .jsonl or .tsv file, or a folder; "
                          "found none of these")
 
-    feature = table.features.get(image_column)
-    if isinstance(feature, datasets.Image):
-        table = table.cast_column(image_column, datasets.Image(decode=False))
-    elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-        table = table.cast_column(image_column, datasets.List(datasets.Image(decode=False)))
-    elif feature is not None:  # paths, relative to the file that names them
-        base = path if path.is_dir() else path.parent
+    base, written = path if path.is_dir() else path.parent, []  # columns with paths, relative to the file
+    for name in image_columns:
+        feature = table.features.get(name)
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        elif feature is not None:
+            written.append(name)
 
-        def encode(x):
-            return [encode(p) for p in x] if isinstance(x, list) else {"bytes": None, "path": str(base / x)}
+    def encode(x):
+        if x is None or isinstance(x, list):
+            return x and [encode(p) for p in x]
+        if path.suffix == ".tsv":
+            return {"bytes": base64.b64decode(x), "path": None}
+        return {"bytes": None, "path": str(base / x)}
 
+    if written:
         table = table.with_transform(
-            lambda batch: {k: [encode(x) for x in v] if k == image_column else v for k, v in batch.items()})
+            lambda batch: {k: [encode(x) for x in v] if k in written else v for k, v in batch.items()})
     return table
 
 
@@ -309,24 +324,43 @@ class Prompt:
 
 
 class PromptEncoder:
-    """Sample -> Prompt with one processor, template and pixel budget; the sampler gets the same budget."""
+    """Sample -> Prompt with one processor, template and pixel budget; the sampler gets the same budget.
+
+    Without a processor (None: a model behind an API) only `messages` and `images` work.
+    """
 
     def __init__(self, processor, template: str, min_pixels: int, max_pixels: int):
         self.processor, self.template = processor, template
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
-        processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        if processor is not None:
+            processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+
+    def messages(self, sample: Sample) -> list[dict]:
+        return build_prompt(sample, self.template)
+
+    def images(self, sample: Sample) -> list[Image.Image]:
+        return [resize(i, self.min_pixels, self.max_pixels) for i in sample.load_images()]
 
     def text(self, sample: Sample) -> str:
         return self.processor.apply_chat_template(
-            build_prompt(sample, self.template), tokenize=False, add_generation_prompt=True)
+            self.messages(sample), tokenize=False, add_generation_prompt=True)
 
     def __call__(self, sample: Sample) -> Prompt:
         text = self.text(sample)
-        images = [resize(i, self.min_pixels, self.max_pixels) for i in sample.load_images()]
+        images = self.images(sample)
         out = self.processor(text=[text], images=images or None, return_tensors="pt")
         vllm_ids = self.processor.tokenizer(text)["input_ids"]
         ids = out["input_ids"][0].tolist()
         return Prompt(sample, images, vllm_ids, ids, out.get("pixel_values"), out.get("image_grid_thw"))
+
+    def for_engine(self, sample: Sample) -> Prompt:
+        """The Prompt without pixel values, which an inference engine computes itself."""
+        images = self.images(sample)
+        vllm_ids = self.processor.tokenizer(self.text(sample))["input_ids"]
+        cells = iter([math.prod(image.size) // 28**2 for image in images])
+        image_token = self.processor.image_token_id
+        ids = [i for token in vllm_ids for i in [token] * (next(cells) if token == image_token else 1)]
+        return Prompt(sample, images, vllm_ids, ids, None, None)
 
     def length(self, sample: Sample) -> int:
         """Tokens of the prompt, from the images' headers alone."""

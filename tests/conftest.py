@@ -22,3 +22,11 @@ def tiny_data(tmp_path_factory):
     for name, n in (("val", 24), ("train", 32)):
         write_parquet(folder / f"{name}.parquet", rows(n, 0, name, taken), stvqa_features())
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_start():
+    """Folder of the tiny model that the demo starts from: it answers in the trained format."""
+    from pathlib import Path
+
+    return Path(__file__).parents[1] / "assets" / "tiny"

@@ -235,7 +235,7 @@ def test_run_record(tmp_path):
     assert "pytest" in record["command"]
 
 
-def test_git_revision_marks_changes(tmp_path, monkeypatch):
+def testgit_revision_marks_changes(tmp_path, monkeypatch):
     def git(*command):
         identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
         subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True)

@@ -1,0 +1,553 @@
+"""grading.py: what a reply says, what it is worth, and figures by hand."""
+
+import doctest
+import json
+import math
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import grading
+from data import Sample, load_samples
+from grading import (
+    grade,
+    in_polygon,
+    parse_choice,
+    parse_polygon,
+    read_choice,
+    read_number,
+    read_point,
+    read_sequence,
+    read_word,
+    read_yes_no,
+    released_letter,
+    summarise,
+    wilson,
+    word_matches,
+)
+
+SIDES = ("left of", "right of", "above", "below")
+CHAIRS = ("chair", "arm chair", "table", "bed")
+NUMBERS = ("3", "13", "4", "1")
+YES_NO = ("yes", "no")
+CLOSER = ("B is closer", "A is closer")
+
+REPLIES = [
+    # letters in every dress
+    ("B", SIDES, "B"),
+    ("b", SIDES, "B"),
+    ("a", SIDES, "A"),
+    (" B\n", SIDES, "B"),
+    ("B.", SIDES, "B"),
+    ("B)", SIDES, "B"),
+    ("B:", SIDES, "B"),
+    ("(B)", SIDES, "B"),
+    ("(b)", SIDES, "B"),
+    ("( B )", SIDES, "B"),
+    ("[B]", SIDES, "B"),
+    ("{B}", SIDES, "B"),
+    ("（B）", SIDES, "B"),
+    ("**B**", SIDES, "B"),
+    ("`B`", SIDES, "B"),
+    ('"B"', SIDES, "B"),
+    ("$B$", SIDES, "B"),
+    ("Option B", SIDES, "B"),
+    ("option (b)", SIDES, "B"),
+    ("It's (B).", SIDES, "B"),
+    # letter and text
+    ("(B) right of", SIDES, "B"),
+    ("B. right of", SIDES, "B"),
+    ("B: right of", SIDES, "B"),
+    ("B) right of.", SIDES, "B"),
+    ("B right of", SIDES, "B"),
+    ("B - right of", SIDES, "B"),
+    ("(B) RIGHT OF", SIDES, "B"),
+    ("B because it is on the right", SIDES, "B"),
+    ("(B) right of, not left of", SIDES, "B"),
+    ("B. right of\n\nThe cup is on the far side, well to the right of the plate that we are asked about. "
+     "It cannot be anything else in this picture.", SIDES, "B"),
+    ("Let me look at it. The cup stands on the far side of the plate. The plate is round and lies in the "
+     "middle of a big table.\n\n**(B) right of**", SIDES, "B"),
+    # text alone
+    ("right of", SIDES, "B"),
+    ("Right of.", SIDES, "B"),
+    ("It is right of the cup.", SIDES, "B"),
+    ("arm chair", CHAIRS, "B"),
+    ("The arm chair.", CHAIRS, "B"),
+    ("the chair", CHAIRS, "A"),
+    ("It is at the top left.", ("top", "top left"), "B"),
+    ("armchair", CHAIRS, None),
+    ("chairs", CHAIRS, None),
+    ("13", NUMBERS, "B"),
+    ("There are 13 cups", NUMBERS, "B"),
+    ("three", NUMBERS, "A"),
+    ("There are three cups.", NUMBERS, "A"),
+    ("3.5", NUMBERS, None),
+    ("-3", NUMBERS, None),
+    ("103", NUMBERS, None),
+    ("yes", YES_NO, "A"),
+    ("No.", YES_NO, "B"),
+    ("No, there is no cup.", YES_NO, "B"),
+    ("Yes, there is no doubt.", YES_NO, "A"),
+    ("No cup is there.", YES_NO, "B"),
+    ("yes or no", YES_NO, None),
+    ("No idea.", YES_NO, None),
+    ("I have no idea.", YES_NO, None),
+    ("There is no cup.", YES_NO, "B"),
+    ("A is closer", CLOSER, "B"),
+    ("B is closer.", CLOSER, "A"),
+    ("(B) A is closer", CLOSER, "B"),
+    # answer blocks
+    ("<answer>B</answer>", SIDES, "B"),
+    ("<answer> (B) right of </answer>", SIDES, "B"),
+    ("<think>left of?</think> <answer>\n(B) right of\n</answer>", SIDES, "B"),
+    ("<answer>(A) left of</answer> No: <answer>(B) right of</answer>", SIDES, "B"),
+    ("<think>maybe <answer>A</answer></think><answer>B</answer>", SIDES, "B"),
+    ("<think>never closed <answer>(B)</answer>", SIDES, "B"),
+    ("<answer>(B) right of", SIDES, "B"),
+    ("<answer>right of</answer>", SIDES, "B"),
+    ("<answer>The answer is B.</answer>", SIDES, "B"),
+    ("<answer>\\boxed{B}</answer>", SIDES, "B"),
+    ("<answer>(B) right of</answer>\nFinal Answer: (B)", SIDES, "B"),
+    ("<answer>(B) right of</answer>\nFinal Answer: (C)", SIDES, None),
+    ("<answer>(B) left of</answer>", SIDES, None),
+    ("<answer>(A) or (B)</answer>", SIDES, None),
+    ("<answer>(E) beside</answer>", SIDES, None),
+    ("<answer>I do not know</answer> (B)", SIDES, None),
+    # boxes and phrases
+    ("\\boxed{B}", SIDES, "B"),
+    ("So it is $\\boxed{\\text{B}}$.", SIDES, "B"),
+    ("\\boxed{(B) right of}", SIDES, "B"),
+    ("\\boxed{A}? No, \\boxed{B}", SIDES, "B"),
+    ("The answer is B", SIDES, "B"),
+    ("The answer is (B) right of.", SIDES, "B"),
+    ("The answer is: B.", SIDES, "B"),
+    ("the correct answer is option B", SIDES, "B"),
+    ("Answer: b", SIDES, "B"),
+    ("**Answer:** B", SIDES, "B"),
+    ("### Answer\n(B)", SIDES, "B"),
+    ("The answer is right of.", SIDES, "B"),
+    ("The answer is arm chair", CHAIRS, "B"),
+    ("The answer is a chair", CHAIRS, "A"),
+    ("The correct option is B", SIDES, "B"),
+    ("I would choose (C).", SIDES, "C"),
+    ("I'd go with B", SIDES, "B"),
+    ("Option B is correct.", SIDES, "B"),
+    ("(B) is the right answer", SIDES, "B"),
+    ("答案是B", SIDES, "B"),
+    ("Final answer: B. At first I thought the answer is A.", SIDES, "B"),
+    ("The answer is not B.", SIDES, None),
+    ("The answer is either A or B.", SIDES, None),
+    ("The answer is A. No, wait: the answer is B.", SIDES, None),
+    ("Option B is not correct.", SIDES, None),
+    # nothing to read
+    ("", SIDES, None),
+    ("   ", SIDES, None),
+    ("I cannot tell.", SIDES, None),
+    ("A cup is on the table.", SIDES, None),
+    ("A red cup", CHAIRS, None),
+    ("It is not right of the cup.", SIDES, None),
+    ("It is left of the cup and above the plate", SIDES, None),
+    ("A and B", SIDES, None),
+    ("A, B", SIDES, None),
+    ("A/B", SIDES, None),
+    ("(A) left of (B) right of", SIDES, None),
+    ("A. left of\nB. right of\nC. above\nD. below", SIDES, None),
+    ("E", SIDES, None),
+    ("(A) right of", SIDES, None),
+    ("B. above", SIDES, None),
+    ("<think>The answer is B, since", SIDES, None),
+    ("<observe>a cup</observe><scene>{}</scene><think>The cup is right of", SIDES, None),
+    ("<think>The answer is B.</think>", SIDES, None),
+    ("To see where the cup is we look at the plate first, which lies in the middle of the table. The cup "
+     "stands on its far side, so that we may say that it is right of", SIDES, None),
+    ("Error: rate limit", SIDES, None),
+    # what evaluators of the field misread
+    ("The answer is B", ("x", "y", "z"), "B"),  # not the T of The
+    ("A", ("cup", "plate"), "A"),
+    ("A cup", ("plate", "cup"), "B"),
+    ("a cup", ("plate", "cup"), "B"),
+    ("A plate", ("plate", "cup"), "A"),
+    ("A white cup is on the table, so there is one.", SIDES, None),
+    ("I think a chair is there", CHAIRS, "A"),
+    ("It is an arm chair", CHAIRS, "B"),
+    ("Both A and B", SIDES, None),
+    ("None of the above", SIDES, None),
+    ("Neither.", SIDES, None),
+    ("(b) right of", SIDES, "B"),
+    ("(C)", SIDES, "C"),
+    ("D.", SIDES, "D"),
+    ("\\boxed{b}", SIDES, "B"),
+    ("\\boxed{right of}", SIDES, "B"),
+    ("\\boxed{\\mathrm{B}}", SIDES, "B"),
+    ("\\boxed{E}", SIDES, None),
+    ("$\\boxed{B}$.", SIDES, "B"),
+    ("**Final Answer: (B) right of**", SIDES, "B"),
+    ("Final answer:\nB", SIDES, "B"),
+    ("Therefore, the answer is **B**.", SIDES, "B"),
+    ("So, (B).", SIDES, "B"),
+    ("Answer - B", SIDES, None),
+    ("answer=B", SIDES, "B"),
+    ("Answer:B", SIDES, "B"),
+    ("Answer: (B)", SIDES, "B"),
+    ("answer is: right of", SIDES, "B"),
+    ("My choice is B.", SIDES, "B"),
+    ("I choose B", SIDES, "B"),
+    ("I pick option (B)", SIDES, "B"),
+    ("The best answer is (B): right of", SIDES, "B"),
+    ("The answer is (B), not (A).", SIDES, None),
+    ("The answer is A or B.", SIDES, None),
+    ("<answer></answer>", SIDES, None),
+    ("<answer>  </answer>B", SIDES, None),
+    ("<answer>B</answer><answer></answer>", SIDES, None),
+    ("<ANSWER>B</ANSWER>", SIDES, None),
+    ("<answer>b) right of</answer>", SIDES, "B"),
+    ("<answer>[B] right of</answer>", SIDES, "B"),
+    ("<answer>Option B: right of</answer>", SIDES, "B"),
+    ("<answer>A, B</answer>", SIDES, None),
+    ("<answer>left of or right of</answer>", SIDES, None),
+    ("<answer>not left of</answer>", SIDES, None),
+    ("<answer>$B$</answer>", SIDES, "B"),
+    ("<answer>**(B)** right of</answer>", SIDES, "B"),
+    ("<answer>(B)right of</answer>", SIDES, "B"),
+    ("<think>A</think>", SIDES, None),
+    ("<think>A</think>B", SIDES, "B"),
+    ("<think>A</think>\n\nThe answer is B.", SIDES, "B"),
+    ("<think>\\boxed{A}</think>", SIDES, None),
+    ("3", NUMBERS, "A"),
+    ("(A) 3", NUMBERS, "A"),
+    ("1", NUMBERS, "D"),
+    ("13 or 3", NUMBERS, None),
+    ("There is one.", NUMBERS, "D"),
+    ("(B) 3", NUMBERS, None),
+    ("Yes", YES_NO, "A"),
+    ("Yes, no doubt", YES_NO, "A"),
+    ("(A) yes", YES_NO, "A"),
+    ("(B) yes", YES_NO, None),
+    ("YES.", YES_NO, "A"),
+    ("nope", YES_NO, None),
+    ("the second image", ("the second image", "the third image"), "A"),
+    ("It is the third image.", ("the second image", "the third image"), "B"),
+    ("I'm sorry, but I cannot help with that.", SIDES, None),
+    ("B" * 2, SIDES, None),
+    ("ABCD", SIDES, None),
+    ("F", SIDES, None),
+    ("(Z)", SIDES, None),
+]  # fmt: skip
+
+
+# ---- reading ----
+@pytest.mark.parametrize("reply, choices, letter", REPLIES, ids=[repr(r[0][:40]) for r in REPLIES])
+def test_reply(reply, choices, letter):
+    assert parse_choice(reply, choices) == letter
+
+
+@pytest.mark.parametrize(
+    "reply, how",
+    [
+        ("<answer>B</answer>", ("B", "answer_tag")),
+        ("\\boxed{B}", ("B", "boxed")),
+        ("answer: B", ("B", "phrase")),
+        ("B", ("B", "letter")),
+        ("right of", ("B", "text")),
+        ("", (None, "empty")),
+        ("hm", (None, "none")),
+        ("A or B", (None, "conflict")),
+        ("E", (None, "outside")),
+    ],
+)
+def test_the_method_is_told(reply, how):
+    assert read_choice(reply, SIDES) == how
+
+
+STYLES = (
+    "{x}", "({x})", "{x}.", "**{x}**", "({x}) {t}", "{x}. {t}", "{t}", "The answer is ({x}) {t}.",
+    "Answer: {x}", "<think>so {w}</think><answer>({x}) {t}</answer>", "\\boxed{{{x}}}",
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.permutations(SIDES), st.integers(0, 3), st.integers(0, 3), st.sampled_from(STYLES))
+def test_style_and_order_do_not_change_the_grade(choices, right, other, style):
+    reply = style.format(x="ABCD"[right], t=choices[right], w=choices[other])
+    assert parse_choice(reply, choices) == "ABCD"[right]
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("AB()[]{}<>/\\. \nanswerboxedthink是"), max_size=300))
+def test_any_text_reads_as_a_letter_of_the_options_or_none(text):
+    assert parse_choice(text, SIDES) in (None, "A", "B", "C", "D")
+
+
+LONG = ("final ", "\\boxed{", "answer is ", "(", "<answer>", "no ", "B ", " ", "\n", "(B) or ", "answer: B\n")
+
+
+@pytest.mark.parametrize("text", [piece * (100_000 // len(piece)) for piece in LONG], ids=map(repr, LONG))
+def test_long_replies_cost_bounded_time(text):
+    started = time.process_time()
+    parse_choice(text, SIDES)
+    assert time.process_time() - started < 1.0
+
+
+def test_repeated_options_are_no_answer_by_text():
+    assert parse_choice("cup", ["cup", "cup"]) is None
+    assert parse_choice("B", ["cup", "cup"]) == "B"
+
+
+def test_choices_are_checked():
+    with pytest.raises(ValueError, match="expected 2 to 10 options, got 1"):
+        parse_choice("A", ["cup"])
+
+
+def test_doctests():
+    assert doctest.testmod(grading).failed == 0
+
+
+# ---- other answers ----
+NUMBER_REPLIES = [
+    ("3", 3), ("three", 3), ("Three.", 3), ("3 cups", 3), ("There are 3 cups.", 3), ("<answer>3</answer>", 3),
+    ("<answer>three cups</answer>", 3), ("\\boxed{3}", 3), ("The answer is 3.", 3), ("3.0", 3), ("2.5", 2.5),
+    ("1,200", 1200), ("-3", -3), ("twenty-one", 21), ("forty two", 42), ("seventeen", 17), ("2 + 1 = 3", 3),
+    ("There are no cups.", 0), ("none", 0), ("zero", 0), ("**3**", 3), ("about 3", 3),
+    ("<think>2? 4?</think><answer>3</answer>", 3), ("Final answer: 3", 3),
+    ("3\n\nThere are two on the left and one on the right, which I counted one after the other, from the top "
+     "of the picture to its bottom, carefully.", 3),
+    ("3 or 4", None), ("3-4", None), ("between 3 and 4", None), ("", None), ("many", None), ("3rd", None),
+    ("I have no idea", None), ("<think>3", None), ("3/4", None), ("a cup", None), ("nothing to see but 3", 3),
+]  # fmt: skip
+YES_NO_REPLIES = [
+    ("yes", "yes"), ("Yes.", "yes"), ("NO", "no"), ("No, it is not.", "no"), ("<answer>yes</answer>", "yes"),
+    ("<answer>(A) yes</answer>", "yes"), ("The answer is no.", "no"), ("\\boxed{Yes}", "yes"),
+    ("Yes, the cup is there, no doubt.", "yes"), ("<think>no</think>yes", "yes"), ("Answer: No", "no"),
+    ("A", None), ("(A)", None), ("maybe", None), ("", None), ("yes or no", None), ("yes/no", None),
+    ("I cannot tell", None), ("No idea.", None), ("<think>yes", None), ("true", None),
+]
+WORD_REPLIES = [  # reply, gold, right
+    ("left", "Left", True), ("<answer>left</answer>", "left", True), ("Left.", "left", True),
+    ("It is on the left.", "left", True), ("The answer is left", "left", True), ("right", "left", False),
+    ("left or right", "left", False), ("not left", "left", False), ("", "left", False),
+    ("leftover", "left", False), ("stop sign", "Stop sign", True), ("<think>left", "left", False),
+]
+POINT_REPLIES = [  # reply, frame, size, point
+    ("(0.25, 0.5)", "unit", (100, 100), (0.25, 0.5)),
+    ("[(0.25, 0.5), (0.9, 0.9)]", "unit", (100, 100), (0.25, 0.5)),
+    ("<answer>[0.25, 0.5]</answer>", "unit", (100, 100), (0.25, 0.5)),
+    ("0.25, 0.5", "unit", (100, 100), (0.25, 0.5)),
+    ("The point is at (.25, .5).", "unit", (100, 100), (0.25, 0.5)),
+    ("(250, 500)", "per_mille", (64, 32), (0.25, 0.5)),
+    ("(16, 16)", "pixel", (64, 32), (0.25, 0.5)),
+    ("(250, 500)", "unit", (1000, 1000), None),  # the frame is declared, not guessed
+    ("(65, 16)", "pixel", (64, 32), None),
+    ("(-0.1, 0.5)", "unit", (100, 100), None),
+    ("[0.1, 0.2, 0.3, 0.4]", "unit", (100, 100), None),  # a box is no point
+    ("left of the cup", "unit", (100, 100), None),
+    ("", "unit", (100, 100), None),
+    ("<think>(0.1, 0.2)", "unit", (100, 100), None),
+]  # fmt: skip
+SEQUENCE_REPLIES = [
+    ("BDAC", "BDAC"), ("B, D, A, C", "BDAC"), ("B D A C", "BDAC"), ("(B)(D)(A)(C)", "BDAC"),
+    ("B->D->A->C", "BDAC"),
+    ("The answer is BDAC.", "BDAC"), ("<answer>B-D-A-C</answer>", "BDAC"), ("\\boxed{BDAC}", "BDAC"),
+    ("(B), (D), (A), (C)", "BDAC"), ("B > D > A > C", "BDAC"), ("BDAC or BDCA", None), ("A cup", None),
+    ("BB", None), ("", None), ("B", None), ("<think>BDAC", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reply, number", NUMBER_REPLIES, ids=[repr(r[0][:30]) for r in NUMBER_REPLIES])
+def test_numbers(reply, number):
+    assert read_number(reply)[0] == number
+
+
+@pytest.mark.parametrize("reply, answer", YES_NO_REPLIES, ids=[repr(r[0][:30]) for r in YES_NO_REPLIES])
+def test_yes_no(reply, answer):
+    assert read_yes_no(reply)[0] == answer
+
+
+@pytest.mark.parametrize("reply, gold, right", WORD_REPLIES, ids=[repr(r[0][:30]) for r in WORD_REPLIES])
+def test_words(reply, gold, right):
+    said, _ = read_word(reply)
+    assert (said is not None and word_matches(said, gold)) == right
+
+
+@pytest.mark.parametrize("reply, frame, size, point", POINT_REPLIES, ids=map(repr, POINT_REPLIES))
+def test_points(reply, frame, size, point):
+    assert read_point(reply, frame, size)[0] == point
+
+
+@pytest.mark.parametrize("reply, order", SEQUENCE_REPLIES, ids=[repr(r[0][:30]) for r in SEQUENCE_REPLIES])
+def test_sequences(reply, order):
+    assert read_sequence(reply)[0] == order
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("AB0123456789.,-()[]{}<>/\\= \nanswerboxedthinkyesno"), max_size=300))
+def test_no_reader_raises(text):
+    for read in (read_number, read_yes_no, read_word, read_sequence):
+        read(text)
+    point, _ = read_point(text, "unit", (10, 10))
+    assert point is None or all(0 <= c <= 1 for c in point)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from((
+    "{}", "**{}**", "<answer>{}</answer>", "The answer is {}.", "{} cups", "<think>7 and 8</think>{}",
+    "\\boxed{{{}}}")))
+def test_style_does_not_change_a_number(number, style):
+    assert read_number(style.format(number))[0] == number
+
+
+def test_a_polygon_is_compared_with_matplotlib():
+    from matplotlib.path import Path
+
+    polygon = [(0.1, 0.1), (0.9, 0.2), (0.5, 0.5), (0.8, 0.9), (0.2, 0.8)]  # not convex
+    points = [(x / 20 + 0.013, y / 20 + 0.017) for x in range(20) for y in range(20)]
+    inside = Path(polygon).contains_points(points)
+    assert [in_polygon(p, polygon) for p in points] == list(inside) and 0 < sum(inside) < 400
+    for bad in ("[(0.1, 0.2)]", "here", "[(0, 0), (1, 0), (1, float('inf'))]", "[[1, 2, 3]]", "(" * 5000):
+        with pytest.raises(ValueError, match="expected at least three points"):
+            parse_polygon(bad)
+
+
+def test_what_style_costs_under_the_released_scoring():
+    """400 balanced four-choice items and a model that is always right: theirs 0.25, ours 1.00."""
+    items = [("ABCD"[i % 4], SIDES[i % 4]) for i in range(400)]
+    for style, theirs in (("({x}) {t}", 1.0), ("{t}", 1.0), ("<answer>({x}) {t}</answer>", 1.0),
+                          ("{x}", 0.25), ("({x})", 0.25), ("{x}. {t}", 0.25), ("\\boxed{{{x}}}", 0.25),
+                          ("The answer is ({x}) {t}.", 0.25),
+                          ("<answer>({x}) {t}</answer> Final Answer: {x}", 0.25)):
+        replies = [(style.format(x=x, t=t), x) for x, t in items]
+        assert sum(released_letter(reply, SIDES) == x for reply, x in replies) == theirs * 400
+        assert all(parse_choice(reply, SIDES) == x for reply, x in replies)
+    assert sum(released_letter("I cannot tell.", SIDES) == x for x, _ in items) == 100
+    assert parse_choice("I cannot tell.", SIDES) is None
+
+
+def item(kind, answer, options=(), **meta):
+    return Sample("1", (), (100, 100), "?", tuple(options), answer, answer, kind=kind, meta=meta)
+
+
+def test_every_kind_of_answer_is_graded():
+    square = "[(0.2, 0.2), (0.8, 0.2), (0.8, 0.8), (0.2, 0.8)]"
+    for sample, right, wrong in (
+        (item("choice", "(B) right of", SIDES), "B", "A"),
+        (item("yes_no", "Yes"), "yes", "no"),
+        (item("number", "3.0"), "three", "4"),
+        (item("word", "Red"), "It is red.", "blue"),
+        (item("sequence", "BDAC"), "B, D, A, C", "ABCD"),
+        (item("point", square, frame="unit"), "(0.5, 0.5)", "(0.1, 0.5)"),
+    ):
+        assert grade(sample, right)["correct"] and not grade(sample, wrong)["correct"]
+        assert grade(sample, wrong)["parsed"] is not None
+        unread = grade(sample, "<think>no end")
+        assert (unread["correct"], unread["parsed"]) == (False, None)
+        failed = grade(sample, right, finish_reason="failed")
+        assert (failed["correct"], failed["method"]) == (False, "failed")
+
+
+def test_a_reply_cut_off_counts_only_where_it_has_answered():
+    sample = item("choice", "(B) right of", SIDES)
+    for reply, read in (("<answer>B</answer> and", "B"), ("B. Because", "B"), ("\\boxed{B} so", "B"),
+                        ("Is the answer B", None), ("it is right of", None)):
+        assert grade(sample, reply, finish_reason="length")["parsed"] == read
+
+
+# ---- grading ----
+@pytest.fixture(scope="module")
+def sample(tiny_data):
+    """Two gold objects; one relationship; the answer is (B) right."""
+    drawn = load_samples(str(tiny_data / "val.parquet"), "val")[0]
+    objects = [{"id": "cup.1", "bbox": [0, 0, 20, 20]}, {"id": "plate.1", "bbox": [40, 40, 80, 80]}]
+    relationships = [{"subject": "cup.1", "predicate": "on", "object": "plate.1"}]
+    scene = {"objects": objects, "relationships": relationships}
+    gold = f"<scene>{json.dumps(scene)}</scene>\n<answer>(B) right</answer>"
+    return replace(drawn, size=(100, 100), options=("left", "right"), answer="(B) right", ground_truth=gold)
+
+
+def reply_of(boxes, answer="(B) right"):
+    objects = [{"id": label, "bbox": box} for label, box in boxes.items()]
+    scene = json.dumps({"objects": objects, "relationships": []})
+    return f"<observe>o</observe><scene>{scene}</scene><think>t</think><answer>{answer}</answer>"
+
+
+def test_grade_by_hand(sample):
+    # The cup is exact (IoU 1), the plate shifted by half its width: 20 * 40 / (2 * 1600 - 800) = 1/3.
+    got = grade(sample, reply_of({"cup.1": [0, 0, 20, 20], "plate.1": [60, 40, 100, 80]}))
+    assert (got["parsed"], got["method"], got["correct"], got["reason"]) == ("B", "answer_tag", True, None)
+    assert got["terms"]["format"] == 1 and got["terms"]["accuracy"] == 1
+    assert got["terms"]["count"] == pytest.approx(0.7)  # no relationship predicted
+    assert [m[:2] for m in got["matches"]] == [[0, 0], [1, 1]]
+    assert got["mean_iou"] == pytest.approx((1 + 1 / 3) / 2, abs=1e-4)
+    # CIoU of the plate: 1/3 less centre distance^2 20^2 over hull diagonal^2 60^2 + 40^2; equal aspects
+    assert got["mean_ciou"] == pytest.approx((1 + 1 / 3 - 400 / 5200) / 2, abs=1e-4)
+    assert (got["recall50"], got["gold_objects"]) == (0.5, 2)
+
+
+def test_grade_of_a_refused_reply(sample):
+    got = grade(sample, "(B) right")
+    assert got["correct"] and got["terms"] == dict.fromkeys(got["terms"], 0.0)
+    assert (got["reason"], got["matches"], got["mean_iou"], got["recall50"]) == ("missing_tag", [], None, 0.0)
+
+
+def test_grade_without_a_scene(sample):
+    got = grade(replace(sample, ground_truth="(B) right"), "A")
+    assert got == {"parsed": "A", "method": "letter", "correct": False, "released": False}
+
+
+def test_overlap_of_scenes_by_hand(sample):
+    # gold triplets {(cup, on, plate)}, labels {cup, plate}; predicted {(cup, on, plate), (cup, near, lamp)}
+    objects = [{"id": f"{name}.1", "bbox": [0, 0, 9, 9]} for name in ("cup", "plate", "lamp")]
+    pairs = [("cup.1", "on", "plate.1"), ("cup.1", "near", "lamp.1")]
+    relationships = [dict(zip(("subject", "predicate", "object"), p, strict=True)) for p in pairs]
+    scene = json.dumps({"objects": objects, "relationships": relationships})
+    got = grade(sample, f"<observe>o</observe><scene>{scene}</scene><think>t</think><answer>B</answer>")
+    assert (got["object_jaccard"], got["triplet_jaccard"]) == (2 / 3, 1 / 2)
+    none = grade(sample, "B")
+    assert (none["object_jaccard"], none["triplet_jaccard"]) == (0, 0)
+    figures = summarise([got, none, none | {"correct": False}])
+    assert (figures["right_scene"]["n"], figures["right_scene"]["accuracy"]) == (1, 1.0)
+    assert (figures["wrong_scene"]["n"], figures["wrong_scene"]["accuracy"]) == (2, 0.5)
+
+
+def test_wilson_equals_scipy():
+    from scipy.stats import binomtest
+
+    for k, n in ((0, 10), (8, 10), (10, 10), (357, 692)):
+        interval = binomtest(k, n).proportion_ci(0.95, "wilson")
+        assert wilson(k, n) == pytest.approx((interval.low, interval.high), abs=1e-9)
+    assert wilson(0, 0) == (0, 1)
+
+
+def test_summary_by_hand(sample):
+    exact = {"cup.1": [0, 0, 20, 20], "plate.1": [40, 40, 80, 80]}
+    replies = [
+        ("x", reply_of(exact), "stop"),
+        ("x", reply_of({"cup.1": [0, 0, 20, 20]}, "(A) left"), "stop"),
+        ("y", "(B) right", "stop"),
+        ("y", reply_of(exact)[:-26], "length"),
+        ("y", "", "failed"),
+    ]
+    records = [{"category": c, "finish_reason": why, **grade(sample, reply)} for c, reply, why in replies]
+    got = summarise(records)
+    assert (got["n"], got["correct"], got["accuracy"]) == (5, 2, 0.4)
+    assert (got["unparsed"], got["truncated"], got["failed"]) == (2, 1, 1)
+    assert got["ci95"] == list(wilson(2, 5))
+    assert {c: (t["n"], t["correct"]) for c, t in got["categories"].items()} == {"x": (2, 1), "y": (3, 1)}
+    assert (got["scenes"], got["format"], got["exact"]) == (5, 0.4, 0.2)
+    # count: 0.7 for the first; 0.7 * (1 - 1/2) for the second
+    assert got["count"] == pytest.approx((0.7 + 0.35) / 5)
+    assert got["reward"] == pytest.approx((0.1 + 0.2 * 0.7 + 0.5 + 0.2 + 0.1 + 0.2 * 0.35) / 5, abs=1e-5)
+    assert got["mean_iou"] == pytest.approx(1, abs=1e-4)  # three pairs, all exact
+    assert got["recall50"] == 3 / 10  # of all gold objects, those of refused replies too
+    assert got["reasons"] == {"missing_tag": 3}
+    assert got["methods"] == {"answer_tag": 2, "letter": 1, "none": 1, "empty": 1}
+    floats = [value for value in got.values() if isinstance(value, float)]
+    assert all(map(math.isfinite, floats))
+
+
+def test_summary_of_nothing_matched(sample):
+    got = summarise([grade(sample, "B")])
+    assert (got["mean_iou"], got["recall50"], got["accuracy"]) == (0.0, 0.0, 1.0)
+    assert "scenes" not in summarise([grade(replace(sample, ground_truth="(B) right"), "B")])

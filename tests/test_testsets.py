@@ -1,0 +1,303 @@
+"""testsets.py: every benchmark's rows read rightly, official scores by hand, reordered options."""
+
+import doctest
+
+import fixtures
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import testsets
+from data import open_image
+from evaluate import load_items, parse_args
+from evaluate import score as score_records
+from grading import LETTERS, grade
+from testsets import (
+    DATASETS,
+    benchmark_sample,
+    find_options,
+    gold_letter,
+    kind_of,
+    paper_figure,
+    permuted,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmarks")
+    fixtures.write_all(path)
+    return path
+
+
+def load(name, folder, *extra):
+    return load_items(name, parse_args(["--dataset", name, "--local_path", str(folder), *extra]))
+
+
+def by_name(name, folder):
+    return list(load(name, folder).items)
+
+
+def records_of(name, folder, right):
+    """Records of a benchmark in which right(i, sample) items are answered rightly, the rest not at all."""
+    loaded = load(name, folder)
+    records = []
+    for i, (sample, (row, _)) in enumerate(zip(loaded.items, loaded.items.keys, strict=True)):
+        reply = fixtures.right_reply(sample) if right(i, sample) else "I cannot tell."
+        records.append({"id": sample.id, "row": row, "category": sample.category, "kind": sample.kind,
+                        "gold": sample.answer, "meta": sample.meta, "cluster": loaded.clusters[row],
+                        "finish_reason": "stop", **grade(sample, reply)})
+    return records
+
+
+# ---- rows ----
+def test_all_names_of_the_paper_are_there():
+    named = ("cv-bench, cv-bench-2D, cv-bench-3D, blink-spatial, blink-depth, blink-object, blink-counting, "
+             "blink-multi-view, blink-jigsaw, realworld_qa, spatialbench, mmvp, 3dsrbench, lego, "
+             "spatialreasoner, robospatial, robospatial_rgb, stvqa, hallusionbench, vstarbench, mmstar")
+    assert list(DATASETS) == named.split(", ") == list(fixtures.TABLES)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_rows_become_items_and_right_replies_are_right(name, folder):
+    items = by_name(name, folder)
+    assert items and len({item.id for item in items}) == len(items)
+    for item in items:
+        assert item.encoded_images and all(open_image(e).size for e in item.encoded_images)
+        assert item.size == open_image(item.encoded_images[0]).size
+        assert grade(item, fixtures.right_reply(item))["correct"]
+        assert not grade(item, "I cannot tell.")["correct"]
+        if item.kind == "choice":
+            shown = [item.question[start:end] for start, end in find_options(item.question)]
+            assert testsets.same_texts(shown, item.options)
+        assert "nothing else" not in item.question and "directly" not in item.question
+
+
+KINDS = {"realworld_qa": ["choice", "number", "yes_no", "word"], "lego": ["choice", "choice", "sequence"],
+         "hallusionbench": ["yes_no"] * 8, "robospatial": ["yes_no"] * 4,
+         "spatialbench": ["yes_no"] * 12 + ["word", "choice", "number", "number"]}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_how_an_answer_is_graded_follows_from_the_row(name, folder):
+    assert [item.kind for item in by_name(name, folder)] == KINDS[name]
+
+
+def test_parts_images_and_gold(folder):
+    assert [len(by_name(name, folder)) for name in ("cv-bench", "cv-bench-2D", "cv-bench-3D")] == [6, 4, 2]
+    images = {name: len(by_name(name, folder)[0].encoded_images) for name in
+              ("blink-depth", "blink-multi-view", "blink-jigsaw", "robospatial", "robospatial_rgb", "lego")}
+    assert list(images.values()) == [1, 2, 3, 2, 1, 2]
+    jigsaw = by_name("blink-jigsaw", folder)[1]
+    in_order = [fixtures.png(10 + k) for k in (1, 2, 3)]
+    assert [e["bytes"] for e in jigsaw.encoded_images] == in_order
+    assert jigsaw.question.startswith("Look at the picture.")  # the prompt, which says more than the question
+    assert [item.answer for item in by_name("hallusionbench", folder)][:4] == ["yes", "yes", "no", "no"]
+    assert by_name("mmvp", folder)[1].answer == "(B) Closed"
+    assert by_name("spatialreasoner", folder)[1].answer == "(B) arm chair"  # gold written as text
+    assert by_name("spatialbench", folder)[0].question.endswith("\nAnswer with yes or no.")
+    assert by_name("mmstar", folder)[0].options == ("a cup", "a plate", "a lamp", "a chair")
+
+
+def test_upstream_schemas_are_read_as_well(tmp_path):
+    fixtures.write_3dsrbench_upstream(tmp_path / "3dsrbench.tsv")
+    items = load_items("3dsrbench", parse_args(["--local_path", str(tmp_path / "3dsrbench.tsv")])).items
+    assert [item.answer for item in items][:2] == ["(A) lamp", "(B) lamp"]
+    assert items[0].options == ("lamp", "chair")
+    assert items[2].meta == {"qid": "AAAA-flip-0"} and items[0].category == "height"
+    fixtures.write(tmp_path / "robospatial.parquet", *fixtures.robospatial_home())
+    yes, point = load("robospatial", tmp_path).items
+    assert (yes.kind, point.kind, point.meta["frame"]) == ("yes_no", "point", "unit")
+    assert grade(point, "[(0.2, 0.3)]")["correct"] and not grade(point, "(0.9, 0.9)")["correct"]
+    upstream = {"Question": fixtures.TEXT, "Options": fixtures.TEXT, "Correct Answer": fixtures.TEXT,
+                "image": fixtures.IMAGE}
+    fixtures.write(tmp_path / "mmvp.parquet", upstream, [
+        {"Question": "Is it open?", "Options": "(a) Open (b) Closed", "Correct Answer": "(b)",
+         "image": fixtures.image(1)}])
+    item = load("mmvp", tmp_path).items[0]
+    assert (item.options, item.answer) == (("Open", "Closed"), "(B) Closed")
+
+
+# ---- what is refused ----
+def test_missing_columns_are_named(tmp_path):
+    features, rows = fixtures.mmstar()
+    for row in rows:
+        row["questions"] = row.pop("question")
+    fixtures.write(tmp_path / "mmstar.parquet", features | {"questions": features.pop("question")}, rows)
+    message = r"expected columns \['image', 'question', .* missing \['question'\], got"
+    with pytest.raises(ValueError, match=message):
+        load("mmstar", tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"answer": "E"}, r"row #1, column answer: expected one of the 4 options, got 'E'"),
+    ({"answer": None}, "column answer: expected an answer"),
+    ({"prompt": " "}, "column prompt: expected a question"),
+    ({"image": None}, "column image: expected an image"),
+    ({"image": {"bytes": b"no picture", "path": None}}, "column image: expected a readable image"),
+    ({"choices": ["3", "4", "1", "0"]}, r"column prompt: expected the options \['3', '4'"),
+    ({"choices": ["3"]}, "expected"),
+])
+def test_bad_rows_are_named(change, message):
+    source = DATASETS["cv-bench"].sources[0]
+    row = fixtures.cv_bench()[1][0] | change
+    with pytest.raises(ValueError, match=message):
+        benchmark_sample(row, 1, source)
+
+
+def test_a_gold_that_is_neither_0_nor_1_is_refused():
+    row = fixtures.hallusionbench()[1][0] | {"gt_answer": "2"}
+    with pytest.raises(ValueError, match=r"column gt_answer: expected one of \['0', '1'\], got '2'"):
+        benchmark_sample(row, 0, DATASETS["hallusionbench"].sources[0])
+
+
+def test_nothing_found_says_where_it_looked(tmp_path):
+    with pytest.raises(ValueError, match=f"cannot be read\n  {tmp_path}: expected val"):
+        load("blink-depth", tmp_path)
+
+
+def test_doctests():
+    assert doctest.testmod(testsets).failed == 0
+
+
+# ---- options ----
+@pytest.mark.parametrize("text, options", [
+    ("Which? (A) a cup (B) a plate", ["a cup", "a plate"]),
+    ("Which?\nA. a cup\nB. a plate\nC. both", ["a cup", "a plate", "both"]),
+    ("Which? Options: A: a cup, B: a plate", ["a cup", "a plate"]),
+    ("(a) open (b) closed", ["open", "closed"]),
+    ("Which?\n(A) 3\n(B) 13\nAnswer with a letter.", ["3", "13"]),
+    ("Points A. and B. are marked. Which?\n(A) A is closer\n(B) B is closer", ["A is closer", "B is closer"]),
+    ("Is A: the cup left of B?", []),
+    ("Vitamin A. is good", []),
+    ("(A) only one", []),
+    ("", []),
+])
+def test_options_in_a_question(text, options):
+    assert [text[start:end] for start, end in find_options(text)] == options
+
+
+@given(st.text(st.sampled_from("ABC().: \nx"), max_size=80))
+def test_spans_lie_in_the_text_and_in_order(text):
+    flat = [x for span in find_options(text) for x in span]
+    assert flat == sorted(flat) and all(0 <= x <= len(text) for x in flat)
+
+
+@pytest.mark.parametrize("answer, options, letter", [
+    ("(B)", ("x", "y"), "B"), ("b", ("x", "y"), "B"), ("B.", ("x", "y"), "B"), ("(b) y", ("x", "y"), "B"),
+    ("y", ("x", "y"), "B"), ("(B) x", ("x", "y"), None), ("C", ("x", "y"), None), ("z", ("x", "y"), None),
+    ("B is closer", ("B is closer", "A is closer"), "A"), ("x", ("x", "x"), None),
+])
+def test_gold_letters(answer, options, letter):
+    assert gold_letter(answer, options) == letter
+
+
+@pytest.mark.parametrize("answer, kind", [
+    ("Yes", "yes_no"), ("3", "number"), ("three", "number"), ("2.5", "number"), ("BDAC", "sequence"),
+    ("[(0.1, 0.2), (0.3, 0.4), (0.5, 0.1)]", "point"), ("left", "word"), ("A", "word"),
+    ("three cups", "word"),
+])
+def test_kinds(answer, kind):
+    assert kind_of(answer) == kind
+
+
+@given(st.permutations(range(4)))
+def test_reordering_keeps_question_gold_and_scene_together(order):
+    options = ("left of", "right of", "above", "below")
+    question = "Where is it? " + " ".join(f"({x}) {o}" for x, o in zip("ABCD", options, strict=True))
+    gold = "<scene>{}</scene>\n<answer>(C) above</answer>"
+    sample = testsets.Sample("1", (), (9, 9), question, options, "(C) above", gold)
+    other = permuted(sample, order)
+    letter = LETTERS[order.index(2)]
+    assert other.answer == f"({letter}) above" and other.options == tuple(options[i] for i in order)
+    assert other.question == "Where is it? " + " ".join(
+        f"({x}) {options[i]}" for x, i in zip("ABCD", order, strict=True))
+    assert other.ground_truth == f"<scene>{{}}</scene>\n<answer>({letter}) above</answer>"
+    assert permuted(other, [list(order).index(i) for i in range(4)]) == sample
+
+
+def test_options_that_are_not_shown_cannot_be_reordered():
+    sample = testsets.Sample("7", (), (9, 9), "Where?", ("left", "right"), "(A) left", "(A) left")
+    with pytest.raises(ValueError, match="row 7: options that the question does not show"):
+        permuted(sample, [1, 0])
+
+
+# ---- official scores ----
+def official(name, records):
+    return DATASETS[name].official(records)
+
+
+def test_cv_bench_averages_sources(folder):
+    # right: 0 (ADE20K), 2 (COCO), 5 (COCO); wrong: 1 (ADE20K), 3 and 4 (Omni3D)
+    records = records_of("cv-bench", folder, lambda i, s: i in (0, 2, 5))
+    assert official("cv-bench", records) == {"mean of 2D and 3D": 0.375, "2D": 0.75, "3D": 0.0}
+    two_d = records_of("cv-bench-2D", folder, lambda i, s: i in (0, 2, 3))
+    assert official("cv-bench-2D", two_d) == {"2D": 0.75}
+
+
+def test_mmvp_pairs(folder):
+    records = records_of("mmvp", folder, lambda i, s: i in (0, 1, 2, 5))
+    assert official("mmvp", records) == {"pairs": 1 / 3}
+
+
+def test_spatialbench_pairs_and_counting(folder):
+    # existence: first pair right, second half right; reach: all; size: none; positional: one of two;
+    # counting: gold 2 read as 3 (error 1/2), gold 4 unread (error 1)
+    right = {0, 1, 2, *range(4, 8), 12}
+    records = records_of("spatialbench", folder, lambda i, s: i in right)
+    records[14]["parsed"] = 3.0
+    got = official("spatialbench", records)
+    assert got == {"mean": pytest.approx((0.5 + 1 + 0 + 0.5 + 0.25) / 5), "existence pairs": 0.5,
+                   "reach pairs": 1.0, "size pairs": 0.0, "positional": 0.5, "counting, 1 - error": 0.25}
+
+
+def test_three_d_sr_circular_and_flip(tmp_path):
+    fixtures.write_3dsrbench_upstream(tmp_path / "3dsrbench.tsv")
+    # AAAA: all four right; BBBB: both rotations right, of its mirror image one
+    records = records_of("3dsrbench", tmp_path / "3dsrbench.tsv", lambda i, s: i != 7)
+    assert official("3dsrbench", records) == {"circular and flip": 0.5, "circular": 0.75}
+
+
+def test_three_d_sr_without_ids_has_no_official_score(folder):
+    assert official("3dsrbench", records_of("3dsrbench", folder, lambda i, s: True)) == {}
+
+
+def test_hallusionbench_groups(folder):
+    # rows in order: figure 0, question 0: VD VS; question 1: VD VS; figure 1 likewise. Wrong: row 3 (VS,
+    # figure 0, question 1), row 4 (VD, figure 1, question 0).
+    records = records_of("hallusionbench", folder, lambda i, s: i not in (3, 4))
+    got = official("hallusionbench", records)
+    assert got["aAcc"] == 6 / 8
+    assert got["qAcc"] == 2 / 4  # VD 0 is spoiled by row 4, VS 1 by row 3
+    assert got["fAcc"] == 2 / 3  # VD 0 and VS 1 are whole, VD 1 is not; VS 0 shows no figure
+
+
+def test_mmstar_means_over_l2_categories(folder):
+    records = records_of("mmstar", folder, lambda i, s: i in (0, 1))
+    assert official("mmstar", records) == {"mean over l2 categories": pytest.approx((1 + 1 / 3) / 2)}
+
+
+def test_robospatial_kinds(tmp_path):
+    fixtures.write(tmp_path / "robospatial.parquet", *fixtures.robospatial_home())
+    records = records_of("robospatial", tmp_path, lambda i, s: s.kind == "point")
+    assert official("robospatial", records) == {"yes/no": 0.0, "points": 1.0}
+
+
+def test_official_scores_need_all_items(folder):
+    records = records_of("mmvp", folder, lambda i, s: True)
+    config = {"dataset": "mmvp", "model_path": "x", "template": "t", "provider": "hf"}
+    header = {"config": config, "data": {"n": 6}}
+    assert score_records(header, records)["official"] == {"pairs": 1.0}
+    assert score_records(header, records[:4])["official"] == {}
+    header["config"]["limit"] = 6
+    assert score_records(header, records)["official"] == {}
+
+
+def test_figures_of_the_paper():
+    assert paper_figure("OX-PIXL/SpatialThinker-7B", "cv-bench") == pytest.approx(0.782)
+    assert paper_figure("Qwen/Qwen2.5-VL-3B-Instruct", "hallusionbench") == pytest.approx(0.463)
+    assert paper_figure("gpt-4o-2024-05-13", "stvqa") == pytest.approx(0.77)
+    assert paper_figure("OX-PIXL/SpatialThinker-7B", "lego") is None
+    assert paper_figure("my/model", "cv-bench") is None
+
+
