@@ -22,6 +22,7 @@ demo: .venv/.ready
 	$(evaluate) --model_path $(demo)/merged --custom_filename end
 	$(python) report.py --metrics $(demo)/grpo/metrics.jsonl --before $(demo)/start.jsonl --after $(demo)/end.jsonl \
 		--data $(demo)/data/val.parquet --out $(demo)
+	$(python) evaluate.py --compare $(demo)/start.jsonl $(demo)/end.jsonl
 	@echo "Worth opening: $(demo)/curves.png (what it learned) and $(demo)/page.html (what it answers, before and after)"
 
 # The start of the demo, from nothing.

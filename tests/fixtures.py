@@ -171,7 +171,7 @@ def hallusionbench():
             for category in ("VD", "VS"):
                 rows.append({"category": category, "subcategory": "chart", "visual_input": "1", "set_id": "0",
                              "figure_id": figure, "sample_note": "", "question_id": question,
-                             "question": "Is the first bar higher? Answer with yes or no.",
+                             "question": f"Is bar {question} higher? Answer with yes or no.",
                              "gt_answer_details": "", "gt_answer": str(int(figure == question)),
                              "filename": f"{figure}.png", "image": image(int(figure))})
     return features, rows

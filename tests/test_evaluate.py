@@ -1,309 +1,60 @@
-"""evaluate.py: reading replies, grading, figures by hand, and both back ends on the tiny model."""
+"""evaluate.py: whole runs on every benchmark's schema, runs that are killed, scores, comparisons, pages."""
 
 import doctest
 import json
-import math
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
 
+import fixtures
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from scipy.stats import binomtest
+from servers import openai_answer, serve, text_of
 
 import evaluate
-from data import load_samples
-from evaluate import grade, main, parse_choice, read_choice, read_records, stratified, summarise, wilson
-
-SIDES = ("left of", "right of", "above", "below")
-CHAIRS = ("chair", "arm chair", "table", "bed")
-NUMBERS = ("3", "13", "4", "1")
-YES_NO = ("yes", "no")
-CLOSER = ("B is closer", "A is closer")
-
-REPLIES = [
-    # letters in every dress
-    ("B", SIDES, "B"),
-    ("b", SIDES, "B"),
-    ("a", SIDES, "A"),
-    (" B\n", SIDES, "B"),
-    ("B.", SIDES, "B"),
-    ("B)", SIDES, "B"),
-    ("B:", SIDES, "B"),
-    ("(B)", SIDES, "B"),
-    ("(b)", SIDES, "B"),
-    ("( B )", SIDES, "B"),
-    ("[B]", SIDES, "B"),
-    ("{B}", SIDES, "B"),
-    ("（B）", SIDES, "B"),
-    ("**B**", SIDES, "B"),
-    ("`B`", SIDES, "B"),
-    ('"B"', SIDES, "B"),
-    ("$B$", SIDES, "B"),
-    ("Option B", SIDES, "B"),
-    ("option (b)", SIDES, "B"),
-    ("It's (B).", SIDES, "B"),
-    # letter and text
-    ("(B) right of", SIDES, "B"),
-    ("B. right of", SIDES, "B"),
-    ("B: right of", SIDES, "B"),
-    ("B) right of.", SIDES, "B"),
-    ("B right of", SIDES, "B"),
-    ("B - right of", SIDES, "B"),
-    ("(B) RIGHT OF", SIDES, "B"),
-    ("B because it is on the right", SIDES, "B"),
-    ("(B) right of, not left of", SIDES, "B"),
-    ("B. right of\n\nThe cup is on the far side, well to the right of the plate that we are asked about. "
-     "It cannot be anything else in this picture.", SIDES, "B"),
-    ("Let me look at it. The cup stands on the far side of the plate. The plate is round and lies in the "
-     "middle of a big table.\n\n**(B) right of**", SIDES, "B"),
-    # text alone
-    ("right of", SIDES, "B"),
-    ("Right of.", SIDES, "B"),
-    ("It is right of the cup.", SIDES, "B"),
-    ("arm chair", CHAIRS, "B"),
-    ("The arm chair.", CHAIRS, "B"),
-    ("the chair", CHAIRS, "A"),
-    ("It is at the top left.", ("top", "top left"), "B"),
-    ("armchair", CHAIRS, None),
-    ("chairs", CHAIRS, None),
-    ("13", NUMBERS, "B"),
-    ("There are 13 cups", NUMBERS, "B"),
-    ("three", NUMBERS, "A"),
-    ("There are three cups.", NUMBERS, "A"),
-    ("3.5", NUMBERS, None),
-    ("-3", NUMBERS, None),
-    ("103", NUMBERS, None),
-    ("yes", YES_NO, "A"),
-    ("No.", YES_NO, "B"),
-    ("No, there is no cup.", YES_NO, "B"),
-    ("Yes, there is no doubt.", YES_NO, "A"),
-    ("No cup is there.", YES_NO, "B"),
-    ("yes or no", YES_NO, None),
-    ("No idea.", YES_NO, None),
-    ("I have no idea.", YES_NO, None),
-    ("There is no cup.", YES_NO, "B"),
-    ("A is closer", CLOSER, "B"),
-    ("B is closer.", CLOSER, "A"),
-    ("(B) A is closer", CLOSER, "B"),
-    # answer blocks
-    ("<answer>B</answer>", SIDES, "B"),
-    ("<answer> (B) right of </answer>", SIDES, "B"),
-    ("<think>left of?</think> <answer>\n(B) right of\n</answer>", SIDES, "B"),
-    ("<answer>(A) left of</answer> No: <answer>(B) right of</answer>", SIDES, "B"),
-    ("<think>maybe <answer>A</answer></think><answer>B</answer>", SIDES, "B"),
-    ("<think>never closed <answer>(B)</answer>", SIDES, "B"),
-    ("<answer>(B) right of", SIDES, "B"),
-    ("<answer>right of</answer>", SIDES, "B"),
-    ("<answer>The answer is B.</answer>", SIDES, "B"),
-    ("<answer>\\boxed{B}</answer>", SIDES, "B"),
-    ("<answer>(B) right of</answer>\nFinal Answer: (B)", SIDES, "B"),
-    ("<answer>(B) right of</answer>\nFinal Answer: (C)", SIDES, None),
-    ("<answer>(B) left of</answer>", SIDES, None),
-    ("<answer>(A) or (B)</answer>", SIDES, None),
-    ("<answer>(E) beside</answer>", SIDES, None),
-    ("<answer>I do not know</answer> (B)", SIDES, None),
-    # boxes and phrases
-    ("\\boxed{B}", SIDES, "B"),
-    ("So it is $\\boxed{\\text{B}}$.", SIDES, "B"),
-    ("\\boxed{(B) right of}", SIDES, "B"),
-    ("\\boxed{A}? No, \\boxed{B}", SIDES, "B"),
-    ("The answer is B", SIDES, "B"),
-    ("The answer is (B) right of.", SIDES, "B"),
-    ("The answer is: B.", SIDES, "B"),
-    ("the correct answer is option B", SIDES, "B"),
-    ("Answer: b", SIDES, "B"),
-    ("**Answer:** B", SIDES, "B"),
-    ("### Answer\n(B)", SIDES, "B"),
-    ("The answer is right of.", SIDES, "B"),
-    ("The answer is arm chair", CHAIRS, "B"),
-    ("The answer is a chair", CHAIRS, "A"),
-    ("The correct option is B", SIDES, "B"),
-    ("I would choose (C).", SIDES, "C"),
-    ("I'd go with B", SIDES, "B"),
-    ("Option B is correct.", SIDES, "B"),
-    ("(B) is the right answer", SIDES, "B"),
-    ("答案是B", SIDES, "B"),
-    ("Final answer: B. At first I thought the answer is A.", SIDES, "B"),
-    ("The answer is not B.", SIDES, None),
-    ("The answer is either A or B.", SIDES, None),
-    ("The answer is A. No, wait: the answer is B.", SIDES, None),
-    ("Option B is not correct.", SIDES, None),
-    # nothing to read
-    ("", SIDES, None),
-    ("   ", SIDES, None),
-    ("I cannot tell.", SIDES, None),
-    ("A cup is on the table.", SIDES, None),
-    ("A red cup", CHAIRS, None),
-    ("It is not right of the cup.", SIDES, None),
-    ("It is left of the cup and above the plate", SIDES, None),
-    ("A and B", SIDES, None),
-    ("A, B", SIDES, None),
-    ("A/B", SIDES, None),
-    ("(A) left of (B) right of", SIDES, None),
-    ("A. left of\nB. right of\nC. above\nD. below", SIDES, None),
-    ("E", SIDES, None),
-    ("(A) right of", SIDES, None),
-    ("B. above", SIDES, None),
-    ("<think>The answer is B, since", SIDES, None),
-    ("<observe>a cup</observe><scene>{}</scene><think>The cup is right of", SIDES, None),
-    ("<think>The answer is B.</think>", SIDES, None),
-    ("To see where the cup is we look at the plate first, which lies in the middle of the table. The cup "
-     "stands on its far side, so that we may say that it is right of", SIDES, None),
-    ("Error: rate limit", SIDES, None),
-]  # fmt: skip
-
-
-# ---- reading ----
-@pytest.mark.parametrize("reply, choices, letter", REPLIES, ids=[repr(r[0][:40]) for r in REPLIES])
-def test_reply(reply, choices, letter):
-    assert parse_choice(reply, choices) == letter
-
-
-@pytest.mark.parametrize(
-    "reply, how",
-    [
-        ("<answer>B</answer>", ("B", "answer_tag")),
-        ("\\boxed{B}", ("B", "boxed")),
-        ("answer: B", ("B", "phrase")),
-        ("B", ("B", "letter")),
-        ("right of", ("B", "text")),
-        ("", (None, "empty")),
-        ("hm", (None, "none")),
-        ("A or B", (None, "conflict")),
-        ("E", (None, "outside")),
-    ],
+from backends import png
+from data import PromptEncoder, load_samples
+from evaluate import (
+    compare,
+    dataset_names,
+    grid,
+    load_items,
+    main,
+    parse_args,
+    read_records,
+    regrade,
+    stratified,
+    write_tables,
 )
-def test_the_method_is_told(reply, how):
-    assert read_choice(reply, SIDES) == how
+from grading import grade
+from testsets import DATASETS
+
+REPO = Path(evaluate.__file__).parent
 
 
-STYLES = (
-    "{x}", "({x})", "{x}.", "**{x}**", "({x}) {t}", "{x}. {t}", "{t}", "The answer is ({x}) {t}.",
-    "Answer: {x}", "<think>so {w}</think><answer>({x}) {t}</answer>", "\\boxed{{{x}}}",
-)  # fmt: skip
+def flags(model, data, out, *extra):
+    return ["--dataset", str(data / "val.parquet"), "--model_path", str(model), "--min_pixels", "784",
+            "--max_pixels", "802816", "--out", str(out), "--provider", "hf", "--max_new_tokens", "12", *extra]
 
 
-@settings(deadline=None)
-@given(st.permutations(SIDES), st.integers(0, 3), st.integers(0, 3), st.sampled_from(STYLES))
-def test_style_and_order_do_not_change_the_grade(choices, right, other, style):
-    reply = style.format(x="ABCD"[right], t=choices[right], w=choices[other])
-    assert parse_choice(reply, choices) == "ABCD"[right]
+def asked(url, data, out, *extra):
+    return ["--dataset", str(data / "val.parquet"), "--model_path", "tiny", "--provider", "openai",
+            "--base_url", url, "--min_pixels", "784", "--out", str(out), "--custom_filename", "x",
+            "--concurrency", "2", *extra]
 
 
-@settings(deadline=None)
-@given(st.text(st.sampled_from("AB()[]{}<>/\\. \nanswerboxedthink是"), max_size=300))
-def test_any_text_reads_as_a_letter_of_the_options_or_none(text):
-    assert parse_choice(text, SIDES) in (None, "A", "B", "C", "D")
-
-
-LONG = ("final ", "\\boxed{", "answer is ", "(", "<answer>", "no ", "B ", " ", "\n", "(B) or ", "answer: B\n")
-
-
-@pytest.mark.parametrize("text", [piece * (100_000 // len(piece)) for piece in LONG], ids=map(repr, LONG))
-def test_long_replies_cost_bounded_time(text):
-    started = time.process_time()
-    parse_choice(text, SIDES)
-    assert time.process_time() - started < 1.0
-
-
-def test_repeated_options_are_no_answer_by_text():
-    assert parse_choice("cup", ["cup", "cup"]) is None
-    assert parse_choice("B", ["cup", "cup"]) == "B"
-
-
-def test_choices_are_checked():
-    with pytest.raises(ValueError, match="expected 2 to 10 options, got 1"):
-        parse_choice("A", ["cup"])
-
-
-def test_doctests():
-    assert doctest.testmod(evaluate).failed == 0
-
-
-# ---- grading ----
-@pytest.fixture(scope="module")
-def sample(tiny_data):
-    """Two gold objects; one relationship; the answer is (B) right."""
-    drawn = load_samples(str(tiny_data / "val.parquet"), "val")[0]
-    objects = [{"id": "cup.1", "bbox": [0, 0, 20, 20]}, {"id": "plate.1", "bbox": [40, 40, 80, 80]}]
-    relationships = [{"subject": "cup.1", "predicate": "on", "object": "plate.1"}]
-    scene = {"objects": objects, "relationships": relationships}
-    gold = f"<scene>{json.dumps(scene)}</scene>\n<answer>(B) right</answer>"
-    return replace(drawn, size=(100, 100), options=("left", "right"), answer="(B) right", ground_truth=gold)
-
-
-def reply_of(boxes, answer="(B) right"):
-    objects = [{"id": label, "bbox": box} for label, box in boxes.items()]
-    scene = json.dumps({"objects": objects, "relationships": []})
-    return f"<observe>o</observe><scene>{scene}</scene><think>t</think><answer>{answer}</answer>"
-
-
-def test_grade_by_hand(sample):
-    # The cup is exact (IoU 1), the plate shifted by half its width: 20 * 40 / (2 * 1600 - 800) = 1/3.
-    got = grade(sample, reply_of({"cup.1": [0, 0, 20, 20], "plate.1": [60, 40, 100, 80]}))
-    assert (got["parsed"], got["method"], got["correct"], got["reason"]) == ("B", "answer_tag", True, None)
-    assert got["terms"]["format"] == 1 and got["terms"]["accuracy"] == 1
-    assert got["terms"]["count"] == pytest.approx(0.7)  # no relationship predicted
-    assert [m[:2] for m in got["matches"]] == [[0, 0], [1, 1]]
-    assert got["mean_iou"] == pytest.approx((1 + 1 / 3) / 2, abs=1e-4)
-    # CIoU of the plate: 1/3 less centre distance^2 20^2 over hull diagonal^2 60^2 + 40^2; equal aspects
-    assert got["mean_ciou"] == pytest.approx((1 + 1 / 3 - 400 / 5200) / 2, abs=1e-4)
-    assert (got["recall50"], got["gold_objects"]) == (0.5, 2)
-
-
-def test_grade_of_a_refused_reply(sample):
-    got = grade(sample, "(B) right")
-    assert got["correct"] and got["terms"] == dict.fromkeys(got["terms"], 0.0)
-    assert (got["reason"], got["matches"], got["mean_iou"], got["recall50"]) == ("missing_tag", [], None, 0.0)
-
-
-def test_grade_without_a_scene(sample):
-    got = grade(replace(sample, ground_truth="(B) right"), "A")
-    assert got == {"parsed": "A", "method": "letter", "correct": False}
-
-
-def test_wilson_equals_scipy():
-    from scipy.stats import binomtest
-
-    for k, n in ((0, 10), (8, 10), (10, 10), (357, 692)):
-        interval = binomtest(k, n).proportion_ci(0.95, "wilson")
-        assert wilson(k, n) == pytest.approx((interval.low, interval.high), abs=1e-9)
-    assert wilson(0, 0) == (0, 1)
-
-
-def test_summary_by_hand(sample):
-    exact = {"cup.1": [0, 0, 20, 20], "plate.1": [40, 40, 80, 80]}
-    replies = [
-        ("x", reply_of(exact), "stop"),
-        ("x", reply_of({"cup.1": [0, 0, 20, 20]}, "(A) left"), "stop"),
-        ("y", "(B) right", "stop"),
-        ("y", reply_of(exact)[:-26], "length"),
-        ("y", "", "failed"),
-    ]
-    records = [{"category": c, "finish_reason": why, **grade(sample, reply)} for c, reply, why in replies]
-    got = summarise(records)
-    assert (got["n"], got["correct"], got["accuracy"]) == (5, 2, 0.4)
-    assert (got["unparsed"], got["truncated"], got["failed"]) == (2, 1, 1)
-    assert got["ci95"] == list(wilson(2, 5))
-    assert {c: (t["n"], t["correct"]) for c, t in got["categories"].items()} == {"x": (2, 1), "y": (3, 1)}
-    assert (got["scenes"], got["format"], got["exact"]) == (5, 0.4, 0.2)
-    # count: 0.7 for the first; 0.7 * (1 - 1/2) for the second
-    assert got["count"] == pytest.approx((0.7 + 0.35) / 5)
-    assert got["reward"] == pytest.approx((0.1 + 0.2 * 0.7 + 0.5 + 0.2 + 0.1 + 0.2 * 0.35) / 5, abs=1e-5)
-    assert got["mean_iou"] == pytest.approx(1, abs=1e-4)  # three pairs, all exact
-    assert got["recall50"] == 3 / 10  # of all gold objects, those of refused replies too
-    assert got["reasons"] == {"missing_tag": 3}
-    assert got["methods"] == {"answer_tag": 2, "letter": 1, "none": 1, "empty": 1}
-    floats = [value for value in got.values() if isinstance(value, float)]
-    assert all(map(math.isfinite, floats))
-
-
-def test_summary_of_nothing_matched(sample):
-    got = summarise([grade(sample, "B")])
-    assert (got["mean_iou"], got["recall50"], got["accuracy"]) == (0.0, 0.0, 1.0)
-    assert "scenes" not in summarise([grade(replace(sample, ground_truth="(B) right"), "B")])
+def right(data):
+    """respond() of a server whose replies are right for the even rows of a file and A for the others."""
+    items = load_items(str(data), parse_args(["--dataset", str(data)])).items
+    gold = {item.question: item.answer for i, item in enumerate(items) if i % 2 == 0}
+    return lambda body, nth: (200, openai_answer(gold.get(text_of(body).split("\n\n")[-1], "A")), {})
 
 
 # ---- items ----
@@ -317,90 +68,350 @@ def test_stratified_keeps_the_shares_and_the_seed():
 
 
 def test_import_is_light():
-    code = "import sys, evaluate; print({'torch', 'vllm', 'transformers', 'datasets'} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = "{'torch', 'vllm', 'transformers', 'datasets', 'openai', 'matplotlib'}"
+    code = f"import sys, evaluate; print({heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO)
     assert done.stdout == "set()\n"
 
 
+def test_names():
+    assert set(dataset_names(["all"])) == set(DATASETS) - {"cv-bench-2D", "cv-bench-3D"}
+    assert dataset_names(["mmvp", "mmvp", "stvqa"]) == ["mmvp", "stvqa"]
+    with pytest.raises(ValueError, match="expected cv-bench, .* or a file, got 'cvbench'"):
+        dataset_names(["cvbench"])
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--limit", "0"], "--limit: expected at least 1, got 0"),
+    (["--min_pixels", "9", "--max_pixels", "8"], "--min_pixels: expected at most max_pixels 8, got 9"),
+    (["--template", "problem", "--circular"], "cannot be reordered"),
+])
+def test_impossible_flags(options, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(options)
+    assert message in capsys.readouterr().err
+
+
+def test_fingerprint_and_questions_tell_data_apart(tiny_data, tmp_path):
+    fixtures.write_all(tmp_path)
+    args = parse_args(["--local_path", str(tmp_path)])
+    whole, part = load_items("cv-bench", args), load_items("cv-bench-2D", args)
+    assert len(whole.questions & part.questions) == 4 and whole.fingerprint != part.fingerprint
+    assert not whole.questions & load_items("stvqa", args).questions
+    assert load_items("cv-bench", args).fingerprint == whole.fingerprint
+    rgb, depth = load_items("robospatial_rgb", args), load_items("robospatial", args)
+    assert rgb.questions == depth.questions and rgb.fingerprint != depth.fingerprint
+    assert set(load_items("mmvp", args).clusters.values()) == {"pair 0", "pair 1", "pair 2"}
+
+
 # ---- the whole program ----
-def flags(tiny_base, tiny_data, out):
-    data, pixels = str(tiny_data / "val.parquet"), ["--min_pixels", "784", "--max_pixels", "802816"]
-    return ["--dataset", data, "--model_path", str(tiny_base), *pixels, "--out", str(out)]
-
-
-def run_main(tiny_base, tiny_data, out, *extra):
-    main([*flags(tiny_base, tiny_data, out), "--provider", "hf", "--max_new_tokens", "12", *extra])
-
-
 def test_records_and_summary_on_disk(tiny_base, tiny_data, tmp_path, capsys):
-    run_main(tiny_base, tiny_data, tmp_path, "--custom_filename", "mine", "--limit", "9")
+    main(flags(tiny_base, tiny_data, tmp_path, "--custom_filename", "mine", "--limit", "9"))
     header, records = read_records(tmp_path / "mine.jsonl")
     assert header["config"]["provider"] == "hf" and header["config"]["limit"] == 9
     assert header["data"]["n"] == len(records) == 9 and len(header["data"]["fingerprint"]) == 16
-    assert "transformers" in header["versions"]
+    assert "transformers" in header["versions"] and "git" in header
     samples = load_samples(str(tiny_data / "val.parquet"), "val")
     for r in records:
-        assert (r["id"], r["gold"]) == (samples[r["row"]].id, samples[r["row"]].answer)
-        assert r["finish_reason"] in ("stop", "length") and 1 <= r["n_tokens"] <= 12
-        graded = json.loads(json.dumps(grade(samples[r["row"]], r["reply"])))
+        sample = samples[r["row"]]
+        assert (r["meta"]["item"], r["gold"], r["id"]) == (sample.id, sample.answer, str(r["row"]))
+        assert r["finish_reason"] in ("stop", "length") and 1 <= r["n_tokens"] <= 12 < r["prompt_tokens"]
+        graded = json.loads(json.dumps(grade(sample, r["reply"], finish_reason=r["finish_reason"])))
         assert graded == {key: r[key] for key in graded}
+        assert regrade(r) == r
     summary = json.loads((tmp_path / "mine.summary.json").read_text())
-    assert summary == json.loads(json.dumps(summarise(records)))
+    assert (summary["n"], summary["dataset"]) == (9, str(tiny_data / "val.parquet"))
+    assert summary["truncated"] == sum(r["finish_reason"] == "length" for r in records)
+    assert json.loads((tmp_path / "summary.json").read_text()) == [summary]
     assert "95 % interval" in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.jsonl", "mine.summary.json"]
+    assert "| dataset | n |" in (tmp_path / "summary.md").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "mine.jsonl", "mine.summary.json", "summary.json", "summary.md"]
 
 
-def test_batch_size_does_not_change_replies(tiny_base, tiny_data, tmp_path):
-    for size in ("1", "7"):
-        options = ["--limit", "8", "--batch_size", size, "--custom_filename", size]
-        run_main(tiny_base, tiny_data, tmp_path, *options)
-    one, seven = (read_records(tmp_path / f"{size}.jsonl")[1] for size in ("1", "7"))
-    assert [r["reply"] for r in one] == [r["reply"] for r in seven]
-    assert [r["n_tokens"] for r in one] == [r["n_tokens"] for r in seven]
+def test_every_benchmark_runs_from_its_rows_to_its_table(tiny_base, tmp_path, capsys):
+    """All 21 names, the real model class, one load of it."""
+    fixtures.write_all(tmp_path / "data")
+    main(["--dataset", *DATASETS, "--local_path", str(tmp_path / "data"), "--model_path", str(tiny_base),
+          "--min_pixels", "784", "--provider", "hf", "--max_new_tokens", "8", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    summaries = {s["dataset"]: s for s in json.loads((tmp_path / "out" / "summary.json").read_text())}
+    assert set(summaries) == set(DATASETS)
+    for name, s in summaries.items():
+        n = len(fixtures.TABLES[name]()[1])
+        n = {"cv-bench-2D": 4, "cv-bench-3D": 2}.get(name, n)
+        assert (s["n"], s["failed"], s["missing"]) == (n, 0, 0) and s["tokens"] > 0
+        assert re.search(rf"^{name} +{n} ", printed, re.M)
+    assert "warning: cv-bench and cv-bench-2D share 4 questions about the same images" in printed
+    assert "warning: spatialreasoner and cv-bench" in printed.replace("cv-bench and spatialreasoner",
+                                                                      "spatialreasoner and cv-bench")
 
 
-def test_batches_mark_padding_and_image_tokens(tiny_base, tiny_data, tmp_path, monkeypatch):
-    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+def test_right_replies_score_1_on_every_benchmark(tmp_path):
+    """Through the client, the grader and the official scores."""
+    fixtures.write_all(tmp_path / "data")
+    encode, answers = PromptEncoder(None, "spatial_thinker", 784, 784), {}
+    for name in DATASETS:
+        for item in load_items(name, parse_args(["--local_path", str(tmp_path / "data")])).items:
+            text = encode.messages(item)[0]["content"][-1]["text"]
+            answers[text, *map(png, encode.images(item))] = fixtures.right_reply(item)
 
-    seen, generate = [], Qwen2_5_VLForConditionalGeneration.generate
-    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "generate",
-                        lambda self, **batch: seen.append(batch) or generate(self, **batch))  # fmt: skip
-    run_main(tiny_base, tiny_data, tmp_path, "--batch_size", "24")
-    tokenizer = AutoProcessor.from_pretrained(tiny_base).tokenizer
-    ids, mask = seen[0]["input_ids"], seen[0]["attention_mask"]
-    assert (mask == (ids != tokenizer.pad_token_id)).all() and (mask == 0).any() and mask[:, -1].all()
-    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert (seen[0]["mm_token_type_ids"] == (ids == image_token)).all()
-    assert (ids == image_token).sum() == 24 * 9
+    def respond(body, nth):
+        *images, text = body["messages"][0]["content"]
+        images = [image["image_url"]["url"].partition(",")[2] for image in images]
+        return 200, openai_answer(answers[text["text"], *images]), {}
 
-
-def test_a_prompt_beyond_the_context_fails_and_is_counted(tiny_base, tiny_data, tmp_path):
-    with pytest.raises(SystemExit, match="2 items failed"):
-        options = ["--min_pixels", "802816", "--limit", "2", "--custom_filename", "x"]
-        run_main(tiny_base, tiny_data, tmp_path, *options)
-    records = read_records(tmp_path / "x.jsonl")[1]
-    assert {r["finish_reason"] for r in records} == {"failed"} and summarise(records)["failed"] == 2
-
-
-@pytest.mark.slow
-def test_vllm_and_hf_give_the_same_greedy_replies(tiny_base, tiny_data, tmp_path):
-    pytest.importorskip("vllm")
-    script = [sys.executable, evaluate.__file__]
-    command = [*script, *flags(tiny_base, tiny_data, tmp_path), "--max_new_tokens", "40"]
-    for provider in ("vllm", "hf"):  # a process each: vLLM sets the threads of the whole process
-        subprocess.run([*command, "--provider", provider, "--custom_filename", provider], check=True)
-    ours, theirs = (read_records(tmp_path / f"{p}.jsonl")[1] for p in ("vllm", "hf"))
-    assert [r["reply"] for r in ours] == [r["reply"] for r in theirs]
-    assert [r["n_tokens"] for r in ours] == [r["n_tokens"] for r in theirs]
+    with serve(respond) as (url, _):
+        main(["--dataset", *DATASETS, "--local_path", str(tmp_path / "data"), "--model_path", "m",
+              "--provider", "openai", "--base_url", url, "--out", str(tmp_path), "--min_pixels", "784",
+              "--max_pixels", "784"])
+    for s in json.loads((tmp_path / "summary.json").read_text()):
+        assert s["accuracy"] == 1 and s["unparsed"] == 0
+        assert set(s["official"].values()) <= {1.0}
+        has_one = DATASETS[s["dataset"]].official is not None and s["dataset"] != "3dsrbench"
+        assert bool(s["official"]) == has_one
 
 
-@pytest.mark.slow
-def test_vllm_samples_more_than_one_prefill_holds(tiny_base, tiny_data, tmp_path):
-    """24 prompts of 280 tokens: more than one prefill takes, where a CPU generator once had to be rewound."""
-    pytest.importorskip("vllm")
-    script = [sys.executable, evaluate.__file__]
-    command = [*script, *flags(tiny_base, tiny_data, tmp_path), "--max_new_tokens", "6", "--temperature", "1",
-               "--provider", "vllm", "--min_pixels", str(250 * 28 * 28)]  # fmt: skip
-    subprocess.run([*command, "--seed", "1", "--custom_filename", "sampled"], check=True)
-    replies = [r["reply"] for r in read_records(tmp_path / "sampled.jsonl")[1]]
-    assert len(replies) == 24 and len(set(replies)) > 12
+def test_dry_run_and_list_load_no_model(tiny_data, tmp_path, capsys):
+    main(["--list"])
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"^{re.escape(name)} ", listed, re.M) for name in DATASETS)
+    main(["--dataset", str(tiny_data / "val.parquet"), "--model_path", "no/model", "--provider", "openai",
+          "--dry_run", "--out", str(tmp_path / "none")])
+    assert "first prompt" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+# ---- runs that survive ----
+def test_killed_at_any_time_and_continued(tiny_data, tmp_path):
+    """kill -9 three times; nothing is lost, nothing that has an answer is asked again."""
+    def respond(body, nth):
+        time.sleep(0.05)
+        return 200, openai_answer("A"), {}
+
+    path = tmp_path / "x.jsonl"
+    with serve(respond) as (url, api):
+        command = [sys.executable, str(REPO / "evaluate.py"), *asked(url, tiny_data, tmp_path)]
+        for kill in range(3):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            before = len(read_records(path)[1]) if path.exists() else 0
+            while not path.exists() or path.read_text().count("\n") < before + 3 + kill:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        with open(path, "a") as f:
+            f.write('{"id": "5", "reply": "half a li')  # as a kill in the middle of a write leaves it
+        known = read_records(path)[1]
+        counts = dict(api.counts)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    records = read_records(path)[1]
+    assert len(known) < len(records) == 24
+    lines = path.read_text().splitlines()
+    assert len(lines) == 1 + 24 and all(json.loads(line) for line in lines)
+    kept = {r["id"]: r for r in known}
+    assert all(kept[r["id"]] == r for r in records if r["id"] in kept)
+    assert sum(api.counts.values()) - sum(counts.values()) == 24 - len(known)  # only what was missing
+    assert json.loads((tmp_path / "x.summary.json").read_text())["n"] == 24
+
+
+def test_another_configuration_refuses_to_append(tiny_data, tmp_path):
+    with serve(right(tiny_data / "val.parquet")) as (url, api):
+        main(asked(url, tiny_data, tmp_path))
+        before = (tmp_path / "x.jsonl").read_text()
+        for change in (["--seed", "1"], ["--template", "reasoning"], ["--max_new_tokens", "9"], ["--blind"],
+                       ["--limit", "3"], ["--temperature", "1"]):
+            with pytest.raises(SystemExit, match=f"another configuration.*{change[0][2:]}: "):
+                main(asked(url, tiny_data, tmp_path, *change))
+        assert (tmp_path / "x.jsonl").read_text() == before
+        main(asked(url, tiny_data, tmp_path, "--concurrency", "7", "--timeout", "9"))  # of no meaning
+        assert (tmp_path / "x.jsonl").read_text() == before
+    assert sum(api.counts.values()) == 24
+
+
+def test_other_data_refuses_to_append(tiny_data, tmp_path):
+    shutil.copy(tiny_data / "val.parquet", tmp_path / "val.parquet")
+    with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, _):
+        main(asked(url, tmp_path, tmp_path))
+        shutil.copy(tiny_data / "train.parquet", tmp_path / "val.parquet")
+        with pytest.raises(SystemExit, match="another configuration.*fingerprint: "):
+            main(asked(url, tmp_path, tmp_path))
+
+
+def test_two_processes_do_not_write_one_file(tiny_data, tmp_path):
+    path = tmp_path / "x.jsonl"
+    with evaluate.open_results(path, {"header": {"config": {}, "data": {}, "versions": {}}}):
+        with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, api):
+            with pytest.raises(SystemExit, match="another process is writing it"):
+                main(asked(url, tiny_data, tmp_path))
+    assert not api.bodies
+
+
+# ---- scores ----
+def test_rescoring_grades_what_was_said(tiny_data, tmp_path, capsys):
+    with serve(right(tiny_data / "val.parquet")) as (url, api):
+        main(asked(url, tiny_data, tmp_path))
+    path = tmp_path / "x.jsonl"
+    honest = path.read_text()
+    lines = [json.loads(line) for line in honest.splitlines()]
+    for line in lines[1:]:
+        line |= {"correct": not line["correct"], "parsed": "D", "method": "luck"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main(["--rescore", str(path), "--scoring", "released"])
+    out = capsys.readouterr().out
+    assert "24 replies graded, 24 grades changed" in out and "released scoring" in out
+    assert path.read_text() == "".join(json.dumps(r) + "\n" for r in sorted(
+        map(json.loads, honest.splitlines()), key=lambda r: r.get("row", -1)))
+    summary = json.loads((tmp_path / "x.summary.json").read_text())
+    assert summary["accuracy"] >= 0.5 and len(api.bodies) == 24
+    assert 0 < summary["released"] <= summary["accuracy"]
+
+
+def test_circular_needs_every_rotation_right(tiny_data, tmp_path):
+    """A model that always says A is right in one rotation of each item, hence in none."""
+    with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, api):
+        main(asked(url, tiny_data, tmp_path, "--circular", "--limit", "6"))
+    header, records = read_records(tmp_path / "x.jsonl")
+    summary = json.loads((tmp_path / "x.summary.json").read_text())
+    assert summary["n"] == 6 and summary["correct"] == 0
+    assert header["data"]["n"] == len(records) == len(api.counts)
+    assert summary["each_rotation"]["correct"] == 6 and summary["each_rotation"]["n"] == len(records)
+    by_row = {}
+    for r in records:
+        by_row.setdefault(r["row"], []).append(r)
+    for turns in by_row.values():
+        assert [r["gold"][1] for r in turns].count("A") == 1 and len(turns) == len(turns[0]["choices"])
+        assert len({tuple(sorted(r["choices"])) for r in turns}) == 1
+
+
+def test_shuffled_and_blind(tiny_data, tmp_path):
+    with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, api):
+        main(asked(url, tiny_data, tmp_path / "s", "--shuffle_options"))
+        main(asked(url, tiny_data, tmp_path / "b", "--blind"))
+        main(asked(url, tiny_data, tmp_path / "p"))
+    shuffled, plain = (read_records(tmp_path / d / "x.jsonl")[1] for d in "sp")
+    assert any(a["choices"] != b["choices"] for a, b in zip(shuffled, plain, strict=True))
+    assert all(a["gold"][4:] == b["gold"][4:] for a, b in zip(shuffled, plain, strict=True))
+    images = [len(b["messages"][0]["content"]) - 1 for b in api.bodies]
+    assert images == [1] * 24 + [0] * 24 + [1] * 24
+
+
+# ---- comparisons ----
+def results(path, correct, clusters=None):
+    header = {"config": {"dataset": "x", "model_path": "m", "template": "t", "provider": "hf"},
+              "data": {"n": len(correct)}}
+    lines = [{"header": header}] + [
+        {"id": str(i), "row": i, "correct": bool(c), "cluster": str(i if clusters is None else clusters[i])}
+        for i, c in enumerate(correct)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_comparison_of_independent_items_is_mcnemars(tmp_path):
+    a = [1] * 50 + [0] * 50
+    b = [1] * 45 + [0] * 5 + [1] * 20 + [0] * 30
+    got = compare(results(tmp_path / "a", a), results(tmp_path / "b", b))
+    assert (got["n"], got["clusters"], got["a"], got["b"]) == (100, 100, 0.5, 0.65)
+    assert (got["only_a"], got["only_b"], got["test"]) == (5, 20, "McNemar, exact")
+    assert got["p"] == pytest.approx(binomtest(5, 25).pvalue)
+    # the normal approximation of a paired difference: 0.15 +- 1.96 * sqrt((25 - 15^2/100) / 100^2)
+    half = 1.96 * np.sqrt(25 - 15**2 / 100) / 100
+    assert got["ci95"] == pytest.approx([0.15 - half, 0.15 + half], abs=0.015)
+
+
+def test_items_about_one_image_are_one_observation(tmp_path):
+    gain = [i < 20 for i in range(30)]
+    a = [0 if g else 1 for g in gain for _ in range(10)]
+    b = [1 if g else 0 for g in gain for _ in range(10)]  # ten equal items an image
+    clusters = [i // 10 for i in range(300)]
+    alone = compare(results(tmp_path / "a", a), results(tmp_path / "b", b))
+    together = compare(results(tmp_path / "a", a, clusters), results(tmp_path / "b", b, clusters))
+    assert together["clusters"] == 30 and together["test"] == "sign flips of clusters"
+    assert together["p"] == pytest.approx(binomtest(20, 30).pvalue, abs=0.01)  # as if an image were one item
+    assert alone["p"] < 1e-6
+    width = [got["ci95"][1] - got["ci95"][0] for got in (alone, together)]
+    assert width[1] == pytest.approx(width[0] * np.sqrt(10), rel=0.15)
+
+
+def test_no_difference_has_p_1_and_other_items_are_refused(tmp_path):
+    same = compare(results(tmp_path / "a", [1, 0, 1]), results(tmp_path / "b", [1, 0, 1]))
+    assert (same["p"], same["difference"], same["ci95"]) == (1.0, 0.0, [0.0, 0.0])
+    with pytest.raises(ValueError, match="expected the same items, got others in rows"):
+        compare(tmp_path / "a", results(tmp_path / "b", [1, 0, 1], [7, 8, 9]))
+
+
+def test_compare_prints(tmp_path, capsys):
+    main(["--compare", str(results(tmp_path / "a", [1, 0, 1])), str(results(tmp_path / "b", [1, 1, 1]))])
+    assert "only_b: 1" in capsys.readouterr().out
+
+
+# ---- tables and pages ----
+def test_tables_line_up():
+    rows = [["name", "n"], ["a", "10"], ["longer", "7"]]
+    assert grid(rows) == "name     n\na       10\nlonger   7"
+    assert grid(rows, markdown=True).splitlines()[1] == "| --- | ---: |"
+
+
+def test_a_folder_of_results_has_one_table(tiny_data, tmp_path):
+    with serve(right(tiny_data / "val.parquet")) as (url, _):
+        main(asked(url, tiny_data, tmp_path))
+        main([*asked(url, tiny_data, tmp_path), "--custom_filename", "y", "--template", "reasoning"])
+    write_tables(tmp_path)
+    text = (tmp_path / "summary.md").read_text()
+    assert "tiny, spatial_thinker" in text and "tiny, reasoning" in text
+    assert len(json.loads((tmp_path / "summary.json").read_text())) == 2
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.articles = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        if tag == "article":
+            self.articles.append(dict(attrs))
+
+
+def test_report_is_one_page_and_one_picture(tmp_path, capsys):
+    fixtures.write_all(tmp_path / "data")
+    evil = '<script>alert(1)</script><answer>(A)</answer>'
+    with serve(lambda body, nth: (200, openai_answer(evil), {})) as (url, _):
+        main(["--dataset", "stvqa", "blink-jigsaw", "hallusionbench", "--local_path", str(tmp_path / "data"),
+              "--model_path", "SpatialThinker-7B", "--provider", "openai", "--base_url", url, "--max_pixels",
+              "262144", "--out", str(tmp_path / "out"), "--report"])
+    html = (tmp_path / "out" / "results.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.seen.count("script") == 1 and "http" not in html.replace("http-equiv", "")
+    assert len(page.articles) == 6 + 4 + 8
+    assert {a["data-dataset"] for a in page.articles} == {"stvqa", "blink-jigsaw", "hallusionbench"}
+    assert {a["data-outcome"] for a in page.articles} >= {"right", "wrong"}
+    assert page.seen.count("img") == 4 * 2  # the further images of blink-jigsaw
+    assert (tmp_path / "out" / "results.png").stat().st_size > 10_000
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [s["paper"] for s in summary if s["dataset"] == "stvqa"] == [pytest.approx(0.928)]
+    again = tmp_path / "out" / "stvqa_SpatialThinker-7B_spatial_thinker.jsonl"
+    capsys.readouterr()
+    main(["--report", str(again)])
+    assert "results.html" in capsys.readouterr().out
+
+
+def test_doctests():
+    assert doctest.testmod(evaluate).failed == 0
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_data, tmp_path):
+    def respond(body, nth):
+        time.sleep(0.1)
+        return 200, openai_answer("A"), {}
+
+    with serve(respond) as (url, _):
+        command = [sys.executable, str(REPO / "evaluate.py"), *asked(url, tiny_data, tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   env=os.environ)
+        while not (tmp_path / "x.jsonl").exists() or (tmp_path / "x.jsonl").read_text().count("\n") < 4:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stopped; go on with: " in out and "Traceback" not in out

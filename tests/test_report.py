@@ -10,7 +10,7 @@ from PIL import Image
 
 import report
 from data import load_samples
-from evaluate import grade
+from grading import grade
 from report import choose, draw_curves, main, outcome, pair_up
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>"\'</pre></article>$summary &lt;b&gt; \u202e'
@@ -25,7 +25,8 @@ def write_results(path, samples, reply_to):
     records = []
     for i, s in enumerate(samples):
         reply = reply_to(i, s)
-        records.append({"id": s.id, "row": i, "category": s.category, "reply": reply, **grade(s, reply)})
+        records.append({"id": str(i), "row": i, "category": s.category, "kind": s.kind,
+                        "meta": {"item": s.id}, "reply": reply, **grade(s, reply)})
     path.write_text("".join(json.dumps(line) + "\n" for line in [{"header": {}}, *records]))
     return path
 
@@ -82,13 +83,11 @@ def test_outcomes():
 
 
 def test_choice_covers_categories_and_outcomes():
-    outcomes = [True] * 3 + [False] * 40
-    pairs = [({"category": c, "correct": False}, {"correct": ok}) for c in "ab" for ok in outcomes]
-    chosen = choose(pairs, 8, seed=3)
-    cells = [(pairs[i][0]["category"], pairs[i][1]["correct"]) for i in chosen]
-    assert sorted(cells) == sorted([("a", True), ("a", False), ("b", True), ("b", False)] * 2)
-    assert chosen == choose(pairs, 8, seed=3) != choose(pairs, 8, seed=4)
-    assert choose(pairs, 1000, seed=0) == list(range(86))
+    kinds = [(category, right) for category in "ab" for right in [True] * 3 + [False] * 40]
+    chosen = choose(kinds, 8, seed=3)
+    assert sorted(kinds[i] for i in chosen) == sorted(2 * list(set(kinds)))
+    assert chosen == choose(kinds, 8, seed=3) != choose(kinds, 8, seed=4)
+    assert choose(kinds, 1000, seed=0) == list(range(86))
 
 
 def test_other_items_are_refused():
