@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data import Prompt, PromptEncoder, Sample
 
@@ -51,11 +51,16 @@ class Decoding:
 Replies = Iterator[tuple[int, Reply]]
 
 
-def too_long(prompt: Prompt, context: int) -> Reply | None:
-    """The failure of a prompt that leaves no room for an answer."""
-    if (n := len(prompt.ids)) < context:
-        return None
-    return Reply("", "failed", 0, n, error=f"prompt of {n} tokens, context of {context}")
+def prepare(build: Callable[[Sample], Prompt], sample: Sample, context: int) -> Prompt | Reply:
+    """The prompt of a sample, or the failure of one that cannot be read or leaves no room for an answer."""
+    try:
+        prompt = build(sample)
+    except (OSError, ValueError) as error:  # a damaged image
+        return Reply("", "failed", error=f"{type(error).__name__}: {error}")
+    n = len(prompt.ids)
+    if n >= context:
+        return Reply("", "failed", 0, n, error=f"prompt of {n} tokens, context of {context}")
+    return prompt
 
 
 def context_length(model_path: str) -> int:
@@ -99,9 +104,9 @@ def vllm_replies(model_path: str, samples: Sequence[Sample], encode: PromptEncod
         while True:
             while len(flying) < how.batch_size and (found := next(todo, None)):
                 i, sample = found
-                prompt = encode.for_engine(sample)
-                if failure := too_long(prompt, context):
-                    yield i, failure
+                prompt = prepare(encode.for_engine, sample, context)
+                if isinstance(prompt, Reply):
+                    yield i, prompt
                     continue
                 request = {"prompt_token_ids": prompt.vllm_ids}
                 request |= {"multi_modal_data": {"image": prompt.images}} if prompt.images else {}
@@ -144,9 +149,9 @@ def hf_replies(model_path: str, samples: Sequence[Sample], encode: PromptEncoder
     for start in range(0, len(samples), how.batch_size):
         fits = []
         for i in range(start, min(start + how.batch_size, len(samples))):
-            prompt = encode(samples[i])
-            if failure := too_long(prompt, context):
-                yield i, failure
+            prompt = prepare(encode, samples[i], context)
+            if isinstance(prompt, Reply):
+                yield i, prompt
             else:
                 fits.append((i, prompt))
         if fits:
@@ -198,13 +203,45 @@ class Refused(RuntimeError):
     """The server will answer no request at all: a wrong key, an unknown model."""
 
 
-def api_replies(ask: Callable[[Sample], Reply], samples: Sequence[Sample], concurrency: int) -> Replies:
-    """Replies of `ask`, called for that many samples at a time."""
+def api_replies(complete: Callable, sdk, key: str, sampling: dict, samples: Sequence[Sample],
+                encode: PromptEncoder, how: Decoding) -> Replies:
+    """Replies of `complete` (text, images as base64 PNG, seed -> Reply), how.concurrency at a time.
+
+    The client library waits and asks again after 429, 5xx, timeouts and cut connections by itself
+    (exponential backoff with jitter, Retry-After); an answer that cannot be read is asked for again here. A
+    model that takes no temperature is asked without: `sampling`, which the calls share, is emptied.
+    Raises: Refused if no request can succeed.
+    """
+    def ask(sample):
+        started, error = time.time(), ""
+        try:
+            images = [png(image) for image in encode.images(sample)]
+            text = encode.messages(sample)[0]["content"][-1]["text"]
+        except (OSError, ValueError) as failure:  # a damaged image
+            return Reply("", "failed", error=f"{type(failure).__name__}: {failure}")
+        for _ in range(3):
+            asked = time.time()
+            try:
+                return replace(complete(text, images, how.seed_of(sample)), latency_s=time.time() - asked)
+            except (sdk.AuthenticationError, sdk.PermissionDeniedError, sdk.NotFoundError) as refusal:
+                raise Refused(f"{type(refusal).__name__}: {refusal}".replace(key, "***")[:500]) from None
+            except sdk.APIError as failure:
+                error = f"{type(failure).__name__}: {failure}"
+                if isinstance(failure, sdk.BadRequestError) and "temperature" in str(failure):
+                    if sampling:
+                        print("warning: this model refuses a temperature; asked without it", flush=True)
+                        sampling.clear()
+                elif not isinstance(failure, sdk.APIResponseValidationError):
+                    break
+            except (ValueError, TypeError, LookupError, AttributeError) as failure:  # the answer's shape
+                error = f"malformed answer: {type(failure).__name__}: {failure}"
+        return Reply("", "failed", latency_s=time.time() - started, error=error.replace(key, "***")[:500])
+
     todo, flying = iter(enumerate(samples)), {}
-    pool = ThreadPoolExecutor(concurrency)
+    pool = ThreadPoolExecutor(how.concurrency)
     try:
         while True:
-            while len(flying) < 2 * concurrency and (found := next(todo, None)):
+            while len(flying) < 2 * how.concurrency and (found := next(todo, None)):
                 flying[pool.submit(ask, found[1])] = found[0]
             if not flying:
                 return
@@ -230,88 +267,45 @@ def png(image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def attempt(call: Callable[[], Reply], sdk, key: str, sampling: dict, tries: int = 3) -> Reply:
-    """One reply through a client library, which waits and asks again after 429, 5xx, timeouts and cut
-    connections by itself (exponential backoff with jitter, Retry-After); an answer that cannot be read is
-    asked for again here. A model that takes no temperature is asked without, for the rest of the run:
-    `sampling`, which the calls share, is emptied. Raises: Refused if no request can succeed."""
-    started, error = time.time(), ""
-    for _ in range(tries):
-        try:
-            return call()
-        except (sdk.AuthenticationError, sdk.PermissionDeniedError, sdk.NotFoundError) as refusal:
-            raise Refused(f"{type(refusal).__name__}: {refusal}".replace(key, "***")[:500]) from None
-        except sdk.APIError as failure:
-            error = f"{type(failure).__name__}: {failure}"
-            if isinstance(failure, sdk.BadRequestError) and "temperature" in str(failure):
-                if sampling:
-                    print("warning: this model refuses a temperature and is asked without one", flush=True)
-                    sampling.clear()
-            elif not isinstance(failure, sdk.APIResponseValidationError):
-                break
-        except (ValueError, TypeError, LookupError, AttributeError) as failure:  # the shape of the answer
-            error = f"malformed answer: {type(failure).__name__}: {failure}"
-    return Reply("", "failed", latency_s=time.time() - started, error=error.replace(key, "***")[:500])
-
-
 def openai_replies(model: str, samples: Sequence[Sample], encode: PromptEncoder, how: Decoding) -> Replies:
     """Replies of an OpenAI-compatible chat endpoint: OpenAI's, or how.base_url (vLLM, SGLang, ...)."""
     import openai
 
-    key = api_key("OPENAI_API_KEY", how.base_url)
+    key, sampling = api_key("OPENAI_API_KEY", how.base_url), {"temperature": how.temperature}
     client = openai.OpenAI(api_key=key, base_url=how.base_url, timeout=how.timeout_s, max_retries=how.retries)
     limit = "max_tokens" if how.base_url else "max_completion_tokens"  # OpenAI's newer models want the second
-    sampling = {"temperature": how.temperature}
 
-    def ask(sample):
-        content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png(image)}"}}
-                   for image in encode.images(sample)]
-        text = encode.messages(sample)[0]["content"][-1]["text"]
+    def complete(text, images, seed):
+        content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{i}"}} for i in images]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        answer = client.chat.completions.create(model=model, messages=messages, seed=seed, **sampling,
+                                                **{limit: how.max_new_tokens})
+        choice, usage = answer.choices[0], answer.usage
+        why = "length" if choice.finish_reason == "length" else "stop"
+        return Reply(choice.message.content or "", why, usage.completion_tokens, usage.prompt_tokens)
 
-        def call():
-            started = time.time()
-            answer = client.chat.completions.create(
-                model=model, messages=messages, seed=how.seed_of(sample), **sampling,
-                **{limit: how.max_new_tokens})
-            choice, usage = answer.choices[0], answer.usage
-            why = "length" if choice.finish_reason == "length" else "stop"
-            return Reply(choice.message.content or "", why, usage.completion_tokens, usage.prompt_tokens,
-                         time.time() - started)
-
-        return attempt(call, openai, key, sampling)
-
-    return api_replies(ask, samples, how.concurrency)
+    return api_replies(complete, openai, key, sampling, samples, encode, how)
 
 
 def anthropic_replies(model: str, samples: Sequence[Sample], encode: PromptEncoder, how: Decoding) -> Replies:
     """Replies of Anthropic's messages endpoint, or one like it at how.base_url."""
     import anthropic
 
-    key = api_key("ANTHROPIC_API_KEY", how.base_url)
+    key, sampling = api_key("ANTHROPIC_API_KEY", how.base_url), {"temperature": how.temperature}
     client = anthropic.Anthropic(api_key=key, base_url=how.base_url, timeout=how.timeout_s,
                                  max_retries=how.retries)
-    sampling = {"temperature": how.temperature}  # the library has no argument for it
 
-    def ask(sample):
-        sources = [{"type": "base64", "media_type": "image/png", "data": png(image)}
-                   for image in encode.images(sample)]
+    def complete(text, images, seed):
+        sources = [{"type": "base64", "media_type": "image/png", "data": i} for i in images]
         content = [{"type": "image", "source": source} for source in sources]
-        text = encode.messages(sample)[0]["content"][-1]["text"]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        answer = client.messages.create(  # no argument for a temperature, and no seed at all
+            model=model, messages=messages, max_tokens=how.max_new_tokens, extra_body=dict(sampling))
+        text = "".join(block.text for block in answer.content if block.type == "text")
+        why = "length" if answer.stop_reason == "max_tokens" else "stop"
+        return Reply(text, why, answer.usage.output_tokens, answer.usage.input_tokens)
 
-        def call():
-            started = time.time()
-            answer = client.messages.create(model=model, messages=messages, max_tokens=how.max_new_tokens,
-                                            extra_body=dict(sampling))
-            text = "".join(block.text for block in answer.content if block.type == "text")
-            why = "length" if answer.stop_reason == "max_tokens" else "stop"
-            return Reply(text, why, answer.usage.output_tokens, answer.usage.input_tokens,
-                         time.time() - started)
-
-        return attempt(call, anthropic, key, sampling)
-
-    return api_replies(ask, samples, how.concurrency)
+    return api_replies(complete, anthropic, key, sampling, samples, encode, how)
 
 
 PROVIDERS = {"vllm": vllm_replies, "hf": hf_replies, "openai": openai_replies, "anthropic": anthropic_replies}

@@ -2,7 +2,6 @@
 
 import doctest
 import json
-import os
 import re
 import shutil
 import signal
@@ -408,7 +407,7 @@ def test_ctrl_c_says_how_to_go_on(tiny_data, tmp_path):
     with serve(respond) as (url, _):
         command = [sys.executable, str(REPO / "evaluate.py"), *asked(url, tiny_data, tmp_path)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   env=os.environ)
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while not (tmp_path / "x.jsonl").exists() or (tmp_path / "x.jsonl").read_text().count("\n") < 4:
             assert process.poll() is None
             time.sleep(0.01)
