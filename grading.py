@@ -11,6 +11,7 @@ denominator of the score and are counted beside it. `released_letter` reads as t
 """
 
 import ast
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -36,57 +37,119 @@ MAX_PHRASES = 16  # final-answer phrases read, the last ones
 
 
 # ---- reading a choice out of a reply ----
-_WRAPPERS = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathsf)\s?\{([^{}]*)\}")  # \text{B} -> B
-_DRESS = re.compile(r"[*`$#\"“”]|\\[()\[\]]")
-_FULL_WIDTH = str.maketrans("（）：．，’", "():.,'")
+_TAGS = re.compile(
+    r"</?(?:answer|b|i|em|strong|p|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$", re.I)
+_WRAPPERS = re.compile(r"\\(?:text|math)\w*\s?\{([^{}]*)\}")  # \text{B} -> B
+_DRESS = re.compile(
+    r"[*`$#\"“”\ufeff\u200b]|\\[()\[\]]|\\(?:left|right|bf|rm|,)(?![a-z])|(?m:^[^\S\n]*[-•>✅]+ )")
+_EMPHASIS = re.compile(r"(?<!\w)([_'])(\(?\w[^_'\n]{0,60}?)\1(?!\w)")  # 'B', _B_
+_FULL_WIDTH = str.maketrans("（）：．，’。！、【】−", "():.,'.!,()-")
 _BOXED = re.compile(r"\\boxed\s?\{((?:[^{}]|\{[^{}]*\})*)\}")
-_FINAL = re.compile(r"\bfinal (?:answer|choice)(?: (?:is|would be))?\s?[:=]?\s|最终答案[是为]?:?", re.I)
+_BELOW = r"(?:\s*(?:given |shown |as )?(?:below|above|follows)[:.])?"  # "the answer is below:"
+_FINAL = re.compile(
+    rf"\bfinal (?:answer|choice)\s*(?:(?:is|would be)\b{_BELOW}:?|[:=]|\n|(?=[(\[]))"
+    r"|最终答案[是为]?:?", re.I)  # fmt: skip
 _PHRASE = re.compile(
-    r"\b(?:answer|option|choice)\s?"
-    r"(?:(?:is|would be|should be|must be)(?:\s?:|\s(?=\S)|(?=[(\[])|$)|:|=|->|→)"
-    r"|(?:^|\n)answer\s*\n|\bI(?:'d| would| will|'ll)? (?:choose|pick|select|go with|say|answer)\b:?"
-    r"|答案[是为]?:?",
+    r"\b(?:ans|answer|option|choice)(?:'s| to (?:the|this) question)?\s?"
+    rf"(?:(?:(?:is|would be|should be|must be)\b|(?<='s)){_BELOW}(?:\s*:|\s+(?=\S)|(?=[(\[]))|:|=|->|→)"
+    r"|(?:^|\n)(?:answer\s*\n|correct:)|\bit must be\b"
+    r"|\bI(?:'d| would| will|'ll|'m| am)? (?:choose|pick|select|go with|going with|say|answer)\b:?"
+    r"|答案[是为]?:?|应?选择?",
     re.I,
 )
+_HEDGED = re.compile(  # before an announcement, in its sentence
+    r"\b(?:wrong|incorrect|not|no|none|neither|doubt|whether|unsure|unclear|might|may|could|would|suppose"
+    r"|assum\w+|unlikely|at first|if(?! i (?:had|have|must|were)))\b|n't\b", re.I)  # fmt: skip
 _VERDICT = re.compile(
-    r"(?:[(\[]([A-J])[)\]]|\b([A-J]))[.,]? (?:is|must be|seems) (?:the )?(?:correct|right|best|answer)\b"
+    r"(?:[(\[]([A-J])[)\]]|\b([A-J]))[.,]? (?:is|must be|seems) (?:the )?(?:most )?(?:correct|right|best)\b"
+    r"(?= ?(?:$|[.,;!)\n]|answer|option|choice|one|here|because|since))"
 )
 _LEAD = re.compile(  # a letter in its dress; a bare one only where it can be no article
-    r"(?:(?:so|thus|hence|therefore),? )?(?:it's |it is |i think )?"
-    r"(?:the )?(?:correct )?(?:(?:option|choice|answer):? )?"
-    r"(?:[(\[{] ?([a-j]) ?[)\]}]|([a-j]) ?[).:,;](?!\w)"
-    r"|([a-j])(?=$| (?:because|since|or|and)\b| ?[/&] ?[a-j]\b| [-–—] ))",
+    r"(?:(?:so|thus|hence|therefore|yes|sure)[,:]? )?"
+    r"(?:(?:it's|it is|it must be|i think|most likely|likely|probably|definitely|clearly|actually) )*"
+    r"(?:the )?(?:correct )?(?:(?:option|choice|answer|letter):? )?"
+    r"(?:[(\[{] ?([a-j])\.? ?[)\]}]|([a-j]) ?[).:,;!}](?![A-Za-z0-9])"
+    r"|([a-j])(?=$|\n| (?:because|since|or|and)\b| ?[/&] ?[a-j]\b| [-–—] |—))",
     re.I,
 )
-_ANOTHER = re.compile(
-    r"[(\[]([A-Ja-j])[)\]]|(?:\b(?:or|and)|[/,&]) ?(?:option )?([A-J])(?= ?(?:$|[).,;:/&]|or\b|and\b))"
+_ANNOUNCED_LETTER = re.compile(  # behind "the answer is" no B is an article, and A is none before these
+    r"(?:(?:most )?(?:likely|probably|definitely|clearly|actually) )?(?:(?:letter|option) )?"
+    r"(?:([B-HJ])(?![\w'-])|(A)(?= ?[(—]| (?:as|based|but|given|due)\b))"
 )
-_NEGATION = re.compile(r"\b(?:not|neither|nor|never|no|none|cannot)\b|n't\b")
-_YES_NO = re.compile(r"(yes|no)\b(?!/| (?:or|and)\b)")
-_NO_IDEA = re.compile(r"\bno (?:idea|clue|answer|information|image)\b")
-_SENTENCE_END = re.compile(r"(?<=\w\w)[.!?](?:\s|$)")
-_NUMBER_WORDS = {w: str(i) for i, w in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve".split())}  # fmt: skip
-_NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBER_WORDS)})\b")
+_ONLY_LETTER = re.compile(r"(?:(?:option|choice|answer):? )?[(\[]? ?[A-Ja-j] ?[)\].:!]{0,2}", re.I)
+_BECAUSE = re.compile(r"\b(?:because|since|as|while|whereas|unlike|rather than|instead of)\b|,? not\b|\n")
+_ANOTHER = re.compile(
+    r"(?:\b(?:or|and)|[/,&;+]) ?(?:(?:maybe|perhaps|possibly|also|even|option) )*"
+    r"(?:[(\[]([A-J])[)\]]|([A-J])(?= ?(?:$|[).,;:/&?!]|or\b|and\b)))"
+)
+_DOUBT = re.compile(
+    r"\b(?:wait|actually|hmm|sorry|maybe|perhaps|possibly|no|instead(?! of)|rather(?! than))\b.*?"
+    r"(?-i:\b([A-J])\b)(?!')", re.I)  # fmt: skip
+_REJECTED = re.compile(
+    r"[ :(–—-]*(?:(?:this|that|it|which) (?:option )?)?"
+    r"(?:(?:is|are|was|seems|looks|would be|must be|can(?: safely)? be|could be) (?:\w+ly )?"
+    r"(?:not|wrong|incorrect|false|ruled out|excluded|eliminated|unlikely|impossible)\b"
+    r"|isn't\b|cannot be\b|can't be\b|(?:not|no|wrong|incorrect|false)\b)",
+    re.I,
+)
+_NEGATION = re.compile(
+    r"\b(?:not|neither|nor|never|no|none|non|cannot|unable|wrong|incorrect|unlikely|whether|rather than"
+    r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me|which of)"
+    r"\b|n't\b|\?"
+)
+_REFUSAL = re.compile(
+    r"\b(?:cannot|can't|can not|unable to|not able to|don't have|do not have|no way to|no access)\b.{0,50}"
+    r"\b(?:see|view|tell|determined?|answer|say|access|help|know|confirm|provide|identify|count|images?)\b"
+    r"|\bno (?:way|access|clear|context|one can|image|picture|photo|visual|visible|comment|idea|clue|answer"
+    r"|information)\b"
+    r"|\b(?:i'm|i am) sorry\b|\bnothing can be\b|\bas an ai\b|\bi can only\b|^error\b"
+    r"|\bnone of the (?:above|options|choices)\b"
+)
+_DISCOURSE = re.compile(
+    r"\b(?:the|image|picture|question|options?|choices?|as|described|mentioned|shown) (?:above|below)\b"
+    r"|\b(?:all|you're|you are|that's|that is) right\b"
+)
+_CORRECTS = re.compile(r"\b(?:wait|hmm|on second thought|misread|correction|scratch that)\b", re.I)
+_YES_OR_NO = re.compile(r"^\(?(?:yes|no)(?: or |/)(?:yes|no)\)?(?= ?[:?])")
+_YES_NO = re.compile(
+    r"(?:(?:yes|no)(?: or |/)(?:yes|no)\)? ?[:?] ?)?(yes|no)"
+    r"(?!\w|/| (?:or|and|doubt|question|problems?|issues?|obstacles?|objects?)\b)"
+)
+_SO_YES_NO = re.compile(r"\b(?:so|thus|hence|therefore|is)[:,]? (yes|no)$")
+_SENTENCE_END = re.compile(r"(?<=\w\w)[.!](?:\s|$)")
+_NUMBER_WORDS = {w: i for i, w in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen".split())}  # fmt: skip
+_TENS = {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_ONES = "|".join(list(_NUMBER_WORDS)[1:10])
+_WORDED = re.compile(rf"\b(?:({'|'.join(_TENS)})(?:[- ]({_ONES}))?|({'|'.join(_NUMBER_WORDS)}))\b")
+_SCALE = r"(?:hundred|thousand|million|billion|dozen|half|and a half|quarter|third)s?\b"
 
 
 def _plain(text: str) -> str:
-    """Without Markdown and LaTeX dress, runs of blanks as one."""
-    text = _DRESS.sub("", _WRAPPERS.sub(r"\1", text)).translate(_FULL_WIDTH)
-    return re.sub(r"[^\S\n]+", " ", text).strip()
+    """Without tags, Markdown and LaTeX dress, runs of blanks as one."""
+    text = _DRESS.sub("", _WRAPPERS.sub(r"\1", _TAGS.sub("", text))).translate(_FULL_WIDTH)
+    return re.sub(r"[^\S\n]+", " ", _EMPHASIS.sub(r"\2", text)).strip()
+
+
+def _number_of(found: re.Match) -> str:
+    tens, unit, word = found.groups()
+    return str(_TENS[tens] + _NUMBER_WORDS.get(unit, 0) if tens else _NUMBER_WORDS[word])
 
 
 def _normal(text: str) -> str:
-    """Plain text as it is compared: lower case, digits for number words, no full stop."""
-    text = _NUMBER_WORD.sub(lambda m: _NUMBER_WORDS[m[0]], text.lower().replace("\n", " "))
+    """Plain text as it is compared: lower case, digits for number words, no hyphens, no full stop."""
+    text = _WORDED.sub(_number_of, text.lower().replace("\n", " "))
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"(?<=[a-z])[-‐‑](?=[a-z])", " ", text))
     return text.strip(" .,;:!")
 
 
 @dataclass(frozen=True)
 class _Options:
     letters: dict[str, set[str]]  # normalised option text -> its letters (more than one if options repeat)
+    plain: dict[str, str]  # letter -> plain option text
     anywhere: re.Pattern  # any option text on word and number boundaries, the longest first
-    yes_no: bool
+    yes_no: bool  # whether yes or no are among them
     lettered: bool  # whether the reader was shown letters
 
 
@@ -94,62 +157,118 @@ class _Options:
 def _options(choices: tuple[str, ...], lettered: bool = True) -> _Options:
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"choices: expected 2 to {len(LETTERS)} options, got {len(choices)}: {choices!r}")
-    letters = defaultdict(set)
+    letters, plain = defaultdict(set), {}
     for letter, choice in zip(LETTERS, choices, strict=False):
-        letters[_normal(_plain(choice))].add(letter)
-    texts = sorted(filter(None, letters), key=len, reverse=True)
-    inside = "|".join(rf"(?<!-){re.escape(t)}" if t[0].isdigit() else re.escape(t) for t in texts)
-    anywhere = re.compile(rf"(?<!\w)(?<!\d[.,])(?:{inside})(?!\w)(?![.,]\d)")
-    return _Options(dict(letters), anywhere, set(texts) == {"yes", "no"}, lettered)
+        plain[letter] = _plain(choice)
+        letters[_normal(plain[letter])].add(letter)
+    readable = (t for t in letters if len(t) > 1 or t.isdigit())  # "a" is an article
+    texts = sorted(readable, key=len, reverse=True)
+    number = rf"(?<![-/:])(?<!option )(?<!choice )(?<!image )(?<!figure ){{}}(?![-/:]\d| \d| ?{_SCALE})"
+    inside = "|".join(number.format(re.escape(t)) if t[0].isdigit() else re.escape(t) for t in texts)
+    anywhere = re.compile(rf"(?<!\w)(?<!\d[.,])(?:{inside or '(?!)'})(?!\w)(?![.,]\d)")
+    return _Options(dict(letters), plain, anywhere, bool({"yes", "no"} & set(letters)), lettered)
+
+
+def _said_yes_no(statement: str, options: _Options) -> set[str]:
+    """Letters of yes or no where a normalised statement begins with the word, or concludes with it."""
+    first = re.split(r"[.!?] ", statement, maxsplit=1)[0]
+    said = {m[1] for m in (_YES_NO.match(first), _SO_YES_NO.search(statement)) if m}
+    if said and len(statement.split()) <= 4:  # "Yes? No."
+        said |= set(re.findall(r"\b(?:yes|no)\b", _YES_OR_NO.sub("", statement.replace("no doubt", ""))))
+    if not said and len(first.split()) <= 4 and first == statement and not re.search(r"\bno \w", first):
+        said = set(re.findall(r"\b(?:yes|no)\b", first))
+    if _REFUSAL.search(first):
+        return set()
+    return {letter for word in said for letter in options.letters.get(word, ())}
 
 
 def _named_texts(statement: str, options: _Options) -> set[str]:
-    """Letters of the options whose text a statement names; none where it negates outside those texts."""
+    """Letters of the options whose text a statement names; none where it refuses, doubts or negates."""
+    if _normal(statement) in options.letters:
+        return options.letters[_normal(statement)]
+    known = "|".join(options.letters)  # a compound that no option holds is one word: off-white is not white
+    statement = re.sub(r"[A-Za-z]+(?:-[A-Za-z]+)+", lambda m: m[0] if m[0].lower().replace("-", " ") in known
+                       else m[0].replace("-", "_"), statement)
     statement = _normal(statement)
-    if statement in options.letters:
-        return options.letters[statement]
-    if options.yes_no:
-        statement = _NO_IDEA.sub("", statement)
-        if leading := _YES_NO.match(statement):
-            return options.letters[leading[1]]
+    if options.yes_no and (said := _said_yes_no(statement, options)):
+        return said
+    if _REFUSAL.search(statement):
+        return set()
+    if "0" in options.letters and _NOTHING.search(statement) and not re.search(r"\d", statement):
+        return options.letters["0"]
+    statement = _DISCOURSE.sub("", statement)
     if _NEGATION.search(options.anywhere.sub("", statement)):
         return set()
-    return {letter for text in options.anywhere.findall(statement) for letter in options.letters[text]}
+    found = set(options.anywhere.findall(statement)) - {"yes", "no"}
+    return {letter for text in found for letter in options.letters[text]}
 
 
-def _named_letters(statement: str, options: _Options) -> set[str]:
-    """Letters at the head of a statement, in any usual dress: B  b)  (B)  [B]  B.  B: left  Option B."""
+def _named_letters(statement: str, options: _Options, announced: bool = False) -> set[str]:
+    """Letters at the head of a statement, in any usual dress: B  b)  (B)  [B]  B.  B: left  Option B.
+
+    None where the statement goes on to reject the letter; more than one where it goes on to another letter or
+    to the text of another option.
+    """
     if not options.lettered:
         return set()
-    if found := _LEAD.match(statement):
-        rest = statement[found.end(found.lastindex) :]
-        others = {(a or b).upper() for a, b in _ANOTHER.findall(rest.partition("\n")[0])}
-        return {found[found.lastindex].upper()} | others
-    if statement[1:2] == " " and options.letters.get(_normal(statement[2:])) == {statement[0]}:
-        return {statement[0]}  # "B left"
-    return set()
+    found = _LEAD.match(statement) or (_ANNOUNCED_LETTER.match(statement) if announced else None)
+    if not found:
+        if statement[1:2] == " " and options.letters.get(_normal(statement[2:])) == {statement[0]}:
+            return {statement[0]}  # "B left"
+        return set()
+    letter, rest = found[found.lastindex].upper(), statement[found.end(found.lastindex) :]
+    text = options.plain.get(letter)
+    own = text and re.match(rf"[\s)\]}}.:,;!–—-]*{re.escape(text)}(?!\w)", rest, re.I)
+    if own:
+        rest = rest[own.end() :]
+    else:
+        normal = re.sub(r"^(?:it is |it's |the |an? )+", "", _normal(rest.lstrip(" )]}.:,;!–—-")))
+        if (text := options.anywhere.match(normal)) and letter not in options.letters[text[0]]:
+            return {letter} | options.letters[text[0]]
+    if _REJECTED.match(rest if own else rest.lstrip(")]}.:;! ")):
+        return set()
+    if lone := re.fullmatch(r"[)\]}.:,;+ ]*[(\[]?([A-J])[)\].:!]*", rest):  # "B C", "A: B"
+        return {letter, lone[1]}
+    clause = _BECAUSE.split(rest, maxsplit=1)[0]
+    others = {a or b for a, b in _ANOTHER.findall(_SENTENCE_END.split(clause, maxsplit=1)[0])}
+    others |= {x for x, text in options.plain.items()  # a list of the options on one line
+               if x != letter and re.search(rf"\b{x}[)\].:] ?{re.escape(text)}(?!\w)", clause, re.I)}
+    others |= set(_DOUBT.findall(rest.partition("\n")[0])) & set(options.plain)
+    return {letter} | others
 
 
-def _stated(statement: str, options: _Options) -> set[str]:
+def _stated(statement: str, options: _Options, announced: bool = False) -> set[str]:
     """All options that a short statement names: none, one, or a contradiction."""
-    letters = _named_letters(statement, options)
-    if not letters or (len(statement) > 1 and _normal(statement) in options.letters):
-        return _named_texts(statement, options)  # an option may itself begin like a letter: "A is closer"
-    texts = _named_texts(statement, options)
-    return letters | texts if len(texts) == 1 else letters
+    if len(statement) > 1 and _normal(statement) in options.letters:
+        return options.letters[_normal(statement)]  # an option may itself begin like a letter: "A is closer"
+    return _named_letters(statement, options, announced) or _named_texts(statement, options)
+
+
+def _announcements(text: str, pattern: re.Pattern) -> list[str]:
+    """The lines behind the last final-answer phrases that nothing before or behind them puts in doubt."""
+    lines = []
+    for phrase in list(pattern.finditer(text))[-MAX_PHRASES:]:
+        before = re.split(r"[.!?;\n]", text[max(0, phrase.start() - 80) : phrase.start()])[-1]
+        line = text[phrase.end() : phrase.end() + 2 * MAX_STATEMENT].lstrip(" :\n").partition("\n")[0]
+        corrected = _CORRECTS.search(text, phrase.end())
+        if not corrected and not _HEDGED.search(before) and not re.match(r"[^.!]{0,60}\?", line):
+            lines.append(line)
+    return lines
 
 
 def _announced(text: str, options: _Options) -> tuple[set[str], str]:
     """Options named in the last box or after final-answer phrases -> (letters, method)."""
-    if (boxed := _BOXED.findall(text)) and (found := _stated(_plain(boxed[-1]), options)):
+    if (boxed := _BOXED.findall(text)) and (found := _stated(_plain(boxed[-1]), options, True)):
         return found, "boxed"
     text = _plain(text)
     for pattern in (_FINAL, _PHRASE):
-        verdicts = options.lettered and pattern is _PHRASE
-        found = {a or b for a, b in _VERDICT.findall(text)} if verdicts else set()
-        for phrase in list(pattern.finditer(text))[-MAX_PHRASES:]:
-            line = text[phrase.end() : phrase.end() + 2 * MAX_STATEMENT].lstrip(" :\n").partition("\n")[0]
-            found |= _stated(_SENTENCE_END.split(line, maxsplit=1)[0], options)
+        found = set()
+        if options.lettered and pattern is _PHRASE:
+            for verdict in _VERDICT.finditer(text):
+                before = re.split(r"[.!?;\n]", text[max(0, verdict.start() - 80) : verdict.start()])[-1]
+                found |= set() if _HEDGED.search(before) else {verdict[1] or verdict[2]}
+        for line in _announcements(text, pattern):
+            found |= _stated(_SENTENCE_END.split(line, maxsplit=1)[0], options, True)
         if found:
             return found, "phrase"
     return set(), "none"
@@ -161,27 +280,38 @@ def _read(text: str, options: _Options) -> tuple[set[str], str]:
     if found:
         return found, method
     text, method = _plain(text), "text"
-    for line in {text.partition("\n")[0], text.rpartition("\n")[2]}:  # before or after the explanation
-        line = line[: 2 * MAX_STATEMENT]
-        if _named_letters(line, options):
-            found, method = found | _stated(line, options), "letter"
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    heads = [_named_letters(line[:MAX_STATEMENT], options) for line in lines[:32]]
+    listing = len(set().union(*heads)) > 1  # the options repeated, or judged one by one
+    for line in {line[: 2 * MAX_STATEMENT] for line in lines[:1] + lines[-1:]}:  # around an explanation
+        if listing and len(lines) > 1 and not _ONLY_LETTER.fullmatch(line):
+            continue
+        if letters := _named_letters(line, options):
+            found, method = found | letters, "letter"
         else:
             found = found | options.letters.get(_normal(line), set())
     if not found and len(text) <= MAX_STATEMENT:
         found = _named_texts(text, options)
+    if not found and options.yes_no:
+        found = set().union(*(_said_yes_no(_normal(line), options) for line in lines[:1] + lines[-1:]))
     return found, method
 
 
 def _answer_block(reply: str) -> tuple[str, str, str]:
     """(the last answer block or "", what follows it, all that lies outside the thinking)."""
-    reply = reply[-MAX_CHARS:]
+    reply = re.sub(r"(?:<|◁)(/?)think(?:ing)?(?:>|▷)", r"<\1think>", reply[-MAX_CHARS:])
+    reply = re.sub(r"<\s*(/?)\s*answer\b[^<>]{0,40}>", lambda m: f"<{m[1]}answer>", reply, flags=re.I)
+    reply = re.sub(r"<answer>([^<>]{1,200})<answer>", r"<answer>\1</answer>", reply)  # not closed properly
     thought, closed, visible = reply.rpartition("</think>")
-    if not closed and "<think>" in reply:
-        visible = ""  # cut off while thinking
+    if not closed and "<think>" in reply:  # cut off while thinking, unless an answer ends it
+        ended = re.search(r"<answer>([^<]*)</answer>\s*$", reply[-4 * MAX_STATEMENT :])
+        return (ended[1].strip() if ended else ""), "", ""
     if "<answer>" in visible:
         block, _, tail = visible.rpartition("<answer>")[2].partition("</answer>")
+        if not block.strip() and visible.count("<answer>") > 1 and not tail.strip():
+            block, _, tail = visible.split("<answer>")[-2].partition("</answer>")
         return block.strip(), tail, visible
-    return extract_answer(reply).strip(), "", visible
+    return "", "", visible
 
 
 def read_choice(reply: str, choices: Sequence[str], lettered: bool = True) -> tuple[str | None, str]:
@@ -224,19 +354,28 @@ def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
 
 
 # ---- reading other answers ----
-_NUMBER = re.compile(r"(?<![\w.,])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|[.,]\d)")
-_POINT = re.compile(r"[(\[]\s*(-?\d+(?:\.\d*)?|-?\.\d+)\s*,\s*(-?\d+(?:\.\d*)?|-?\.\d+)\s*[)\]]")
-_BARE_POINT = re.compile(r"\s*(-?\d*\.?\d+)\s*,\s*(-?\d*\.?\d+)\s*")
-_LINK = r"(?: ?(?:,|->|→|>|-|;) ?| |(?=[(\[]))"  # between the letters of a sequence
-_ONE = r"[(\[]?[A-J][)\]]?"
-_ORDER = re.compile(rf"(?<![A-Za-z]){_ONE}(?:{_LINK}{_ONE})+(?![A-Za-z])|\b[A-J]{{2,10}}\b")
-_TENS = {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
-_TEENS = "thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_UNITS = {w: int(n) for w, n in _NUMBER_WORDS.items()} | {w: i for i, w in enumerate(_TEENS, 13)}
-_ONES = "|".join(list(_UNITS)[1:10])
-_WORDED = re.compile(rf"\b(?:({'|'.join(_TENS)})(?:[- ]({_ONES}))?|({'|'.join(_UNITS)}))\b")
-_NOTHING = re.compile(r"(?:there (?:are|is) )?(?:no|none|nothing|not any)\b"
-                      r"(?! (?:idea|clue|answer|information|image|way))")
+_DECIMAL = r"-?(?:\d+(?:\.\d*)?|\.\d+)"
+_NUMBER = re.compile(
+    rf"(?<![\w.,])(?<!\w-)-?\d+(?:,\d{{3}})*(?:\.\d+)?"
+    rf"(?=(?:c?m|mm|km|ft|kg)?(?![\w]|[.,]\d|-\d| ?{_SCALE})|[^\x00-\u2fff])"
+)
+_POINT = re.compile(
+    rf"[(\[]\s*({_DECIMAL})\s*,\s*({_DECIMAL})\s*[)\]]"
+    rf"|\bx\W{{1,4}}({_DECIMAL})\W{{1,6}}y\W{{1,4}}({_DECIMAL})"
+)
+_BARE_POINT = re.compile(rf"[^\d(\[]*({_DECIMAL}) ?, ?({_DECIMAL})[^\d(\[]*")
+_ONE = r"[(\[]?[A-H][)\]]?"
+_LINK = r"(?: ?(?:,|->|→|=>|>|-|;|&) ?(?:and |then )?| and | then | |(?=[(\[]))"  # of a sequence's letters
+_ORDER = re.compile(
+    rf"(?<![A-Za-z]){_ONE}(?:{_LINK}{_ONE})+(?![A-Za-z])|(?:(?<=[:=] )|(?<=is )|^)[A-H]{{3,8}}(?=\W*$)")
+_BOUND = re.compile(r"\b(?:fewer|more|less|at least|at most|over|under|up to)(?: than)? -?\d|\d:\d")
+_NOT_COUNTED = re.compile(  # numbers of lists, steps and figures
+    r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b")
+_NOTHING = re.compile(
+    r"^(?:none|nothing|zero|nobody|nobody at all)$|^none of\b|^no \w+(?: \w+)? (?:is|are)\b"
+    r"|\b(?:there (?:are|is)|i (?:can )?(?:see|count|find)) (?:no|not any|none)\b(?! (?:way|doubt))"
+    r"|\bno one\b|\bnot a single\b"
+)
 POINT_RANGE = {"unit": (1, 1), "per_mille": (1000, 1000)}  # what x and y are divided by; "pixel": the image's
 
 
@@ -244,17 +383,16 @@ def _statements(reply: str) -> list[tuple[str, str]]:
     """Texts that may hold the answer, the most decisive first: (plain text, method)."""
     block, _, visible = _answer_block(reply)
     if block:
-        return [(_plain(boxed[-1] if (boxed := _BOXED.findall(block)) else block), "answer_tag")]
-    found = [(_plain(boxed), "boxed") for boxed in _BOXED.findall(visible)[-1:]]
+        return [(_plain(boxed[-1] if (boxed := _BOXED.findall(block)) else block)[-4096:], "answer_tag")]
+    found = [(_plain(boxed)[-4096:], "boxed") for boxed in _BOXED.findall(visible)[-1:]]
     text = _plain(visible)
     for pattern in (_FINAL, _PHRASE):
-        for phrase in list(pattern.finditer(text))[: -MAX_PHRASES - 1 : -1]:  # the last one first
-            line = text[phrase.end() : phrase.end() + 2 * MAX_STATEMENT].lstrip(" :\n").partition("\n")[0]
-            found.append((_SENTENCE_END.split(line, maxsplit=1)[0], "phrase"))
+        found += [(line, "phrase") for line in reversed(_announcements(text, pattern))]
     if len(text) <= MAX_STATEMENT:
         return [*found, (text, "text")]
     lines = (text.rpartition("\n")[2], text.partition("\n")[0])  # behind or before the explanation
-    return found + [(line, "text") for line in lines if len(line) <= MAX_STATEMENT]
+    return found + [(line, "text") for line in lines
+                    if len(line) <= MAX_STATEMENT and not re.match(r"(?:\d+[.)]|step \d) ", line, re.I)]
 
 
 def _first(reply: str, find: Callable[[str], set]) -> tuple[object, str]:
@@ -268,11 +406,25 @@ def _first(reply: str, find: Callable[[str], set]) -> tuple[object, str]:
 
 
 def _numbers(statement: str) -> set[float]:
-    statement = statement.rpartition("=")[2].lower()
-    found = {float(n.replace(",", "")) for n in _NUMBER.findall(statement)}
-    found |= {_TENS[tens] + _UNITS.get(unit, 0) if tens else _UNITS[word]
-              for tens, unit, word in _WORDED.findall(statement)}
-    return {float(n) for n in found} or ({0.0} if _NOTHING.match(statement) else set())
+    """The numbers a statement gives as its answer: those before an explanation, if there are any."""
+    statement = re.sub(r"\b(?:minus|negative) (?=\d)", "-", statement.lower()).replace("–", "-")
+    if _REFUSAL.search(statement) or _CORRECTS.search(statement) or _BOUND.search(statement):
+        return set()
+    statement = _NOT_COUNTED.sub("", statement)
+    if re.search(r"= ?-?[\d.,]+[\s.!]*$", statement):
+        statement = statement.rpartition("=")[2]
+    if total := re.search(r"\b(?:total(?: of| is)?|altogether|in all):? (.*)$", statement):
+        statement = total[1]
+    statement = re.sub(r"(?<=\d) of (?:the |these |those )?\w+", "", statement)  # 3 of the 5
+    for part in (re.split(r"[.!] (?=\w)|[:(;]| because | since ", statement, maxsplit=1)[0], statement):
+        if _NOTHING.search(part.strip(" .!")):
+            return {0.0}
+        if _NEGATION.search(part) or re.search(_SCALE, part):
+            return set()
+        found = {float(n.replace(",", "")) for n in _NUMBER.findall(part)}
+        if found := found | {float(_number_of(m)) for m in _WORDED.finditer(part)}:
+            return found
+    return set()
 
 
 def read_number(reply: str) -> tuple[float | None, str]:
@@ -296,7 +448,8 @@ def read_yes_no(reply: str) -> tuple[str | None, str]:
 
 def read_word(reply: str) -> tuple[str | None, str]:
     """The normalised statement that answers an open question: (text, method) or (None, why not)."""
-    return _first(reply, lambda statement: {_normal(statement)} - {""})
+    return _first(reply, lambda statement: set() if _REFUSAL.search(_normal(statement)) else
+                  {_normal(statement)} - {""})
 
 
 def word_matches(said: str, gold: str) -> bool:
@@ -306,20 +459,24 @@ def word_matches(said: str, gold: str) -> bool:
     (True, False)
     """
     gold = _normal(_plain(gold))
+    said = re.sub(r"^(?:yes|no), |[,(]? ?\bnot .*$", "", said)  # left, not right
     rest, n = re.subn(rf"(?<!\w){re.escape(gold)}(?!\w)", " ", said)
-    alternatives = re.search(r"\b(?:or|either)\b|/", rest)
+    alternatives = re.search(r"\b(?:or|either|and|but|thought)\b|[/,]", rest)
     return said == gold or (n > 0 and not alternatives and not _NEGATION.search(rest))
 
 
 def read_point(reply: str, frame: str, size: tuple[int, int]) -> tuple[tuple[float, float] | None, str]:
-    """The first point of a reply as shares of the image: ((x, y), method) or (None, why not).
+    """The point of a reply, the first of a list, as shares of the image: ((x, y), method) or (None, why not).
 
     Args: frame: unit (0 to 1), per_mille (0 to 1000) or pixel; size (W, H) of the image. The frame is what
         the question asked for; it is never guessed from the values, and a point beyond it is outside.
     """
     def find(statement):
-        point = _POINT.search(statement) or _BARE_POINT.fullmatch(statement)
-        return {(float(point[1]), float(point[2]))} if point else set()
+        found = list(_POINT.finditer(statement)) or [m for m in [_BARE_POINT.fullmatch(statement[:200])] if m]
+        between = (statement[a.end() : b.start()] for a, b in itertools.pairwise(found))
+        listed = all(re.fullmatch(r"[\s,]*", text) for text in between)
+        points = [tuple(float(x) for x in m.groups() if x is not None) for m in found]
+        return set(points[:1] if listed else points)
 
     point, method = _first(reply, find)
     if point is None:
@@ -359,26 +516,35 @@ def read_sequence(reply: str) -> tuple[str | None, str]:
     (('BDAC', 'phrase'), ('BA', 'text'), (None, 'none'))
     """
     def find(statement):
-        orders = {re.sub(r"[^A-J]", "", found) for found in _ORDER.findall(statement)}
+        if _NEGATION.search(statement) or _REFUSAL.search(statement.lower()):
+            return set()
+        statement = re.sub(r"\b\d+[.):] |\b(?:image|picture|option|step|first|next|finally)s? |[\[\]']", "",
+                           statement.replace("\\rightarrow", "->").replace("\n", " "), flags=re.I)
+        if re.fullmatch(r"[a-h]{2,8}|[A-H]{2}", statement):
+            statement = " ".join(statement.upper())
+        orders = [re.sub("[^A-H]", "", re.sub("and|then", "", found)) for found in _ORDER.findall(statement)]
+        apart = len(re.findall(r"(?<![A-Za-z'])[A-H](?![A-Za-z'])", statement))  # "B, followed by D, A, C"
+        if re.search(r"\bor\b|\.\.\.|…", statement) or apart > sum(map(len, orders)):
+            return set()
         return {order for order in orders if len(set(order)) == len(order) > 1}
 
     return _first(reply, find)
 
 
 def released_letter(reply: str, choices: Sequence[str]) -> str:
-    """The letter that the paper's published evaluator reads: A, unless the reply is "(X) text" or "text".
+    """The letter that the paper's published evaluator reads on most multiple-choice sets: that of the option
+    whose text is the whole answer, with or without an "(X)" before it, else A.
 
-    It looks behind "Final Answer:" if that stands anywhere, else into the answer block, else at all of it.
+    The answer is what stands behind the last "Answer:", else in the answer block, else all of the reply.
 
     >>> [released_letter(r, ["cup", "plate"]) for r in ("(B) plate", "plate", "B", "I cannot tell.")]
     ['B', 'B', 'A', 'A']
     """
     text = reply[-MAX_CHARS:] if isinstance(reply, str) else ""
-    text = text.rpartition("Final Answer:")[2] if "Final Answer:" in text else (extract_answer(text) or text)
-    text = text.strip().lower()
+    text = text.rpartition("Answer:")[2] if "Answer:" in text else (extract_answer(text) or text)
+    text = re.sub(r"^\s*\([A-Z]\)\s*", "", text).strip().lower()
     for letter, choice in zip(LETTERS, choices, strict=False):
-        choice = choice.strip().lower()
-        if text in (choice, f"({letter.lower()}) {choice}"):
+        if text == choice.strip().lower():
             return letter
     return "A"
 

@@ -96,7 +96,7 @@ REPLIES = [
     ("yes or no", YES_NO, None),
     ("No idea.", YES_NO, None),
     ("I have no idea.", YES_NO, None),
-    ("There is no cup.", YES_NO, "B"),
+    ("There is no cup.", YES_NO, None),  # the leading word counts
     ("A is closer", CLOSER, "B"),
     ("B is closer.", CLOSER, "A"),
     ("(B) A is closer", CLOSER, "B"),
@@ -198,12 +198,12 @@ REPLIES = [
     ("I choose B", SIDES, "B"),
     ("I pick option (B)", SIDES, "B"),
     ("The best answer is (B): right of", SIDES, "B"),
-    ("The answer is (B), not (A).", SIDES, None),
+    ("The answer is (B), not (A).", SIDES, "B"),
     ("The answer is A or B.", SIDES, None),
     ("<answer></answer>", SIDES, None),
-    ("<answer>  </answer>B", SIDES, None),
-    ("<answer>B</answer><answer></answer>", SIDES, None),
-    ("<ANSWER>B</ANSWER>", SIDES, None),
+    ("<answer>  </answer>B", SIDES, "B"),
+    ("<answer>B</answer><answer></answer>", SIDES, "B"),
+    ("<ANSWER>B</ANSWER>", SIDES, "B"),
     ("<answer>b) right of</answer>", SIDES, "B"),
     ("<answer>[B] right of</answer>", SIDES, "B"),
     ("<answer>Option B: right of</answer>", SIDES, "B"),
@@ -239,7 +239,139 @@ REPLIES = [
 ]  # fmt: skip
 
 
+# Replies that looked like an answer to an earlier version of the reader, and answers that it could not see.
+HARD = [
+    # lists and judgements of the options
+    ("(A) left of\n(B) right of\n(C) above\n(D) below\n\nI'm sorry, I can't view the image.", SIDES, None),
+    ("A. left of\nB. right of\nC. above\nD. below: This is not correct.", SIDES, None),
+    ("B\n\nExplanation:\nA. left of: incorrect\nB. right of: correct\nD. below: incorrect", SIDES, "B"),
+    ("B\n\nA, C and D are wrong.", SIDES, "B"),
+    ("A. left of is wrong. B. right of is right.", SIDES, None),
+    ("(A) is incorrect.", SIDES, None),
+    ("Option (A) is incorrect.", SIDES, None),
+    ("(A) is not correct, since the cup is farther away.", SIDES, None),
+    ("(A) can be ruled out.", SIDES, None),
+    ("(A) No.", SIDES, None),
+    ("(D) below: This is incorrect because the cup is higher.", SIDES, None),
+    ("A: No. B: Yes.", SIDES, None),
+    ("A. left of B. right of C. above D. below", SIDES, None),
+    ("A. left of; C. above", SIDES, None),
+    ("C. D.", SIDES, None),
+    ("Answer: B C", SIDES, None),
+    # what stands before an announcement
+    ("The wrong answer is A.", SIDES, None),
+    ("I don't think the answer is A.", SIDES, None),
+    ("I am not sure that the answer is A.", SIDES, None),
+    ("I cannot confirm whether the answer is B.", SIDES, None),
+    ("If the cup were closer, the answer would be A.", SIDES, None),
+    ("If I had to choose, the answer would be B.", SIDES, "B"),
+    ("One might think the answer is A.", SIDES, None),
+    ("Neither A nor B is correct.", SIDES, None),
+    ("None of A, B, C is right.", SIDES, None),
+    ("I don't think (A) is correct.", SIDES, None),
+    ("Point A is right of the tree.", ("A is closer", "B is closer"), None),
+    ("B is right next to the wall.", ("A is closer", "B is closer"), None),
+    ("The answer is below:\n\nB", SIDES, "B"),
+    ("Based on the above, I see.", SIDES, None),
+    ("All right, here we go.", ("left", "right"), None),
+    # second thoughts
+    ("B or maybe C", SIDES, None),
+    ("The answer is B, possibly C.", SIDES, None),
+    ("B. Wait, actually C.", SIDES, None),
+    ("The answer is B. Hmm, no. It is C.", SIDES, None),
+    ("Would I pick (A)? No.", SIDES, None),
+    # explanations
+    ("The answer is (B). Point (A) is farther away.", SIDES, "B"),
+    ("The answer is B. The plate is left of the cup.", SIDES, "B"),
+    ("The answer is (B) because (A) left of is wrong.", SIDES, "B"),
+    ("The answer is B (it is on the far side).", SIDES, "B"),
+    ("The answer is B based on the image.", SIDES, "B"),
+    ("The answer is most likely B", SIDES, "B"),
+    ("The answer to the question is B.", SIDES, "B"),
+    ("I'm going with B.", SIDES, "B"),
+    ("(D) Both A and B", ("left", "right", "up", "Both A and B"), "D"),
+    # thoughts
+    ("<think>Format: <answer>A</answer>. Hm, no.</think> The final answer is B.", SIDES, "B"),
+    ("<thinking>Maybe the answer is A. No.</thinking>\nB", SIDES, "B"),
+    ("<think>I must end with <answer>(A) left of</answer> or so; but the picture", SIDES, None),
+    # dress
+    ('{"answer": "B"}', SIDES, "B"),
+    ("'B'", SIDES, "B"),
+    ("_B_", SIDES, "B"),
+    ("B!", SIDES, "B"),
+    ("- B", SIDES, "B"),
+    ("<b>B</b>", SIDES, "B"),
+    ("<|begin_of_box|>B<|end_of_box|>", SIDES, "B"),
+    ("\ufeffB", SIDES, "B"),
+    ("\\boxed{\\textsf{B}}", SIDES, "B"),
+    ("<answer>B<answer>", SIDES, "B"),
+    ("<answer>B</Answer>", SIDES, "B"),
+    ('<answer type="letter">B</answer>', SIDES, "B"),
+    ("B</answer>", SIDES, "B"),
+    ("正确答案是B。", SIDES, "B"),
+    ("选B", SIDES, "B"),
+    # compounds
+    ("It is in the top-left corner.", ("top", "bottom", "top left", "top right"), "C"),
+    ("front left", ("front", "back", "front-left"), "C"),
+    ("non-metallic", ("metallic", "rubber"), None),
+    ("off-white", ("white", "black"), None),
+    ("twenty one", ("1", "21"), "B"),
+    ("one hundred", ("1", "100"), None),
+    ("fifteen", ("5", "15"), "B"),
+    ("1,000", ("1000", "2000"), "A"),
+    ("Option 2", ("2", "3"), None),
+    ("It is a cup.", ("A", "B", "C", "D"), None),
+    ("There are no cups.", ("0", "1", "2"), "A"),
+    # refusals
+    ("I am unable to see the lamp.", ("lamp", "desk"), None),
+    ("Is it the lamp?", ("lamp", "desk"), None),
+    ("I have no access to the image.", YES_NO, None),
+    ("No, I can't see the image.", YES_NO, None),
+    ("There is no way to know.", YES_NO, None),
+    ("No doubt, it is on the left.", YES_NO, None),
+    ("No obstacles are there, so yes.", YES_NO, "A"),
+    ("Yes? No.", YES_NO, None),
+    ("Yes, the chair is to the left of the table. From the camera's viewpoint, the chair stands nearer to the"
+     " wall than the table does, which one can see from its shadow.", YES_NO, "A"),
+    ("No, it isn't.", ("Yes", "No", "Cannot tell"), "B"),
+]
+HARD_NUMBERS = [
+    ("No one", 0), ("None of the 4 chairs is red.", 0), ("The answer is not 3.", None), ("It isn't 3.", None),
+    ("As an AI from 2023 I cannot see images.", None), ("I'm sorry, I cannot count the 3 people.", None),
+    ("one hundred", None), ("two dozen", None), ("two and a half meters", None), ("−3", -3),
+    ("minus 3", -3),
+    ("COVID-19", None), ("3 chairs (red = 2)", 3), ("The answer is 3. Two are on the left.", 3), ("3m", 3),
+    ("three cups: one on the left and two on the right", 3), ("3 of the 5 chairs are red.", 3), ("3个", 3),
+    ("2 on the left and 3 on the right, for a total of 5.", 5), ("I see no cups.", 0), ("10:30", None),
+    ("1. cup\n2. plate\n3. fork\n\nThere are 3 objects.", 3), ("fewer than 5", None), ("Image 1", None),
+]  # fmt: skip
+HARD_SEQUENCES = [
+    ("B, D, A, and C", "BDAC"), ("First B, then D, A, C", "BDAC"), ("B & D & A & C", "BDAC"),
+    ("bdac", "BDAC"),
+    ("As an AI, I cannot see the pictures.", None), ("The answer is not BDAC.", None), ("B\nD\nA\nC", "BDAC"),
+    ("1. B\n2. D\n3. A\n4. C", "BDAC"), ("['B', 'D', 'A', 'C']", "BDAC"), ("Image B, Image D", "BD"),
+    ("\\boxed{B \\rightarrow D \\rightarrow A}", "BDA"), ("B, D, A, ...", None),
+    ("B, followed by D, A, C", None),
+]  # fmt: skip
+HARD_POINTS = [
+    ("\\boxed{\\left(0.5, 0.3\\right)}", (0.5, 0.3)), ("x=0.5, y=0.3", (0.5, 0.3)), ("0.5, 0.3.", (0.5, 0.3)),
+    ('{"x": 0.5, "y": 0.3}', (0.5, 0.3)), ("The point is 0.5, 0.3", (0.5, 0.3)), ("(0.5, 0.3, 0.9)", None),
+    ("From (0.1, 0.2) to (0.9, 0.4), so the centre is (0.5, 0.3)", None),
+]  # fmt: skip
+
+
 # ---- reading ----
+@pytest.mark.parametrize("reply, choices, letter", HARD, ids=[repr(r[0][:40]) for r in HARD])
+def test_hard_replies(reply, choices, letter):
+    assert parse_choice(reply, choices) == letter
+
+
+def test_hard_replies_of_other_kinds():
+    assert [read_number(reply)[0] for reply, _ in HARD_NUMBERS] == [number for _, number in HARD_NUMBERS]
+    assert [read_sequence(reply)[0] for reply, _ in HARD_SEQUENCES] == [order for _, order in HARD_SEQUENCES]
+    assert [read_point(reply, "unit", (9, 9))[0] for reply, _ in HARD_POINTS] == [p for _, p in HARD_POINTS]
+
+
 @pytest.mark.parametrize("reply, choices, letter", REPLIES, ids=[repr(r[0][:40]) for r in REPLIES])
 def test_reply(reply, choices, letter):
     assert parse_choice(reply, choices) == letter
@@ -282,14 +414,19 @@ def test_any_text_reads_as_a_letter_of_the_options_or_none(text):
     assert parse_choice(text, SIDES) in (None, "A", "B", "C", "D")
 
 
-LONG = ("final ", "\\boxed{", "answer is ", "(", "<answer>", "no ", "B ", " ", "\n", "(B) or ", "answer: B\n")
+LONG = ("final ", "\\boxed{", "answer is ", "(", "<answer>", "no ", "B ", " ", "\n", "(B) or ", "answer: B\n",
+        "1", "1,", "-", "one ", "A->", "(0.1, ", "'", "_", "a-", "<answer>", "<", "is ", "wait ", "[x: ")
 
 
 @pytest.mark.parametrize("text", [piece * (100_000 // len(piece)) for piece in LONG], ids=map(repr, LONG))
 def test_long_replies_cost_bounded_time(text):
-    started = time.process_time()
-    parse_choice(text, SIDES)
-    assert time.process_time() - started < 1.0
+    for long in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", f"The answer is {text}"):
+        for read in (lambda reply: parse_choice(reply, SIDES), lambda reply: released_letter(reply, SIDES),
+                     lambda reply: read_point(reply, "unit", (9, 9)), read_number, read_yes_no, read_word,
+                     read_sequence):
+            started = time.process_time()
+            read(long)
+            assert time.process_time() - started < 1.0
 
 
 def test_repeated_options_are_no_answer_by_text():
