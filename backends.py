@@ -12,10 +12,11 @@ import gc
 import importlib.metadata
 import io
 import os
+import queue
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 from data import Prompt, PromptEncoder, Sample
@@ -84,7 +85,7 @@ def vllm_replies(model_path: str, samples: Sequence[Sample], encode: PromptEncod
     from vllm.sampling_params import RequestOutputKind
 
     context = context_length(model_path)
-    longest = max(encode.length(s) for s in samples)
+    longest = max(_length(encode, s) for s in samples)
     length = min(context, longest + how.max_new_tokens)
     # A prompt prefilled in two chunks rewinds its seeded generator, which a CPU generator cannot do.
     device = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)} if cpu else {}
@@ -124,6 +125,14 @@ def vllm_replies(model_path: str, samples: Sequence[Sample], encode: PromptEncod
     finally:
         del engine, llm
         gc.collect()
+
+
+def _length(encode: PromptEncoder, sample: Sample) -> int:
+    """Tokens of a prompt; 0 for one that cannot be made, which fails by itself later."""
+    try:
+        return encode.length(sample)
+    except (OSError, ValueError):
+        return 0
 
 
 def _vllm_reply(ids: list[int], output, encode: PromptEncoder, seconds: float) -> Reply:
@@ -176,11 +185,13 @@ def _hf_batch(model, tokenizer, prompts: Sequence[Prompt], how: Decoding, contex
     if seen := [p for p in prompts if p.pixel_values is not None]:
         batch["pixel_values"] = torch.cat([p.pixel_values for p in seen]).to(model.dtype)
         batch["image_grid_thw"] = torch.cat([p.image_grid_thw for p in seen])
-    # A fresh config: the model's own may hold sampling settings and a repetition penalty, which vLLM ignores.
-    sampling = {"temperature": how.temperature, "top_k": 0} if how.temperature else {}
+    # All that the model's own config would otherwise fill in, as Qwen2.5-VL's penalty of 1.05 for repetition:
+    # with vLLM, which is given none of it, replies are to agree.
+    sampling = {"temperature": how.temperature, "top_k": 0, "top_p": 1.0} if how.temperature else {}
     config = GenerationConfig(
         max_new_tokens=min(how.max_new_tokens, context - longest),
         do_sample=how.temperature > 0,
+        repetition_penalty=1.0,
         eos_token_id=sorted(eos),
         pad_token_id=pad,
         **sampling,
@@ -237,18 +248,34 @@ def api_replies(complete: Callable, sdk, key: str, sampling: dict, samples: Sequ
                 error = f"malformed answer: {type(failure).__name__}: {failure}"
         return Reply("", "failed", latency_s=time.time() - started, error=error.replace(key, "***")[:500])
 
-    todo, flying = iter(enumerate(samples)), {}
-    pool = ThreadPoolExecutor(how.concurrency)
+    todo, done, stopped = queue.Queue(), queue.Queue(), threading.Event()
+
+    def work():
+        while (job := todo.get()) and not stopped.is_set():
+            try:
+                done.put((job[0], ask(job[1])))
+            except Exception as error:  # handed to the consumer, which raises it
+                done.put((job[0], error))
+
+    for _ in range(how.concurrency):  # daemons: a program that ends does not wait for a slow server
+        threading.Thread(target=work, daemon=True).start()
+    items, flying = iter(enumerate(samples)), 0
     try:
         while True:
-            while len(flying) < 2 * how.concurrency and (found := next(todo, None)):
-                flying[pool.submit(ask, found[1])] = found[0]
+            while flying < 2 * how.concurrency and (found := next(items, None)):
+                todo.put(found)
+                flying += 1
             if not flying:
                 return
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                yield flying.pop(future), future.result()
+            i, reply = done.get()
+            flying -= 1
+            if isinstance(reply, Exception):
+                raise reply
+            yield i, reply
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        stopped.set()
+        for _ in range(how.concurrency):
+            todo.put(None)
 
 
 def api_key(variable: str, base_url: str | None) -> str:
@@ -280,9 +307,10 @@ def openai_replies(model: str, samples: Sequence[Sample], encode: PromptEncoder,
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
         answer = client.chat.completions.create(model=model, messages=messages, seed=seed, **sampling,
                                                 **{limit: how.max_new_tokens})
-        choice, usage = answer.choices[0], answer.usage
+        choice, usage = answer.choices[0], answer.usage  # some servers count no tokens
         why = "length" if choice.finish_reason == "length" else "stop"
-        return Reply(choice.message.content or "", why, usage.completion_tokens, usage.prompt_tokens)
+        return Reply(choice.message.content or "", why, getattr(usage, "completion_tokens", 0),
+                     getattr(usage, "prompt_tokens", 0))
 
     return api_replies(complete, openai, key, sampling, samples, encode, how)
 

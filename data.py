@@ -77,7 +77,15 @@ class Sample:
     meta: dict = field(default_factory=dict)  # what a benchmark's official score groups by
 
     def load_images(self) -> list[Image.Image]:
-        return [open_image(e).convert("RGB") for e in self.encoded_images]
+        return [to_rgb(open_image(e)) for e in self.encoded_images]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; a depth map of more than 8 bits is scaled to them, where PIL would cut it off."""
+    if image.mode.startswith(("I", "F")):
+        depth = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((255 * (depth - depth.min()) / max(np.ptp(depth), 1e-9)).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def open_image(encoded: dict) -> Image.Image:
@@ -180,7 +188,9 @@ def read_table(source: str, split: str, revision: str | None, image_columns: Seq
                 raise ValueError(f"{source}: expected split {split!r}, got {list(table)}")
             table = table[split]
     elif path.is_dir():
-        files = sorted(path.glob(f"{split}*.parquet")) or sorted(path.glob(f"**/{split}*.parquet"))
+        files = []
+        for part in split.split("+"):  # "a+b" is how the Hub names the union of two splits
+            files += sorted(path.glob(f"{part}*.parquet")) or sorted(path.glob(f"data/{part}*.parquet"))
         if not files:
             raise ValueError(f"{source}: expected {split}*.parquet in the folder, "
                              f"got {sorted(p.name for p in path.iterdir())}")
@@ -189,8 +199,11 @@ def read_table(source: str, split: str, revision: str | None, image_columns: Seq
         if not path.exists():
             raise ValueError(f"{source}: no such file")
         kinds = {".parquet": datasets.Dataset.from_parquet,
-                 ".tsv": functools.partial(datasets.Dataset.from_csv, sep="\t")}
-        table = kinds.get(path.suffix, datasets.Dataset.from_json)(str(path))
+                 ".tsv": functools.partial(datasets.Dataset.from_csv, sep="\t", keep_default_na=False)}
+        try:
+            table = kinds.get(path.suffix, datasets.Dataset.from_json)(str(path))
+        except datasets.exceptions.DatasetsError as error:
+            raise ValueError(f"{source}: {error.__cause__ or error}") from None
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
         table = datasets.load_dataset(source, config, split=split, revision=revision)
     else:
@@ -210,6 +223,8 @@ def read_table(source: str, split: str, revision: str | None, image_columns: Seq
     def encode(x):
         if x is None or isinstance(x, list):
             return x and [encode(p) for p in x]
+        if isinstance(x, (bytes, dict)):
+            return {"bytes": x, "path": None} if isinstance(x, bytes) else x
         if path.suffix == ".tsv":
             return {"bytes": base64.b64decode(x), "path": None}
         return {"bytes": None, "path": str(base / x)}

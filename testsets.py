@@ -49,7 +49,8 @@ def mmvp_pairs(records):
     pairs = defaultdict(list)
     for r in records:
         pairs[r["cluster"]].append(r)
-    return {"pairs": all_right(pairs.values())}
+    pairs = [pair for pair in pairs.values() if len(pair) == 2]
+    return {"pairs": all_right(pairs)} if 2 * len(pairs) == len(records) else {}
 
 
 def spatialbench(records):
@@ -136,7 +137,8 @@ class Benchmark:
     official: Callable[[Sequence[dict]], dict] | None = None  # None: plain accuracy
     scored_by: str = "accuracy"  # the official score, in words
     tables: tuple[str, ...] = ()  # meta columns that get a table of their own
-    pair: bool = False  # rows 2k and 2k + 1 belong together
+    pair: bool = False  # rows 2k and 2k + 1 ask the same about two images
+    released: bool = True  # whether the paper's evaluator reads letters as `grading.released_letter` does
     part_of: str = ""  # the benchmark that holds the same questions
     note: str = ""
 
@@ -170,11 +172,13 @@ DATASETS = {
     "blink-multi-view": blink("Multi-view_Reasoning", 133),
     "blink-jigsaw": blink("Jigsaw", 150),
     "realworld_qa": Benchmark((Source("visheratin/realworldqa", "test", question="question"),
-                               Source("xai-org/RealworldQA", "test", question="question")), 765),
+                               Source("xai-org/RealworldQA", "test", question="question")), 765,
+                              released=False),
     "spatialbench": Benchmark((Source("hunarbatra/SpatialBench", "train", question="text", task="category",
-                                      meta=("question_id",)),), 174, spatialbench, "pairs, counting error"),
+                                      meta=("question_id",)),), 174, spatialbench, "pairs, counting error",
+                              released=False),
     "mmvp": Benchmark((MMVP, Source("MMVP/MMVP", "train", question="Question", answer="Correct Answer",
-                                    choices="Options")), 300, mmvp_pairs, "pairs", pair=True),
+                                    choices="Options")), 300, mmvp_pairs, "pairs", pair=True, released=False),
     "3dsrbench": Benchmark((Source("hunarbatra/3DSRBench", "test", choices="choices", task="task"),
                             Source("ccvl/3DSRBench", "test", question="question", task="category",
                                    choices=("A", "B", "C", "D"), meta=("qid",))),
@@ -220,8 +224,11 @@ def paper_figure(model_path: str, dataset: str) -> float | None:
 
 
 # ---- rows -> items ----
-_MARK = re.compile(r"(?<!\w)(?:(?P<round>\()(?P<a>[A-Ja-j])\)|(?P<b>[A-Ja-j])[).:])(?=\s)\s*")
-_DIRECT = re.compile(r"\s*(?:please )?answer (?:directly )?with (?:only )?(?:the|a|an|one)\b[^\n]*\s*$", re.I)
+_MARK = re.compile(  # (A) left  A) left  A: left  A. left, and at the head of a line A.left and B left
+    r"(?<!\w)(?:(?P<round>\()(?P<a>[A-Ja-j])\)|(?P<b>[A-Ja-j])(?:[):]|\.(?=\s)|(?<=\n.)\.))\s*"
+    r"|(?<=\n)(?P<c>[B-J]) (?=\S)"
+)
+_DIRECT = re.compile(r"(?:\n|(?<=[.?!)]) )(?:please )?answer (?:directly )?with [^\n?]*$", re.I)
 _OPEN = "Answer with a single word or number."  # one for both, lest it tell which
 _HINTS = {"yes_no": "Answer with yes or no.", "number": _OPEN, "word": _OPEN}
 
@@ -233,7 +240,8 @@ def find_options(text: str) -> list[tuple[int, int]]:
     >>> [text[start:end] for start, end in find_options(text)]
     ['a cup', 'a plate']
     """
-    marks = [(m.start(), m.end(), (m["a"] or m["b"]).upper(), bool(m["round"])) for m in _MARK.finditer(text)]
+    marks = [(m.start(), m.end(), (m["a"] or m["b"] or m["c"]).upper(), bool(m["round"]))
+             for m in _MARK.finditer(text)][-100:]
     for first in reversed(range(len(marks))):
         if marks[first][2] != "A":
             continue
@@ -254,26 +262,27 @@ def find_options(text: str) -> list[tuple[int, int]]:
 def gold_letter(answer: str, options: Sequence[str]) -> str | None:
     """The letter of a gold answer written as B, (b), B. or (B) text, or as the text of one option."""
     answer, letters = answer.strip(), LETTERS[: len(options)]
-    same = [letter for letter, o in zip(letters, options, strict=True) if o.strip().lower() == answer.lower()]
+    same = [letter for letter, o in zip(letters, options, strict=True) if same_texts([o], [answer])]
     found = re.fullmatch(r"\(?([A-Ja-j])(?:[).:]|\)[.:])?(?:\s+(.+))?", answer, re.S)
     if found and found[1].upper() in letters:
-        named = options[letters.index(found[1].upper())].strip().lower()
-        if not found[2] or found[2].strip().lower() == named:
+        if not found[2] or same_texts([found[2]], [options[letters.index(found[1].upper())]]):
             return found[1].upper()
     return same[0] if len(same) == 1 else None
 
 
 def same_texts(a: Sequence[str], b: Sequence[str]) -> bool:
-    return [o.strip().lower().rstrip(".") for o in a] == [o.strip().lower().rstrip(".") for o in b]
+    """Whether options are the same but for case, blanks and full stops."""
+    return [" ".join(o.lower().split()).rstrip(".") for o in a] == [
+        " ".join(o.lower().split()).rstrip(".") for o in b]
 
 
-def kind_of(answer: str) -> str:
-    """How an answer without options is graded, from the gold."""
-    if answer.lower() in ("yes", "no"):
+def kind_of(answer: str, shown: bool = False) -> str:
+    """How an answer that is no option is graded, from the gold; shown: whether the question has options."""
+    if answer.lower().rstrip(".") in ("yes", "no"):
         return "yes_no"
     if re.match(r"\[\s*[(\[]", answer):
         return "point"
-    if re.fullmatch(r"[A-J]{2,10}", answer) and len(set(answer)) == len(answer):
+    if shown and re.fullmatch(r"[A-H]{2,8}", answer) and len(set(answer)) == len(answer):
         return "sequence"
     return "number" if len(answer.split()) == 1 and read_number(answer)[0] is not None else "word"
 
@@ -296,7 +305,8 @@ def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
         if answer not in dict(source.gold):
             raise bad(source.answer, f"one of {[written for written, _ in source.gold]}", answer)
         answer = dict(source.gold)[answer]
-    question = _DIRECT.sub("", question.replace("<image>", "")).strip()  # the template says how to answer
+    question = question.replace("<image>", "").strip()
+    question = _DIRECT.sub("", question).strip()  # the template says how to answer
 
     options = read_options(row, source, bad)
     if len(options) == 1 and find_options(options[0]):
@@ -314,10 +324,13 @@ def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
     kind, meta = "choice", {key: row[key] for key in source.meta}
     if options and (letter := gold_letter(answer, options)):
         answer = f"({letter}) {options[LETTERS.index(letter)]}"
-    elif options and not (kind_of(answer) == "sequence" and max(answer) <= LETTERS[len(options) - 1]):
-        raise bad(source.answer, f"one of the {len(options)} options", answer)
     else:
-        kind, options = kind_of(answer), []
+        kind = kind_of(answer, shown=bool(options))
+        if options and not (kind == "sequence" and max(answer) <= LETTERS[len(options) - 1]):
+            raise bad(source.answer, f"one of the {len(options)} options", answer)
+        if kind == "word" and re.fullmatch(r"\(?[A-Ja-j][).:]*", answer):
+            raise bad(source.question, f"lettered options, since the answer is {answer!r}", question)
+        options = []
     if kind == "point":
         meta["frame"] = source.frame
         try:
@@ -326,6 +339,8 @@ def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
             raise bad(source.answer, "a polygon", error) from None
     if kind == "number":
         answer = str(read_number(answer)[0])
+    if kind == "yes_no":
+        answer = answer.rstrip(".")
     hint = _HINTS.get(kind, "")
     question += f"\n{hint}" if hint and not re.search(r"\b(?:answer|respond) with\b", question, re.I) else ""
     try:
@@ -343,7 +358,8 @@ def read_options(row: dict, source: Source, bad) -> list[str]:
     options = row.get(source.choices) if source.choices else None
     if isinstance(options, str) and options.strip().startswith("["):
         try:
-            options = ast.literal_eval(options.strip())
+            commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", options.strip())  # numpy writes none
+            options = ast.literal_eval(commas)
         except (ValueError, SyntaxError):
             raise bad(source.choices, "a list", options) from None
     options = [options] if isinstance(options, str) and options.strip() else options or []
@@ -369,7 +385,7 @@ def permuted(sample: Sample, order: Sequence[int]) -> Sample:
     options = tuple(sample.options[i] for i in order)
     gold = order.index(LETTERS.index(sample.answer.strip()[1].upper()))
     answer = f"({LETTERS[gold]}) {options[gold]}"
-    old, new = f"<answer>{sample.answer.strip()}</answer>", f"<answer>{answer}</answer>"
-    scene = sample.ground_truth.replace(old, new)
+    block = f"<answer>{answer}</answer>"
+    scene = re.sub("<answer>.*?</answer>", lambda _: block, sample.ground_truth, flags=re.S)
     return replace(sample, question=question, options=options, answer=answer,
                    ground_truth=scene if "<scene>" in scene else answer)

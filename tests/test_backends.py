@@ -104,7 +104,7 @@ def test_what_fails_for_good_is_counted_and_asked_again(tiny_data, tmp_path):
         return 200, openai_answer("(A)"), {}
 
     with serve(respond) as (url, api):
-        with pytest.raises(SystemExit, match="1 items failed, expected at most 0"):
+        with pytest.raises(SystemExit, match="1 items failed or are missing, expected at most 0"):
             ask(url, "openai", tiny_data, tmp_path)
         _, records = read_records(tmp_path / "x.jsonl")
         failed = [r for r in records if r["finish_reason"] == "failed"]
@@ -147,6 +147,26 @@ def test_no_password_of_a_url_is_written(tiny_data, tmp_path):
     assert "hidden" not in (tmp_path / "x.jsonl").read_text()
 
 
+def test_what_fails_for_good_does_not_end_a_run_that_has_answers(tiny_data, tmp_path):
+    broken = {}
+
+    def respond(body, nth):
+        if len(broken) < 3 and len(api.bodies) > 5:
+            broken[text_of(body)] = True
+        return (400, ERROR, {}) if text_of(body) in broken else (200, openai_answer("(A)"), {})
+
+    with serve(respond) as (url, api):
+        for _ in range(2):  # the second time nothing but these three is asked
+            ask(url, "openai", tiny_data, tmp_path, "--concurrency", "1", "--max_failures", "3", limit=24)
+    assert json.loads((tmp_path / "x.summary.json").read_text())["failed"] == 3
+
+
+def test_a_server_that_counts_no_tokens_is_heard(tiny_data, tmp_path):
+    with serve(lambda body, nth: (200, openai_answer("(A)") | {"usage": None}, {})) as (url, api):
+        _, records = ask(url, "openai", tiny_data, tmp_path, limit=2)
+    assert [r["reply"] for r in records] == ["(A)"] * 2 and len(api.bodies) == 2
+
+
 def test_an_empty_reply_is_an_answer_that_says_nothing(tiny_data, tmp_path):
     with serve(lambda body, nth: (200, openai_answer(""), {})) as (url, api):
         _, records = ask(url, "openai", tiny_data, tmp_path, limit=2)
@@ -172,6 +192,21 @@ def test_batch_size_does_not_change_replies(tiny_base, tiny_data, tmp_path):
     assert [r["n_tokens"] for r in one] == [r["n_tokens"] for r in seven]
 
 
+def test_the_models_own_sampling_settings_are_not_used(tiny_start, tiny_data, tmp_path):
+    """Qwen2.5-VL ships a penalty for repetition, which vLLM is not given either."""
+    import shutil
+
+    model = shutil.copytree(tiny_start, tmp_path / "model")
+    config = json.loads((model / "generation_config.json").read_text())
+    config |= {"repetition_penalty": 3.0, "top_p": 0.1, "do_sample": True, "temperature": 0.1}
+    (model / "generation_config.json").write_text(json.dumps(config))
+    for name, path in (("own", model), ("plain", tiny_start)):
+        main(flags(path, tiny_data, tmp_path, "--provider", "hf", "--max_new_tokens", "64", "--limit", "4",
+                   "--custom_filename", name))
+    own, plain = (read_records(tmp_path / f"{name}.jsonl")[1] for name in ("own", "plain"))
+    assert [r["reply"] for r in own] == [r["reply"] for r in plain]
+
+
 def test_batches_mark_padding_and_image_tokens(tiny_base, tiny_data, tmp_path, monkeypatch):
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
@@ -188,7 +223,7 @@ def test_batches_mark_padding_and_image_tokens(tiny_base, tiny_data, tmp_path, m
 
 
 def test_a_prompt_beyond_the_context_fails_and_is_counted(tiny_base, tiny_data, tmp_path):
-    with pytest.raises(SystemExit, match="2 items failed"):
+    with pytest.raises(SystemExit, match="2 items failed or"):
         main(flags(tiny_base, tiny_data, tmp_path, *HF, "--min_pixels", "802816", "--limit", "2",
                    "--custom_filename", "x"))
     records = read_records(tmp_path / "x.jsonl")[1]

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import os
 import re
 import shutil
 import signal
@@ -95,8 +96,9 @@ def test_fingerprint_and_questions_tell_data_apart(tiny_data, tmp_path):
     fixtures.write_all(tmp_path)
     args = parse_args(["--local_path", str(tmp_path)])
     whole, part = load_items("cv-bench", args), load_items("cv-bench-2D", args)
-    assert len(whole.questions & part.questions) == 4 and whole.fingerprint != part.fingerprint
-    assert not whole.questions & load_items("stvqa", args).questions
+    shared = set(whole.questions.values()) & set(part.questions.values())
+    assert len(shared) == 4 and whole.fingerprint != part.fingerprint
+    assert not shared & set(load_items("stvqa", args).questions.values())
     assert load_items("cv-bench", args).fingerprint == whole.fingerprint
     rgb, depth = load_items("robospatial_rgb", args), load_items("robospatial", args)
     assert rgb.questions == depth.questions and rgb.fingerprint != depth.fingerprint
@@ -238,11 +240,46 @@ def test_other_data_refuses_to_append(tiny_data, tmp_path):
 
 def test_two_processes_do_not_write_one_file(tiny_data, tmp_path):
     path = tmp_path / "x.jsonl"
-    with evaluate.open_results(path, {"header": {"config": {}, "data": {}, "versions": {}}}):
+    with evaluate.locked(path, "a+b"):
         with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, api):
             with pytest.raises(SystemExit, match="another process is writing it"):
                 main(asked(url, tiny_data, tmp_path))
     assert not api.bodies
+
+
+def test_another_server_or_other_weights_are_another_run(tiny_base, tiny_data, tmp_path):
+    answer = right(tiny_data / "val.parquet")
+    with serve(answer) as (url, _), serve(answer) as (other, api):
+        main(asked(url, tiny_data, tmp_path, "--limit", "2"))
+        with pytest.raises(SystemExit, match="another configuration.*base_url: "):
+            main(asked(other, tiny_data, tmp_path, "--limit", "2"))
+    assert not api.bodies
+    model = shutil.copytree(tiny_base, tmp_path / "model")
+    run = flags(model, tiny_data, tmp_path, "--limit", "1", "--custom_filename", "y")
+    main(run)
+    os.utime(model / "model.safetensors", (1, 1))
+    with pytest.raises(SystemExit, match="another configuration.*weights: "):
+        main(run)
+
+
+def test_a_file_that_is_not_ours_stays_as_it_is(tiny_data, tmp_path):
+    for text in ('{"my": "only copy"}', '{"my": "first"}\n{"my": "half', "notes\n"):
+        (tmp_path / "x.jsonl").write_text(text)
+        with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, _):
+            with pytest.raises(SystemExit, match="expected results of evaluate.py"):
+                main(asked(url, tiny_data, tmp_path))
+        assert (tmp_path / "x.jsonl").read_text() == text
+    for command in (["--rescore", str(tmp_path / "x.jsonl")], ["--report", str(tmp_path / "x.jsonl")]):
+        with pytest.raises(SystemExit, match="x.jsonl: expected results of evaluate.py"):
+            main(command)
+
+
+def test_rescoring_waits_for_no_run(tiny_data, tmp_path):
+    with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, _):
+        main(asked(url, tiny_data, tmp_path, "--limit", "2"))
+    with evaluate.locked(tmp_path / "x.jsonl", "rb"):
+        with pytest.raises(SystemExit, match="another process is writing it"):
+            main(["--rescore", str(tmp_path / "x.jsonl")])
 
 
 # ---- scores ----
@@ -282,6 +319,20 @@ def test_circular_needs_every_rotation_right(tiny_data, tmp_path):
         assert len({tuple(sorted(r["choices"])) for r in turns}) == 1
 
 
+def test_rotations_that_are_missing_are_no_right_item(tiny_data, tmp_path):
+    with serve(right(tiny_data / "val.parquet")) as (url, api):
+        main(asked(url, tiny_data, tmp_path, "--circular", "--limit", "4"))
+    path = tmp_path / "x.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if '@1"' not in line) + "\n")
+    with pytest.raises(SystemExit, match="4 items failed or are missing"):
+        main(["--rescore", str(path)])
+    summary = json.loads((tmp_path / "x.summary.json").read_text())
+    assert (summary["n"], summary["missing"], summary["variant"]) == (0, 4, "circular, limit 4")
+    with pytest.raises(ValueError, match="expected --circular in both or in none"):
+        compare(path, results(tmp_path / "y", [1, 0]))
+
+
 def test_shuffled_and_blind(tiny_data, tmp_path):
     with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, api):
         main(asked(url, tiny_data, tmp_path / "s", "--shuffle_options"))
@@ -295,11 +346,13 @@ def test_shuffled_and_blind(tiny_data, tmp_path):
 
 
 # ---- comparisons ----
-def results(path, correct, clusters=None):
+def results(path, correct, clusters=None, seed=0):
     header = {"config": {"dataset": "x", "model_path": "m", "template": "t", "provider": "hf"},
               "data": {"n": len(correct)}}
+    clusters = list(range(len(correct))) if clusters is None else clusters
     lines = [{"header": header}] + [
-        {"id": str(i), "row": i, "correct": bool(c), "cluster": str(i if clusters is None else clusters[i])}
+        {"id": str(i), "row": i, "correct": bool(c), "cluster": str(clusters[i]), "finish_reason": "stop",
+         "question_hash": f"{i} {seed}"}
         for i, c in enumerate(correct)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -335,7 +388,14 @@ def test_no_difference_has_p_1_and_other_items_are_refused(tmp_path):
     same = compare(results(tmp_path / "a", [1, 0, 1]), results(tmp_path / "b", [1, 0, 1]))
     assert (same["p"], same["difference"], same["ci95"]) == (1.0, 0.0, [0.0, 0.0])
     with pytest.raises(ValueError, match="expected the same items, got others in rows"):
-        compare(tmp_path / "a", results(tmp_path / "b", [1, 0, 1], [7, 8, 9]))
+        compare(tmp_path / "a", results(tmp_path / "b", [1, 0, 1], seed=1))
+
+
+def test_failed_requests_are_not_compared(tmp_path):
+    path = results(tmp_path / "a", [1, 0, 1, 0])
+    path.write_text(path.read_text().replace('"finish_reason": "stop"', '"finish_reason": "failed"', 1))
+    got = compare(path, results(tmp_path / "b", [0, 0, 1, 1]))
+    assert (got["n"], got["only_a"], got["only_b"]) == (3, 0, 1)
 
 
 def test_compare_prints(tmp_path, capsys):
@@ -373,7 +433,7 @@ class Page(HTMLParser):
 
 def test_report_is_one_page_and_one_picture(tmp_path, capsys):
     fixtures.write_all(tmp_path / "data")
-    evil = '<script>alert(1)</script><answer>(A)</answer>'
+    evil = "<script>alert(1)</script>\ud800<answer>(A)</answer>"
     with serve(lambda body, nth: (200, openai_answer(evil), {})) as (url, _):
         main(["--dataset", "stvqa", "blink-jigsaw", "hallusionbench", "--local_path", str(tmp_path / "data"),
               "--model_path", "SpatialThinker-7B", "--provider", "openai", "--base_url", url, "--max_pixels",
@@ -388,11 +448,15 @@ def test_report_is_one_page_and_one_picture(tmp_path, capsys):
     assert page.seen.count("img") == 4 * 2  # the further images of blink-jigsaw
     assert (tmp_path / "out" / "results.png").stat().st_size > 10_000
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [s["paper"] for s in summary if s["dataset"] == "stvqa"] == [pytest.approx(0.928)]
+    assert [s["paper"] for s in summary] == [None] * 3  # not on 6 of 692 rows
     again = tmp_path / "out" / "stvqa_SpatialThinker-7B_spatial_thinker.jsonl"
     capsys.readouterr()
     main(["--report", str(again)])
     assert "results.html" in capsys.readouterr().out
+    features, rows = fixtures.stvqa()
+    fixtures.write(tmp_path / "data" / "stvqa.parquet", features, rows[::-1])
+    with pytest.raises(SystemExit, match="its data set has changed since"):
+        main(["--report", str(again)])
 
 
 def test_doctests():
@@ -401,10 +465,10 @@ def test_doctests():
 
 def test_ctrl_c_says_how_to_go_on(tiny_data, tmp_path):
     def respond(body, nth):
-        time.sleep(0.1)
+        time.sleep(0.1 if len(api.bodies) < 8 else 20)
         return 200, openai_answer("A"), {}
 
-    with serve(respond) as (url, _):
+    with serve(respond) as (url, api):
         command = [sys.executable, str(REPO / "evaluate.py"), *asked(url, tiny_data, tmp_path)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -412,5 +476,5 @@ def test_ctrl_c_says_how_to_go_on(tiny_data, tmp_path):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=10)  # without waiting for the slow server
     assert process.returncode == 1 and "stopped; go on with: " in out and "Traceback" not in out

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import testsets
-from data import open_image
+from data import open_image, to_rgb
 from evaluate import load_items, parse_args
 from evaluate import score as score_records
 from grading import LETTERS, grade
@@ -118,6 +118,68 @@ def test_upstream_schemas_are_read_as_well(tmp_path):
     assert (item.options, item.answer) == (("Open", "Closed"), "(B) Closed")
 
 
+@pytest.mark.parametrize("question, asked", [
+    ("How many?\nPlease answer directly with a single word or number.", "How many?"),
+    ("How many? Answer with the letter.", "How many?"),
+    ("Answer with a single word: what colour is it?", "Answer with a single word: what colour is it?"),
+    ("Please answer with one word. Left or right?", "Please answer with one word. Left or right?"),
+    ("Answer with a number.", "Answer with a number."),
+])
+def test_only_a_closing_instruction_is_taken_off(question, asked):
+    row = {"image": fixtures.image(1), "question": question, "answer": "3"}
+    assert benchmark_sample(row, 0, DATASETS["realworld_qa"].sources[0]).question.startswith(asked)
+
+
+def test_pairs_that_ask_different_things_have_no_score(tmp_path, capsys):
+    features, rows = fixtures.mmvp()
+    rows[1]["text"] = rows[1]["text"].replace("door", "window")
+    fixtures.write(tmp_path / "mmvp.parquet", features, rows)
+    records = records_of("mmvp", tmp_path, lambda i, s: True)
+    assert official("mmvp", records) == {} and "ask different things" in capsys.readouterr().out
+
+
+def test_bad_rows_can_be_left_out(tmp_path, capsys):
+    features, rows = fixtures.mmstar()
+    rows[2]["answer"] = "E"
+    fixtures.write(tmp_path / "mmstar.parquet", features, rows)
+    with pytest.raises(ValueError, match="--skip_bad_rows leaves it out"):
+        load("mmstar", tmp_path)
+    loaded = load("mmstar", tmp_path, "--skip_bad_rows")
+    assert (len(loaded.items), loaded.skipped) == (3, 1) and "row #2" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_benchmark_is_not_read(tmp_path):
+    (tmp_path / "cv-bench-data").mkdir()
+    fixtures.write(tmp_path / "cv-bench-data" / "test-0.parquet", *fixtures.cv_bench())
+    with pytest.raises(ValueError, match="realworld_qa cannot be read"):
+        load("realworld_qa", tmp_path)
+    (tmp_path / "Counting").mkdir()
+    fixtures.write(tmp_path / "Counting" / "val-0.parquet", *fixtures.blink("Counting"))
+    assert load("blink-counting", tmp_path).items[0].options == ("0", "3", "2", "1")
+
+
+def test_split_unions_raw_bytes_and_numpys_lists(tmp_path):
+    (tmp_path / "robospatial").mkdir()
+    features, rows = fixtures.robospatial_home()
+    for name, row in zip(("configuration", "context"), rows, strict=True):
+        fixtures.write(tmp_path / "robospatial" / f"{name}-0.parquet", features, [row])
+    assert [item.kind for item in load("robospatial", tmp_path).items] == ["yes_no", "point"]
+    _, rows = fixtures.mmstar()
+    raw = [{k: v for k, v in r.items() if k != "meta_info"} | {"image": r["image"]["bytes"]} for r in rows]
+    fixtures.Dataset.from_list(raw).to_parquet(str(tmp_path / "mmstar.parquet"))
+    assert load("mmstar", tmp_path).items[0].size == (84, 56)
+    row = fixtures.spatialreasoner()[1][0] | {"choices": "['lamp' 'arm chair']"}
+    assert benchmark_sample(row, 0, DATASETS["spatialreasoner"].sources[0]).options == ("lamp", "arm chair")
+
+
+def test_depth_of_16_bits_is_seen():
+    from PIL import Image
+
+    depth = Image.fromarray(fixtures.np.linspace(500, 4000, 64, dtype=fixtures.np.uint16).reshape(8, 8))
+    seen = fixtures.np.asarray(to_rgb(depth))
+    assert seen.min() == 0 and seen.max() == 255 and len(fixtures.np.unique(seen)) > 40
+
+
 # ---- what is refused ----
 def test_missing_columns_are_named(tmp_path):
     features, rows = fixtures.mmstar()
@@ -137,6 +199,7 @@ def test_missing_columns_are_named(tmp_path):
     ({"image": {"bytes": b"no picture", "path": None}}, "column image: expected a readable image"),
     ({"choices": ["3", "4", "1", "0"]}, r"column prompt: expected the options \['3', '4'"),
     ({"choices": ["3"]}, "expected"),
+    ({"prompt": "How many?", "choices": None, "answer": "B"}, "lettered options, since the answer is 'B'"),
 ])
 def test_bad_rows_are_named(change, message):
     source = DATASETS["cv-bench"].sources[0]
@@ -171,6 +234,11 @@ def test_doctests():
     ("Is A: the cup left of B?", []),
     ("Vitamin A. is good", []),
     ("(A) only one", []),
+    ("Which?\nA. Left\nB Right\nC. Straight", ["Left", "Right", "Straight"]),  # as one of RealWorldQA's
+    ("Which?\nA. Left\nB. Right\nC Straight", ["Left", "Right", "Straight"]),
+    ("Which?\nA.a cup\nB.a plate", ["a cup", "a plate"]),
+    ("Which?\nOptions: A:10, B:15", ["10", "15"]),
+    ("(a)Open (b)Closed", ["Open", "Closed"]),
     ("", []),
 ])
 def test_options_in_a_question(text, options):
@@ -187,18 +255,20 @@ def test_spans_lie_in_the_text_and_in_order(text):
     ("(B)", ("x", "y"), "B"), ("b", ("x", "y"), "B"), ("B.", ("x", "y"), "B"), ("(b) y", ("x", "y"), "B"),
     ("y", ("x", "y"), "B"), ("(B) x", ("x", "y"), None), ("C", ("x", "y"), None), ("z", ("x", "y"), None),
     ("B is closer", ("B is closer", "A is closer"), "A"), ("x", ("x", "x"), None),
+    ("(B) y.", ("x", "y"), "B"), ("y.", ("x", "y"), "B"),
 ])
 def test_gold_letters(answer, options, letter):
     assert gold_letter(answer, options) == letter
 
 
 @pytest.mark.parametrize("answer, kind", [
-    ("Yes", "yes_no"), ("3", "number"), ("three", "number"), ("2.5", "number"), ("BDAC", "sequence"),
+    ("Yes", "yes_no"), ("3", "number"), ("three", "number"), ("2.5", "number"), ("BDAC", "word"),
     ("[(0.1, 0.2), (0.3, 0.4), (0.5, 0.1)]", "point"), ("left", "word"), ("A", "word"),
     ("three cups", "word"),
 ])
 def test_kinds(answer, kind):
     assert kind_of(answer) == kind
+    assert kind_of("BDAC", shown=True) == "sequence"
 
 
 @given(st.permutations(range(4)))
@@ -289,6 +359,12 @@ def test_official_scores_need_all_items(folder):
     header = {"config": config, "data": {"n": 6}}
     assert score_records(header, records)["official"] == {"pairs": 1.0}
     assert score_records(header, records[:4])["official"] == {}
+    header["data"] |= {"rows": 300}  # as many as the benchmark has
+    header["config"] |= {"model_path": "OX-PIXL/SpatialThinker-7B"}
+    assert score_records(header, records)["paper"] == pytest.approx(0.78)
+    header["config"]["blind"] = True
+    assert score_records(header, records)["paper"] is None
+    assert score_records(header, records)["variant"] == "blind"
     header["config"]["limit"] = 6
     assert score_records(header, records)["official"] == {}
 
