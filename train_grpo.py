@@ -226,6 +226,18 @@ def request_seed(*path: int) -> int:
     return int(np.random.SeedSequence(path).generate_state(1)[0])
 
 
+def forget_shared_memory():
+    """Remove what an earlier run has left behind.
+
+    On CPUs vLLM shares memory under one name for all runs, and only an orderly exit removes it. Whoever has
+    it mapped keeps it.
+    """
+    if os.environ["LOCAL_RANK"] == "0":
+        for left in Path("/dev/shm").glob("*tp:*cpushm*"):
+            left.unlink(missing_ok=True)
+    torch.distributed.barrier()
+
+
 class VLLMSampler:
     """vLLM in the training processes, on their devices; `sync` copies the policy's weights into it."""
 
@@ -235,6 +247,8 @@ class VLLMSampler:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(cfg.vllm_memory)))
+            if cfg.tensor_parallel > 1:
+                forget_shared_memory()
         launch_alone()  # external_launcher reads it
         from vllm import LLM
 

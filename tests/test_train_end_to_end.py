@@ -186,6 +186,7 @@ def test_sigterm_to_the_launcher_saves_what_two_processes_have(tiny_data, tmp_pa
 def test_two_processes_with_vllm(tensor_parallel, undisturbed, tiny_data, tmp_path):
     """FSDP2 shards, an engine each or one for both: the sampler holds the policy after every sync."""
     out = tmp_path / "two"
+    Path("/dev/shm/-tp:0-[0-1]-cpushm_0").write_bytes(b"left by a run that was killed")
     status, output = launch("train_grpo.py", 2, *command(
         out, tiny_data, steps=3, tensor_parallel=tensor_parallel, val_every=3, val_limit=24)[2:])
     assert status == 0, output
