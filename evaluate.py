@@ -47,6 +47,7 @@ from testsets import (
     Benchmark,
     benchmark_sample,
     by_meta,
+    grouped,
     paper_figure,
     permuted,
     stvqa_sample,
@@ -310,10 +311,8 @@ def open_results(path: Path, header: dict):
 # ---- scores ----
 def collapse(records: list[dict]) -> list[dict]:
     """One record an item out of those of all its rotations: right, read and whole only if all are."""
-    rows, merged = defaultdict(list), []
-    for r in records:
-        rows[r["row"]].append(r)
-    for group in rows.values():
+    merged = []
+    for group in grouped(records, lambda r: r["row"]).values():
         if len(group) < group[0]["turns"]:
             continue  # not asked in full yet
         worst = [r["finish_reason"] for r in group]

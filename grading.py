@@ -244,14 +244,18 @@ def _stated(statement: str, options: _Options, announced: bool = False) -> set[s
     return _named_letters(statement, options, announced) or _named_texts(statement, options)
 
 
+def _hedged(text: str, at: int) -> bool:
+    """Whether what stands before `at`, in its sentence, takes back what follows."""
+    return bool(_HEDGED.search(re.split(r"[.!?;\n]", text[max(0, at - 80) : at])[-1]))
+
+
 def _announcements(text: str, pattern: re.Pattern) -> list[str]:
     """The lines behind the last final-answer phrases that nothing before or behind them puts in doubt."""
     lines = []
     for phrase in list(pattern.finditer(text))[-MAX_PHRASES:]:
-        before = re.split(r"[.!?;\n]", text[max(0, phrase.start() - 80) : phrase.start()])[-1]
         line = text[phrase.end() : phrase.end() + 2 * MAX_STATEMENT].lstrip(" :\n").partition("\n")[0]
         corrected = _CORRECTS.search(text, phrase.end())
-        if not corrected and not _HEDGED.search(before) and not re.match(r"[^.!]{0,60}\?", line):
+        if not corrected and not _hedged(text, phrase.start()) and not re.match(r"[^.!]{0,60}\?", line):
             lines.append(line)
     return lines
 
@@ -265,8 +269,7 @@ def _announced(text: str, options: _Options) -> tuple[set[str], str]:
         found = set()
         if options.lettered and pattern is _PHRASE:
             for verdict in _VERDICT.finditer(text):
-                before = re.split(r"[.!?;\n]", text[max(0, verdict.start() - 80) : verdict.start()])[-1]
-                found |= set() if _HEDGED.search(before) else {verdict[1] or verdict[2]}
+                found |= set() if _hedged(text, verdict.start()) else {verdict[1] or verdict[2]}
         for line in _announcements(text, pattern):
             found |= _stated(_SENTENCE_END.split(line, maxsplit=1)[0], options, True)
         if found:

@@ -26,12 +26,17 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(values) / len(values) if values and None not in values else None
 
 
-def by_meta(records: Sequence[dict], *keys: str) -> dict:
-    """Records grouped by the named values of their rows."""
+def grouped(records: Sequence[dict], key: Callable[[dict], object]) -> dict:
+    """Records by what `key` gives of them, in order."""
     groups = defaultdict(list)
     for r in records:
-        groups[tuple(r["meta"].get(key) for key in keys)].append(r)
+        groups[key(r)].append(r)
     return groups
+
+
+def by_meta(records: Sequence[dict], *keys: str) -> dict:
+    """Records grouped by the named values of their rows."""
+    return grouped(records, lambda r: tuple(r["meta"].get(key) for key in keys))
 
 
 def all_right(groups) -> float | None:
@@ -46,23 +51,16 @@ def cv_bench(records):
 
 
 def mmvp_pairs(records):
-    pairs = defaultdict(list)
-    for r in records:
-        pairs[r["cluster"]].append(r)
-    pairs = [pair for pair in pairs.values() if len(pair) == 2]
+    pairs = [pair for pair in grouped(records, lambda r: r["cluster"]).values() if len(pair) == 2]
     return {"pairs": all_right(pairs)} if 2 * len(pairs) == len(records) else {}
 
 
 def spatialbench(records):
     """Pairs of opposite questions about one image; counting by its mean relative error, at most 1 an item."""
-    tasks, scores = defaultdict(list), {}
-    for r in records:
-        tasks[r["category"]].append(r)
-    for task, group in tasks.items():
+    scores = {}
+    for task, group in grouped(records, lambda r: r["category"]).items():
         if task in ("existence", "reach", "size"):
-            images = defaultdict(list)
-            for r in group:
-                images[r["cluster"]].append(r)
+            images = grouped(group, lambda r: r["cluster"])
             pairs = [image[i : i + 2] for image in images.values() for i in range(0, len(image), 2)]
             scores[f"{task} pairs"] = all_right(pairs)
         elif task == "counting":
