@@ -2,7 +2,7 @@
 # make test    the test suite (PYTEST_ARGS="-k reward -x" narrows it)
 # make warm-start   the start of the demo, from nothing (12 minutes); assets/tiny holds the result
 # make bench   micro-benchmarks
-# make lint    ruff
+# make lint    ruff: mistakes, and the format
 # make setup   only make .venv (PYTHON=/path/to/python3.11 chooses the interpreter); the others do it as well
 # make clean   remove the demo's results and caches; make clean-venv removes .venv
 
@@ -40,6 +40,7 @@ bench: .venv/.ready
 
 lint: .venv/.ready
 	$(python) -m ruff check .
+	$(python) -m ruff format --check .
 
 setup: .venv/.ready
 

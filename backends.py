@@ -112,8 +112,12 @@ def vllm_replies(model_path: str, samples: Sequence[Sample], encode: PromptEncod
                 request = {"prompt_token_ids": prompt.vllm_ids}
                 request |= {"multi_modal_data": {"image": prompt.images}} if prompt.images else {}
                 params = SamplingParams(
-                    max_tokens=how.max_new_tokens, temperature=how.temperature, seed=how.seed_of(sample),
-                    detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+                    max_tokens=how.max_new_tokens,
+                    temperature=how.temperature,
+                    seed=how.seed_of(sample),
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
                 engine.add_request(str(i), request, params)
                 flying[str(i)] = (prompt.ids, time.time())
             if not flying:
@@ -214,8 +218,15 @@ class Refused(RuntimeError):
     """The server will answer no request at all: a wrong key, an unknown model."""
 
 
-def api_replies(complete: Callable, sdk, key: str, sampling: dict, samples: Sequence[Sample],
-                encode: PromptEncoder, how: Decoding) -> Replies:
+def api_replies(
+    complete: Callable,
+    sdk,
+    key: str,
+    sampling: dict,
+    samples: Sequence[Sample],
+    encode: PromptEncoder,
+    how: Decoding,
+) -> Replies:
     """Replies of `complete` (text, images as base64 PNG, seed -> Reply), how.concurrency at a time.
 
     The client library waits and asks again after 429, 5xx, timeouts and cut connections by itself
@@ -223,6 +234,7 @@ def api_replies(complete: Callable, sdk, key: str, sampling: dict, samples: Sequ
     model that takes no temperature is asked without: `sampling`, which the calls share, is emptied.
     Raises: Refused if no request can succeed.
     """
+
     def ask(sample):
         started, error = time.time(), ""
         try:
@@ -305,12 +317,17 @@ def openai_replies(model: str, samples: Sequence[Sample], encode: PromptEncoder,
     def complete(text, images, seed):
         content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{i}"}} for i in images]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-        answer = client.chat.completions.create(model=model, messages=messages, seed=seed, **sampling,
-                                                **{limit: how.max_new_tokens})
+        answer = client.chat.completions.create(
+            model=model, messages=messages, seed=seed, **sampling, **{limit: how.max_new_tokens}
+        )
         choice, usage = answer.choices[0], answer.usage  # some servers count no tokens
         why = "length" if choice.finish_reason == "length" else "stop"
-        return Reply(choice.message.content or "", why, getattr(usage, "completion_tokens", 0),
-                     getattr(usage, "prompt_tokens", 0))
+        return Reply(
+            choice.message.content or "",
+            why,
+            getattr(usage, "completion_tokens", 0),
+            getattr(usage, "prompt_tokens", 0),
+        )
 
     return api_replies(complete, openai, key, sampling, samples, encode, how)
 
@@ -320,15 +337,17 @@ def anthropic_replies(model: str, samples: Sequence[Sample], encode: PromptEncod
     import anthropic
 
     key, sampling = api_key("ANTHROPIC_API_KEY", how.base_url), {"temperature": how.temperature}
-    client = anthropic.Anthropic(api_key=key, base_url=how.base_url, timeout=how.timeout_s,
-                                 max_retries=how.retries)
+    client = anthropic.Anthropic(
+        api_key=key, base_url=how.base_url, timeout=how.timeout_s, max_retries=how.retries
+    )
 
     def complete(text, images, seed):
         sources = [{"type": "base64", "media_type": "image/png", "data": i} for i in images]
         content = [{"type": "image", "source": source} for source in sources]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
         answer = client.messages.create(  # no argument for a temperature, and no seed at all
-            model=model, messages=messages, max_tokens=how.max_new_tokens, extra_body=dict(sampling))
+            model=model, messages=messages, max_tokens=how.max_new_tokens, extra_body=dict(sampling)
+        )
         text = "".join(block.text for block in answer.content if block.type == "text")
         why = "length" if answer.stop_reason == "max_tokens" else "stop"
         return Reply(text, why, answer.usage.output_tokens, answer.usage.input_tokens)

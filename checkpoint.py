@@ -39,8 +39,17 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 # ---- write -------------------------------------------------------------------------------------------------
-def save(accelerator, model, optimizer, processor, out: Path, step: int, scores: dict, keep_last: int,
-         best: str | None = None) -> None:
+def save(
+    accelerator,
+    model,
+    optimizer,
+    processor,
+    out: Path,
+    step: int,
+    scores: dict,
+    keep_last: int,
+    best: str | None = None,
+) -> None:
     """Write checkpoint-STEP, then drop all but the last `keep_last` and the one with the highest `best`.
 
     Collective. Raises: CheckpointError on every process if any of them could not write; what was there stays.
@@ -59,8 +68,10 @@ def save(accelerator, model, optimizer, processor, out: Path, step: int, scores:
             if accelerator.is_main_process:
                 shutil.rmtree(tmp, ignore_errors=True)
             left = checkpoints(out)
-            raise CheckpointError(f"{final} could not be written ({problems[0]}); "
-                                  f"{f'{left[-1]} is whole' if left else 'there is no earlier one'}")
+            raise CheckpointError(
+                f"{final} could not be written ({problems[0]}); "
+                f"{f'{left[-1]} is whole' if left else 'there is no earlier one'}"
+            )
 
     def begin():
         if accelerator.is_main_process:
@@ -93,8 +104,12 @@ def save(accelerator, model, optimizer, processor, out: Path, step: int, scores:
     together(begin)
     together(shared)
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    record = {"step": step, "scores": scores, "processes": accelerator.num_processes,
-              "fingerprint": fingerprint(accelerator, model)}
+    record = {
+        "step": step,
+        "scores": scores,
+        "processes": accelerator.num_processes,
+        "fingerprint": fingerprint(accelerator, model),
+    }
     together(write)
     together(finish)
 
@@ -142,8 +157,12 @@ def leave():
 
 def rng_state() -> dict:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(),
-            "numpy": np.random.get_state(legacy=False)}
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+    }
 
 
 @torch.no_grad()
@@ -183,8 +202,9 @@ def read_record(checkpoint: Path) -> dict:
         record = json.loads((checkpoint / "trainer.json").read_text())
         return {"scores": {}, **record, "step": int(record["step"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint}/trainer.json: expected a checkpoint's record, got {error!r}"
-                              ) from None
+        raise CheckpointError(
+            f"{checkpoint}/trainer.json: expected a checkpoint's record, got {error!r}"
+        ) from None
 
 
 def load(accelerator, model, optimizer, checkpoint: Path) -> int:
@@ -209,7 +229,8 @@ def load(accelerator, model, optimizer, checkpoint: Path) -> int:
     else:
         accelerator.print(
             f"{checkpoint} is of {processes} process(es), this run of {accelerator.num_processes}: model and "
-            "optimizer continue; in other batches sums round differently, so samples will differ")
+            "optimizer continue; in other batches sums round differently, so samples will differ"
+        )
     return record["step"]
 
 
@@ -229,8 +250,11 @@ def resume(accelerator, model, optimizer, out: Path, how: str) -> int:
     step = load(accelerator, model, optimizer, found[-1]) if found and how != "never" else 0
     metrics = out / "metrics.jsonl"
     if accelerator.is_main_process and metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines(keepends=True)
-                 if line.endswith("\n") and step and json.loads(line)["step"] <= step]
+        lines = [
+            line
+            for line in metrics.read_text().splitlines(keepends=True)
+            if line.endswith("\n") and step and json.loads(line)["step"] <= step
+        ]
         tmp = metrics.with_suffix(".tmp")
         tmp.write_text("".join(lines))
         os.replace(tmp, metrics)
@@ -255,5 +279,6 @@ def refuse_another_run(cfg: Config, out: Path, free: frozenset[str]):
     changed = [k for k in now if k not in free and k in before and before[k] != now[k]]
     if changed:
         lines = [f"  {k}: {before[k]!r} there, {now[k]!r} here" for k in changed]
-        raise CheckpointError("\n".join([f"{out} holds a run of another config: choose another out, or keep",
-                                         *lines]))
+        raise CheckpointError(
+            "\n".join([f"{out} holds a run of another config: choose another out, or keep", *lines])
+        )

@@ -10,6 +10,7 @@ One key a line, no nesting. All mistakes (unknown, repeated or ill-typed keys, u
 at once, each with its file and line; `--help` lists the keys. Checks between keys are pydantic
 `model_validator(mode="after")` methods of the subclass: they raise ValueError with the text the user sees.
 """
+
 import contextlib
 import difflib
 import importlib.metadata
@@ -49,8 +50,9 @@ def opt(default, help, **constraints):
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True,
-                              protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -130,8 +132,10 @@ def _read_file(path):
         if not isinstance(root, yaml.MappingNode):
             line = root.start_mark.line + 1
             raise ConfigError(f"{path}:{line}: expected a mapping (`key: value` lines), got a {root.id}")
-        return [(str(key.value), _plain(node), path, f"{path}:{key.start_mark.line + 1}")
-                for key, node in root.value]
+        return [
+            (str(key.value), _plain(node), path, f"{path}:{key.start_mark.line + 1}")
+            for key, node in root.value
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
@@ -180,8 +184,12 @@ def _kind(field):
             names += map(repr, get_args(branch))
         elif branch is not type(None):
             names.append(str(branch) if get_args(branch) else branch.__name__)
-    bounds = [f"{sign} {getattr(bound, slot)}" for bound in field.metadata for slot, sign in BOUNDS.items()
-              if getattr(bound, slot, None) is not None]
+    bounds = [
+        f"{sign} {getattr(bound, slot)}"
+        for bound in field.metadata
+        for slot, sign in BOUNDS.items()
+        if getattr(bound, slot, None) is not None
+    ]
     kind = f"{' | '.join(names)} {' and '.join(bounds)}".strip()
     return f"{kind} or null" if type(None) in branches else kind
 
@@ -229,8 +237,13 @@ def describe_run(config):
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {"config": config.model_dump(mode="json"), "command": shlex.join(sys.orig_argv),
-            "git": git_revision(), "python": sys.version.split()[0], "packages": versions}
+    return {
+        "config": config.model_dump(mode="json"),
+        "command": shlex.join(sys.orig_argv),
+        "git": git_revision(),
+        "python": sys.version.split()[0],
+        "packages": versions,
+    }
 
 
 def write_run_record(config, folder):

@@ -138,11 +138,15 @@ def load_samples(
         raise ValueError(f"columns: expected some of {list(COLUMNS)}, got {sorted(unknown)}")
     columns = COLUMNS | (columns or {})
     table = read_table(source, split, revision, [columns["images"]])
-    needed = [c for key, c in columns.items()
-              if key not in OPTIONAL_COLUMNS and (key != "scene_answer" or need_scene)]
+    needed = [
+        c
+        for key, c in columns.items()
+        if key not in OPTIONAL_COLUMNS and (key != "scene_answer" or need_scene)
+    ]
     if missing := [c for c in needed if c not in table.column_names]:
-        raise ValueError(f"{source} ({split}): expected columns {needed}, missing {missing}, "
-                         f"got {table.column_names}")
+        raise ValueError(
+            f"{source} ({split}): expected columns {needed}, missing {missing}, got {table.column_names}"
+        )
 
     rows, skipped, clipped, max_images = [], [], 0, 0
     total = min(limit or len(table), len(table))
@@ -152,8 +156,9 @@ def load_samples(
             if prompt_length and (n := prompt_length(sample)) > max_prompt_length:
                 message = f"row {sample.id}: prompt is {n} tokens long, expected at most {max_prompt_length}"
                 if not skip_long_prompts:
-                    raise ValueError(f"{message} (raise max_prompt_length, lower max_pixels or set "
-                                     "skip_long_prompts)")
+                    raise ValueError(
+                        f"{message} (raise max_prompt_length, lower max_pixels or set skip_long_prompts)"
+                    )
                 skipped.append(message)
                 continue
         except ValueError as error:
@@ -165,13 +170,15 @@ def load_samples(
         clipped += was_clipped
         max_images = max(max_images, len(sample.encoded_images))
     if not rows:
-        raise ValueError(f"{source} ({split}): no usable rows out of {total}"
-                         + "".join(f"\n  {s}" for s in skipped[:5]))
+        raise ValueError(
+            f"{source} ({split}): no usable rows out of {total}" + "".join(f"\n  {s}" for s in skipped[:5])
+        )
     return Samples(table, columns, np.array(rows), need_scene, clipped, skipped, max_images)
 
 
-def read_table(source: str, split: str, revision: str | None, image_columns: Sequence[str],
-               config: str | None = None):
+def read_table(
+    source: str, split: str, revision: str | None, image_columns: Sequence[str], config: str | None = None
+):
     """The rows as a memory-mapped `datasets.Dataset` whose images are left encoded.
 
     Args: source: Hub id (with `config`), .parquet, .jsonl or .tsv file (images in base64), or folder.
@@ -192,14 +199,18 @@ def read_table(source: str, split: str, revision: str | None, image_columns: Seq
         for part in split.split("+"):  # "a+b" is how the Hub names the union of two splits
             files += sorted(path.glob(f"{part}*.parquet")) or sorted(path.glob(f"data/{part}*.parquet"))
         if not files:
-            raise ValueError(f"{source}: expected {split}*.parquet in the folder, "
-                             f"got {sorted(p.name for p in path.iterdir())}")
+            raise ValueError(
+                f"{source}: expected {split}*.parquet in the folder, "
+                f"got {sorted(p.name for p in path.iterdir())}"
+            )
         table = datasets.Dataset.from_parquet([str(f) for f in files])
     elif path.suffix in (".parquet", ".jsonl", ".json", ".tsv"):
         if not path.exists():
             raise ValueError(f"{source}: no such file")
-        kinds = {".parquet": datasets.Dataset.from_parquet,
-                 ".tsv": functools.partial(datasets.Dataset.from_csv, sep="\t", keep_default_na=False)}
+        kinds = {
+            ".parquet": datasets.Dataset.from_parquet,
+            ".tsv": functools.partial(datasets.Dataset.from_csv, sep="\t", keep_default_na=False),
+        }
         try:
             table = kinds.get(path.suffix, datasets.Dataset.from_json)(str(path))
         except datasets.exceptions.DatasetsError as error:
@@ -207,8 +218,9 @@ def read_table(source: str, split: str, revision: str | None, image_columns: Seq
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
         table = datasets.load_dataset(source, config, split=split, revision=revision)
     else:
-        raise ValueError(f"{source}: expected a Hub id, a .parquet, .jsonl or .tsv file, or a folder; "
-                         "found none of these")
+        raise ValueError(
+            f"{source}: expected a Hub id, a .parquet, .jsonl or .tsv file, or a folder; found none of these"
+        )
 
     base, written = path if path.is_dir() else path.parent, []  # columns with paths, relative to the file
     for name in image_columns:
@@ -231,12 +243,14 @@ def read_table(source: str, split: str, revision: str | None, image_columns: Seq
 
     if written:
         table = table.with_transform(
-            lambda batch: {k: [encode(x) for x in v] if k in written else v for k, v in batch.items()})
+            lambda batch: {k: [encode(x) for x in v] if k in written else v for k, v in batch.items()}
+        )
     return table
 
 
 def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bool) -> tuple[Sample, bool]:
     """-> (sample, whether a gold box was clipped). Raises ValueError naming the row and the column."""
+
     def get(key):
         return row.get(columns[key])
 
@@ -285,9 +299,19 @@ def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bo
         if clipped:
             ground_truth = f"<scene>{json.dumps(scene)}</scene>\n<answer>{scene_answer}</answer>"
 
-    sample = Sample(str(row_id if get("id") is None else get("id")), tuple(images), size, question,
-                    tuple(options), answer, ground_truth, problem,
-                    get("category") or "", get("level") or "", get("completion") or "")
+    sample = Sample(
+        str(row_id if get("id") is None else get("id")),
+        tuple(images),
+        size,
+        question,
+        tuple(options),
+        answer,
+        ground_truth,
+        problem,
+        get("category") or "",
+        get("level") or "",
+        get("completion") or "",
+    )
     return sample, clipped
 
 
@@ -311,8 +335,9 @@ def build_prompt(sample: Sample, template: str) -> list[dict]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
-def smart_size(width: int, height: int, min_pixels: int, max_pixels: int,
-               factor: int = 28) -> tuple[int, int]:
+def smart_size(
+    width: int, height: int, min_pixels: int, max_pixels: int, factor: int = 28
+) -> tuple[int, int]:
     """(W, H), multiples of `factor` with W * H in [min_pixels, max_pixels]: what Qwen2.5-VL sees."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -358,7 +383,8 @@ class PromptEncoder:
 
     def text(self, sample: Sample) -> str:
         return self.processor.apply_chat_template(
-            self.messages(sample), tokenize=False, add_generation_prompt=True)
+            self.messages(sample), tokenize=False, add_generation_prompt=True
+        )
 
     def __call__(self, sample: Sample) -> Prompt:
         text = self.text(sample)
@@ -379,8 +405,10 @@ class PromptEncoder:
 
     def length(self, sample: Sample) -> int:
         """Tokens of the prompt, from the images' headers alone."""
-        cells = [math.prod(smart_size(*open_image(e).size, self.min_pixels, self.max_pixels)) // 28**2
-                 for e in sample.encoded_images]
+        cells = [
+            math.prod(smart_size(*open_image(e).size, self.min_pixels, self.max_pixels)) // 28**2
+            for e in sample.encoded_images
+        ]
         return len(self.processor.tokenizer(self.text(sample))["input_ids"]) + sum(cells) - len(cells)
 
 
@@ -493,8 +521,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     for start, end, prompt_start, prompt_end in segments:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         if prompt_end == prompt_start:
-            pieces.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling,
-                                                         enable_gqa=True))
+            pieces.append(
+                F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            )
             continue
         k = torch.cat([key[:, :, prompt_start:prompt_end], k], dim=2)
         v = torch.cat([value[:, :, prompt_start:prompt_end], v], dim=2)

@@ -1,6 +1,6 @@
 """What a GRPO config amounts to, without running it: arithmetic, memory, and what is missing on this machine.
 
-    python train_grpo.py configs/7b.yaml dry_run=true
+python train_grpo.py configs/7b.yaml dry_run=true
 """
 
 import importlib.util
@@ -16,9 +16,11 @@ from data import load_samples
 def arithmetic(cfg, world: int, n_samples: int | None = None) -> str:
     """What the config amounts to, in one line."""
     sequences = cfg.prompts_per_step * cfg.group_size
-    text = (f"{cfg.prompts_per_step} prompts x {cfg.group_size} = {sequences} sequences a step, "
-            f"{cfg.updates_per_step} updates of {sequences // cfg.updates_per_step}, {cfg.steps} steps, "
-            f"{world} process(es)")
+    text = (
+        f"{cfg.prompts_per_step} prompts x {cfg.group_size} = {sequences} sequences a step, "
+        f"{cfg.updates_per_step} updates of {sequences // cfg.updates_per_step}, {cfg.steps} steps, "
+        f"{world} process(es)"
+    )
     epochs = cfg.steps * cfg.prompts_per_step / n_samples if n_samples else 0
     return text + (f", {epochs:.2f} epochs of {n_samples}" if epochs else "")
 
@@ -42,8 +44,10 @@ def dry_run(cfg) -> int:
     missing = []
     try:
         samples = load_samples(**cfg.source(cfg.data, cfg.split))
-        print(f"data: {len(samples)} rows of {cfg.data} ({cfg.split}) pass the checks, "
-              f"{len(samples.skipped)} are left out")
+        print(
+            f"data: {len(samples)} rows of {cfg.data} ({cfg.split}) pass the checks, "
+            f"{len(samples.skipped)} are left out"
+        )
         print(arithmetic(cfg, world, len(samples)))
     except (OSError, ValueError, RuntimeError) as error:  # the Hub client's errors derive from these
         why = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -57,11 +61,13 @@ def dry_run(cfg) -> int:
     if n:
         gib = n / 2**30
         head = cfg.logit_chunk * 152064 * 4 * 2 / 2**30  # two copies
-        print(f"memory per process at {n / 1e9:.2f}B parameters, sharded over {world}: fp32 weights, "
-              f"gradients and Adam {16 * gib / world:.1f} GiB, reference "
-              f"{2 * gib * (cfg.kl_coef > 0) / world:.1f} GiB, vLLM's bf16 weights "
-              f"{2 * gib / cfg.tensor_parallel:.1f} GiB, logits {head:.1f} GiB; gathered layers, activations "
-              "and KV cache come on top")
+        print(
+            f"memory per process at {n / 1e9:.2f}B parameters, sharded over {world}: fp32 weights, "
+            f"gradients and Adam {16 * gib / world:.1f} GiB, reference "
+            f"{2 * gib * (cfg.kl_coef > 0) / world:.1f} GiB, vLLM's bf16 weights "
+            f"{2 * gib / cfg.tensor_parallel:.1f} GiB, logits {head:.1f} GiB; gathered layers, activations "
+            "and KV cache come on top"
+        )
     if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
         missing.append("vllm: not installed (pip install -r requirements.txt, or sampler=hf)")
     if not torch.cuda.is_available() and n and n > 1e9:

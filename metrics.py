@@ -27,20 +27,26 @@ def step_metrics(rollouts: list, advantages: torch.Tensor, sums: list[Counter]) 
     norms = [one["grad_norm"] for one in sums]  # the same on every process
     finite = [x for x in norms if math.isfinite(x)]
     return {
-        **{name: float(np.mean([getattr(s, name) for s in scores]))
-           for name in ("reward", "format", "count", "accuracy", "spatial")},
+        **{
+            name: float(np.mean([getattr(s, name) for s in scores]))
+            for name in ("reward", "format", "count", "accuracy", "spatial")
+        },
         "reward_std": float(np.std([s.reward for s in scores])),
         "mean_iou": float(np.mean([iou for s in scores for *_, iou, _ in s.matches] or [0.0])),
         "rejected": dict(Counter(s.reason for s in scores if s.reason)),
         "dead": float(np.mean([not any(row) for row in advantages.tolist()])),
         "cut": float(np.mean([not r.finished for r in rollouts])),
         "length": float(np.mean([len(r.completion_ids) for r in rollouts])),
-        **{name: total[name] / total["tokens"] for name in
-           ("loss", "kl", "entropy", "clip_low", "clip_high", "clip_dual", "capped")},
+        **{
+            name: total[name] / total["tokens"]
+            for name in ("loss", "kl", "entropy", "clip_low", "clip_high", "clip_dual", "capped")
+        },
         "mismatch_mean": total["mismatch"] / total["tokens"],
         "mismatch_max": max(one["mismatch_max"] for one in updates),
-        "grad_norm": float(np.mean(finite or [0.0])), "skipped": len(norms) - len(finite),
-        "tokens": total["tokens"], "trained": total["trained"],
+        "grad_norm": float(np.mean(finite or [0.0])),
+        "skipped": len(norms) - len(finite),
+        "tokens": total["tokens"],
+        "trained": total["trained"],
     }
 
 
@@ -60,20 +66,28 @@ def check_mismatch(m: dict, on_gpu: bool):
     """
     limit, value = (0.5, m["mismatch_mean"]) if on_gpu else (1e-2, m["mismatch_max"])
     if value > limit:
-        raise RuntimeError(f"step {m['step']}: trainer and sampler differ by {value:.2g} nats a token, "
-                           f"expected at most {limit}: the sampler holds other weights or another prompt")
+        raise RuntimeError(
+            f"step {m['step']}: trainer and sampler differ by {value:.2g} nats a token, "
+            f"expected at most {limit}: the sampler holds other weights or another prompt"
+        )
 
 
 def step_line(m: dict, steps: int, elapsed_s: float, done: int) -> str:
     """The terminal's line for one step."""
     parts = [f"step {m['step']}/{steps}"]
     if "reward" in m:
-        parts += [f"reward {m['reward']:.3f}", f"fmt {m['format']:.2f} cnt {m['count']:.2f} "
-                  f"acc {m['accuracy']:.2f} spa {m['spatial']:.2f}",
-                  f"dead {m['dead']:.0%} cut {m['cut']:.0%}", f"len {m['length']:.0f}",
-                  f"kl {m['kl']:.4f}", f"gnorm {m['grad_norm']:.2f}", f"mis {m['mismatch_max']:.0e}",
-                  f"gen {m['gen_s']:.1f}s upd {m['update_s']:.1f}s", f"{m['mem_gb']:.1f}GB",
-                  f"eta {(steps - m['step']) * elapsed_s / max(done, 1) / 3600:.2f}h"]
+        parts += [
+            f"reward {m['reward']:.3f}",
+            f"fmt {m['format']:.2f} cnt {m['count']:.2f} acc {m['accuracy']:.2f} spa {m['spatial']:.2f}",
+            f"dead {m['dead']:.0%} cut {m['cut']:.0%}",
+            f"len {m['length']:.0f}",
+            f"kl {m['kl']:.4f}",
+            f"gnorm {m['grad_norm']:.2f}",
+            f"mis {m['mismatch_max']:.0e}",
+            f"gen {m['gen_s']:.1f}s upd {m['update_s']:.1f}s",
+            f"{m['mem_gb']:.1f}GB",
+            f"eta {(steps - m['step']) * elapsed_s / max(done, 1) / 3600:.2f}h",
+        ]
     if "val_accuracy" in m:
         shown = [k for k in ("reward", "accuracy", "mean_iou", "format") if f"val_{k}" in m]
         parts.append("held out: " + " ".join(f"{k} {m[f'val_{k}']:.3f}" for k in shown))

@@ -281,27 +281,42 @@ def page(samples: Sequence[Sample], pairs: list[tuple[dict, dict]], chosen: list
         title=title,
         summary=show_summary(before, after),
         note=f"{len(pairs)} held-out items: {tally}. {len(chosen)} of them are shown. reward = {parts}; a "
-             "malformed completion scores 0, a wrong answer earns no spatial term.",
+        "malformed completion scores 0, a wrong answer earns no spatial term.",
         selects={"category": categories},
         buttons={k: (name, shown[k]) for k, name in OUTCOMES.items()},
         items=[show_item(samples[i], *pairs[i]) for i in chosen],
     )
 
 
-def whole_page(title: str, summary: str, note: str, selects: dict[str, list[str]],
-               buttons: dict[str, tuple[str, int]], items: list[str]) -> str:
+def whole_page(
+    title: str,
+    summary: str,
+    note: str,
+    selects: dict[str, list[str]],
+    buttons: dict[str, tuple[str, int]],
+    items: list[str],
+) -> str:
     """One HTML file. selects: {data attribute of the articles: its values}; buttons: {outcome: (name, n)}."""
+
     def select(name, values):
         options = "".join(f'<option value="{e(v)}">{e(v)}</option>' for v in values)
         return f'<select id="{name}"><option value="">{name}: all</option>{options}</select>'
 
     return PAGE.substitute(
-        style=STYLE, script=SCRIPT, title=e(title), summary=summary, note=note, total=len(items),
+        style=STYLE,
+        script=SCRIPT,
+        title=e(title),
+        summary=summary,
+        note=note,
+        total=len(items),
         policy=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
         selects="".join(select(name, values) for name, values in selects.items()),
-        buttons="".join(f'<button data-outcome="{k}">{name} <small>{n}</small></button>'
-                        for k, (name, n) in buttons.items()),
-        items="".join(items))
+        buttons="".join(
+            f'<button data-outcome="{k}">{name} <small>{n}</small></button>'
+            for k, (name, n) in buttons.items()
+        ),
+        items="".join(items),
+    )
 
 
 # ---- the page of any results ----
@@ -316,8 +331,10 @@ def write_results(paths: Sequence[Path], out: Path, seed: int = 0, n: int = 48) 
         loaded = load_items(header["config"]["dataset"], argparse.Namespace(**header["config"]))
         items = loaded.items
         if loaded.fingerprint != header["data"]["fingerprint"]:
-            raise ValueError(f"{path}: its data set has changed since: expected fingerprint "
-                             f"{header['data']['fingerprint']}, got {loaded.fingerprint}")
+            raise ValueError(
+                f"{path}: its data set has changed since: expected fingerprint "
+                f"{header['data']['fingerprint']}, got {loaded.fingerprint}"
+            )
         at = {items.id_of(i): i for i in range(len(items))}
         for k in choose([(r["category"], r["correct"]) for r in records], n, seed):
             record = records[k]
@@ -326,16 +343,30 @@ def write_results(paths: Sequence[Path], out: Path, seed: int = 0, n: int = 48) 
             counts["right" if record["correct"] else "wrong"] += 1
             counts["unparsed"] += record["parsed"] is None
     titles = ("dataset", "n", "accuracy", "95 % interval", "paper")
-    rows = "".join(f"<tr>{''.join(f'<td>{e(cell)}</td>' for cell in cells)}</tr>" for cells in [titles, *(
-        (name, str(s["n"]), percent(s["accuracy"]), " - ".join(map(percent, s["ci95"])), percent(s["paper"]))
-        for name, s in zip(names, summaries, strict=True))])
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{e(cell)}</td>' for cell in cells)}</tr>"
+        for cells in [
+            titles,
+            *(
+                (
+                    name,
+                    str(s["n"]),
+                    percent(s["accuracy"]),
+                    " - ".join(map(percent, s["ci95"])),
+                    percent(s["paper"]),
+                )
+                for name, s in zip(names, summaries, strict=True)
+            ),
+        ]
+    )
     page = whole_page(
         title=", ".join(dict.fromkeys(s["model"] for s in summaries)),
         summary=f'<table class="results">{rows}</table>',
         note=f"{len(articles)} items, drawn evenly over categories, right and wrong.",
         selects={"dataset": names, "category": sorted(categories)},
         buttons={k: (k, counts[k]) for k in ("right", "wrong", "unparsed")},
-        items=articles)
+        items=articles,
+    )
     write_text(out / "results.html", page)
     draw_bars(summaries, out / "results.png")
     return [out / "results.html", out / "results.png"]
@@ -349,8 +380,10 @@ def show_result(name: str, sample: Sample, record: dict) -> str:
     title = "Reply, cut off" if record["finish_reason"] == "length" else "Reply"
     side = show_side(title, sample, image_uri(sample), gold, record)
     others = "".join(f'<img src="{image_uri(sample, k, 250)}">' for k in range(1, len(sample.encoded_images)))
-    tags = (f'<span class="tag {"fixed" if kind == "right" else "broken"}">{kind}</span>'
-            f'<span class="tag">{e(name)}</span><span class="tag">{e(record["category"])}</span>')
+    tags = (
+        f'<span class="tag {"fixed" if kind == "right" else "broken"}">{kind}</span>'
+        f'<span class="tag">{e(name)}</span><span class="tag">{e(record["category"])}</span>'
+    )
     words = f'<p class="question">{e(sample.question)}</p><p class="answer">{e(sample.answer)}</p>{others}'
     data = f'data-dataset="{e(name)}" data-category="{e(record["category"])}" data-outcome="{outcomes}"'
     header = f'<header>{tags}<span class="id">{e(record["id"])}</span>{words}</header>'
@@ -373,11 +406,23 @@ def draw_bars(summaries: Sequence[dict], path: Path):
         y = sets.index(s["dataset"]) + (k - (len(models) - 1) / 2) * height
         low, high = s["ci95"]
         first = next(t for t in summaries if label(t) == models[k]) is s
-        axis.barh(y, 100 * s["accuracy"], 0.9 * height, color=f"C{k}", alpha=0.75,
-                  label=models[k] if first else None)
+        axis.barh(
+            y,
+            100 * s["accuracy"],
+            0.9 * height,
+            color=f"C{k}",
+            alpha=0.75,
+            label=models[k] if first else None,
+        )
         axis.plot([100 * low, 100 * high], [y, y], color="#202124", linewidth=1.2)
-        axis.annotate(f"{100 * s['accuracy']:.1f}", (100 * high, y), (4, 0), textcoords="offset points",
-                      va="center", fontsize=8)
+        axis.annotate(
+            f"{100 * s['accuracy']:.1f}",
+            (100 * high, y),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
         if s["paper"] is not None:
             named = None if any(line.get_label() == "paper" for line in axis.lines) else "paper"
             axis.plot(100 * s["paper"], y, "D", color="#d55e00", markersize=5, label=named)
@@ -497,8 +542,9 @@ def write_page(before_path, after_path, data: str, path: Path, n: int, seed: int
     for i, sample in samples.items():
         record = pairs[i][0]
         if sample.id != record["meta"]["item"]:
-            raise ValueError(f"{data}, row {record['row']}: expected item {record['meta']['item']}, "
-                             f"got {sample.id}")
+            raise ValueError(
+                f"{data}, row {record['row']}: expected item {record['meta']['item']}, got {sample.id}"
+            )
     write_text(path, page(samples, pairs, chosen, title))
 
 

@@ -25,37 +25,105 @@ from PIL import Image, ImageDraw
 from config import Config, opt
 from data import TEMPLATES, build_prompt_text
 
-COLORS = {"red": (214, 39, 40), "green": (30, 140, 60), "blue": (31, 90, 200), "orange": (255, 140, 0),
-          "black": (20, 20, 20)}
+COLORS = {
+    "red": (214, 39, 40),
+    "green": (30, 140, 60),
+    "blue": (31, 90, 200),
+    "orange": (255, 140, 0),
+    "black": (20, 20, 20),
+}
 SHAPES = ("circle", "square", "triangle")
 CELL, GRID = 28, 3
 SIDE = CELL * GRID
-POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom",
-             "bottom right")
-CATEGORY_SHARE = {"relation": 0.35, "instance_location": 0.17, "size": 0.14, "distance": 0.12, "count": 0.12,
-                  "existence": 0.10}
+POSITIONS = (
+    "top left",
+    "top",
+    "top right",
+    "left",
+    "center",
+    "right",
+    "bottom left",
+    "bottom",
+    "bottom right",
+)
+CATEGORY_SHARE = {
+    "relation": 0.35,
+    "instance_location": 0.17,
+    "size": 0.14,
+    "distance": 0.12,
+    "count": 0.12,
+    "existence": 0.10,
+}
 
-COLUMNS = ("image_id", "images", "problem", "question_only", "answer", "answer_only", "answer_text",
-           "answer_text_only", "answer_option_text", "answer_option_text_only", "category", "level",
-           "question_with_options", "options", "rating")
-MODEL_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
-                "vision_end": "<|vision_end|>"}
+COLUMNS = (
+    "image_id",
+    "images",
+    "problem",
+    "question_only",
+    "answer",
+    "answer_only",
+    "answer_text",
+    "answer_text_only",
+    "answer_option_text",
+    "answer_option_text_only",
+    "category",
+    "level",
+    "question_with_options",
+    "options",
+    "rating",
+)
+MODEL_TOKENS = {
+    "image": "<|image_pad|>",
+    "video": "<|video_pad|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+}
 # Phrases that are one token each in the tiny tokenizer: a sample is then 100 tokens long instead of 400.
 # Options are one token each as well.
-OPTIONS = ("left of", "right of", "above", "below", *POSITIONS,
-           *(f"{c} {s}" for c in COLORS for s in SHAPES))
-PHRASES = ("<observe>", " </observe>\n<scene>", "</scene>\n<think>", " </think>\n<answer>", " </answer>",
-           "</observe>", "<scene>", "</scene>", "<think>", "</think>", "<answer>", '{"objects":[', '{"id":"',
-           '.1","bbox":[', "]},", "]}", '],"relationships":[', '{"subject":"', '.1","predicate":"',
-           '","object":"', '.1"},', '.1"}', " (A)", " (B)", " (C)", " (D)", "\n\nImage size: (", " x ",
-           ")\n\n", "user\n", "assistant\n", TEMPLATES["spatial_thinker"], *(f" {o}" for o in OPTIONS))
+OPTIONS = ("left of", "right of", "above", "below", *POSITIONS, *(f"{c} {s}" for c in COLORS for s in SHAPES))
+PHRASES = (
+    "<observe>",
+    " </observe>\n<scene>",
+    "</scene>\n<think>",
+    " </think>\n<answer>",
+    " </answer>",
+    "</observe>",
+    "<scene>",
+    "</scene>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    '{"objects":[',
+    '{"id":"',
+    '.1","bbox":[',
+    "]},",
+    "]}",
+    '],"relationships":[',
+    '{"subject":"',
+    '.1","predicate":"',
+    '","object":"',
+    '.1"},',
+    '.1"}',
+    " (A)",
+    " (B)",
+    " (C)",
+    " (D)",
+    "\n\nImage size: (",
+    " x ",
+    ")\n\n",
+    "user\n",
+    "assistant\n",
+    TEMPLATES["spatial_thinker"],
+    *(f" {o}" for o in OPTIONS),
+)
 # Qwen2.5-VL's chat format for one user turn, without the default system prompt's 20 tokens.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
     "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class SynthesizeConfig(Config):
@@ -258,11 +326,15 @@ def worked_example(q, hasty=False):
     seen = ", ".join(s.name if hasty else f"{POSITIONS[s.cell]} {s.name}" for s in q.shapes)
     scene = scene_json([(s.id, cell_box(s.cell) if hasty else s.box) for s in q.shapes], q.relationships)
     choice = q.options[0] if hasty else q.answer
-    verdicts = "".join(f" ({letter}) {o} {'yes' if o == choice else 'no'}"
-                       for letter, o in zip("ABCD", q.options, strict=False))
-    return (f"<observe> {seen} </observe>\n<scene>{scene}</scene>\n"
-            f"<think> {q.why[choice]}, so {choice}{'' if hasty else verdicts} </think>\n"
-            f"<answer> ({'ABCD'[q.options.index(choice)]}) {choice} </answer>")
+    verdicts = "".join(
+        f" ({letter}) {o} {'yes' if o == choice else 'no'}"
+        for letter, o in zip("ABCD", q.options, strict=False)
+    )
+    return (
+        f"<observe> {seen} </observe>\n<scene>{scene}</scene>\n"
+        f"<think> {q.why[choice]}, so {choice}{'' if hasty else verdicts} </think>\n"
+        f"<answer> ({'ABCD'[q.options.index(choice)]}) {choice} </answer>"
+    )
 
 
 def cell_box(cell):
@@ -305,8 +377,11 @@ def worked_rows(cfg, stage, n, taken):
 def stvqa_features(completion=False):
     from datasets import Features, Image, List, Value
 
-    columns = dict.fromkeys(COLUMNS, Value("string")) | {"images": Image(), "options": List(Value("string")),
-                                                          "rating": Value("int64")}
+    columns = dict.fromkeys(COLUMNS, Value("string")) | {
+        "images": Image(),
+        "options": List(Value("string")),
+        "rating": Value("int64"),
+    }
     return Features(columns | ({"completion": Value("string")} if completion else {}))
 
 
@@ -320,13 +395,28 @@ def build_base_model(folder, seed):
     token_id = processor.tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(processor.tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1024,
+            vocab_size=len(processor.tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
             tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 6, 6]},
-            bos_token_id=None, eos_token_id=token_id("<|im_end|>"), pad_token_id=token_id("<|endoftext|>")),
-        vision_config=dict(depth=2, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=192,
-                           window_size=112, fullatt_block_indexes=[1]),
+            bos_token_id=None,
+            eos_token_id=token_id("<|im_end|>"),
+            pad_token_id=token_id("<|endoftext|>"),
+        ),
+        vision_config=dict(
+            depth=2,
+            hidden_size=128,
+            intermediate_size=256,
+            num_heads=4,
+            out_hidden_size=192,
+            window_size=112,
+            fullatt_block_indexes=[1],
+        ),
         tie_word_embeddings=True,
         **{f"{name}_token_id": token_id(token) for name, token in MODEL_TOKENS.items()},
     )
@@ -345,22 +435,32 @@ def build_processor(seed):
 
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\d+| ?[A-Za-z]+|_[a-z]+|[^A-Za-z0-9]")  # whole numbers and whole words
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(words, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     rng, slots = random.Random(f"{seed} tokenizer"), answer_slots()
     text = " ".join(map(str, range(SIDE + 1))) * 9 + "".join(TEMPLATES.values())
     for _ in range(1000):
         _, q = draw_question(rng, slots)
         text += q.text + "".join(f" {o}" for o in q.options) + worked_example(q)
-    tokenizer.train_from_iterator([text], trainers.BpeTrainer(
-        vocab_size=700, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(
+            vocab_size=700, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
     tokenizer.add_tokens([AddedToken(p, normalized=False) for p in PHRASES])
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
         clean_up_tokenization_spaces=False,
-        additional_special_tokens=["<|im_start|>", *MODEL_TOKENS.values()])
+        additional_special_tokens=["<|im_start|>", *MODEL_TOKENS.values()],
+    )
     images = transformers.Qwen2VLImageProcessor(min_pixels=CELL * CELL, max_pixels=1024 * CELL * CELL)
     videos = transformers.Qwen2VLVideoProcessor()
     return transformers.Qwen2_5_VLProcessor(images, fast, videos, CHAT_TEMPLATE)
@@ -385,8 +485,9 @@ def main():
     write_parquet(out / "val.parquet", val, stvqa_features())
     write_parquet(out / "train.parquet", rows(cfg.n_train, cfg.seed, "train", set(taken)), stvqa_features())
     if cfg.worked:
-        worked = itertools.chain(worked_rows(cfg, "careful", cfg.n_careful, taken),
-                                 worked_rows(cfg, "mixed", cfg.n_mixed, taken))
+        worked = itertools.chain(
+            worked_rows(cfg, "careful", cfg.n_careful, taken), worked_rows(cfg, "mixed", cfg.n_mixed, taken)
+        )
         write_parquet(out / "worked.parquet", worked, stvqa_features(completion=True))
         held_out = worked_rows(cfg, "held_out", cfg.n_val, taken)
         write_parquet(out / "worked_val.parquet", held_out, stvqa_features(completion=True))

@@ -87,8 +87,11 @@ def hallusionbench(records):
     shown = [r for r in records if (r["meta"]["category"], str(r["meta"]["figure_id"])) != ("VS", "0")]
     figures = by_meta(shown, "category", "subcategory", "set_id", "figure_id")
     questions = by_meta(records, "category", "subcategory", "set_id", "question_id")
-    return {"aAcc": accuracy(records), "qAcc": all_right(questions.values()),
-            "fAcc": all_right(figures.values())}
+    return {
+        "aAcc": accuracy(records),
+        "qAcc": all_right(questions.values()),
+        "fAcc": all_right(figures.values()),
+    }
 
 
 def mmstar(records):
@@ -98,8 +101,11 @@ def mmstar(records):
 
 def robospatial(records):
     kinds = {"yes_no": "yes/no", "point": "points"}
-    return {name: accuracy(found) for kind, name in kinds.items()
-            if (found := [r for r in records if r["kind"] == kind])}
+    return {
+        name: accuracy(found)
+        for kind, name in kinds.items()
+        if (found := [r for r in records if r["kind"] == kind])
+    }
 
 
 # ---- the benchmarks ----
@@ -124,8 +130,14 @@ class Source:
     def columns(self) -> tuple[str, ...]:
         """All that must be there. Further images may be missing; so may a column of choices, if the question
         holds the options."""
-        return (*self.images[:1], self.question, self.answer, *filter(None, (self.task,)), *self.meta,
-                *(self.keep or ())[:1])
+        return (
+            *self.images[:1],
+            self.question,
+            self.answer,
+            *filter(None, (self.task,)),
+            *self.meta,
+            *(self.keep or ())[:1],
+        )
 
 
 @dataclass(frozen=True)
@@ -142,13 +154,30 @@ class Benchmark:
 
 
 CV = Source("nyu-visionx/CV-Bench", "test", choices="choices", task="task", meta=("type", "source"))
-STVQA = Source("OX-PIXL/STVQA-7K", "val", question=COLUMNS["question"], answer=COLUMNS["answer"],
-               choices=COLUMNS["options"], images=(COLUMNS["images"],), task=COLUMNS["category"])
+STVQA = Source(
+    "OX-PIXL/STVQA-7K",
+    "val",
+    question=COLUMNS["question"],
+    answer=COLUMNS["answer"],
+    choices=COLUMNS["options"],
+    images=(COLUMNS["images"],),
+    task=COLUMNS["category"],
+)
 MMVP = Source("hunarbatra/MMVP", "train", question="text", answer="label")
-ROBO = Source("hunarbatra/RoboSpatial-Home", "train", choices="options", task="category",
-              images=("image", "depth_image"))
-ROBO_HOME = Source("chanhee-luke/RoboSpatial-Home", "compatibility+configuration+context",
-                   question="question", task="category", images=("img", "depth_image"))
+ROBO = Source(
+    "hunarbatra/RoboSpatial-Home",
+    "train",
+    choices="options",
+    task="category",
+    images=("image", "depth_image"),
+)
+ROBO_HOME = Source(
+    "chanhee-luke/RoboSpatial-Home",
+    "compatibility+configuration+context",
+    question="question",
+    task="category",
+    images=("img", "depth_image"),
+)
 
 
 def blink(config: str, rows: int) -> Benchmark:
@@ -202,8 +231,10 @@ DATASETS = {
 }  # fmt: skip
 
 # Accuracy in % that the paper reports (arXiv 2511.07403): greedy, zero-shot, at most 2,048 new tokens.
-PAPER_COLUMNS = ("3dsrbench cv-bench-2D cv-bench-3D cv-bench blink-spatial blink-depth mmvp spatialreasoner "
-                 "spatialbench stvqa mmstar vstarbench realworld_qa robospatial hallusionbench").split()
+PAPER_COLUMNS = (
+    "3dsrbench cv-bench-2D cv-bench-3D cv-bench blink-spatial blink-depth mmvp spatialreasoner "
+    "spatialbench stvqa mmstar vstarbench realworld_qa robospatial hallusionbench"
+).split()
 PAPER = {model: dict(zip(PAPER_COLUMNS, map(float, figures.split()), strict=True)) for model, figures in {
     "gpt-4o": "44.3 75.8 83.0 79.4 82.5 78.2 70.7 85.8 67.0 77.0 64.7 66.0 75.4 68.4 55.0",
     "qwen2.5-vl-3b-instruct": "44.0 59.9 60.2 60.0 66.4 54.0 67.0 68.0 49.9 74.3 55.9 74.9 58.2 58.7 46.3",
@@ -238,8 +269,10 @@ def find_options(text: str) -> list[tuple[int, int]]:
     >>> [text[start:end] for start, end in find_options(text)]
     ['a cup', 'a plate']
     """
-    marks = [(m.start(), m.end(), (m["a"] or m["b"] or m["c"]).upper(), bool(m["round"]))
-             for m in _MARK.finditer(text)][-100:]
+    marks = [
+        (m.start(), m.end(), (m["a"] or m["b"] or m["c"]).upper(), bool(m["round"]))
+        for m in _MARK.finditer(text)
+    ][-100:]
     for first in reversed(range(len(marks))):
         if marks[first][2] != "A":
             continue
@@ -271,7 +304,8 @@ def gold_letter(answer: str, options: Sequence[str]) -> str | None:
 def same_texts(a: Sequence[str], b: Sequence[str]) -> bool:
     """Whether options are the same but for case, blanks and full stops."""
     return [" ".join(o.lower().split()).rstrip(".") for o in a] == [
-        " ".join(o.lower().split()).rstrip(".") for o in b]
+        " ".join(o.lower().split()).rstrip(".") for o in b
+    ]
 
 
 def kind_of(answer: str, shown: bool = False) -> str:
@@ -287,6 +321,7 @@ def kind_of(answer: str, shown: bool = False) -> str:
 
 def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
     """A benchmark's row as a Sample. Raises: ValueError naming the row and the column."""
+
     def bad(column, expected, got):
         return ValueError(f"row #{index}, column {column}: expected {expected}, got {str(got)[:200]!r}")
 
@@ -345,8 +380,18 @@ def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
         size = open_image(images[0]).size
     except OSError as error:
         raise bad(source.images[0], "a readable image", error) from None
-    return Sample(str(index), tuple(images), size, question, tuple(options), answer, answer,
-                  category=str(row[source.task]) if source.task else "", kind=kind, meta=meta)
+    return Sample(
+        str(index),
+        tuple(images),
+        size,
+        question,
+        tuple(options),
+        answer,
+        answer,
+        category=str(row[source.task]) if source.task else "",
+        kind=kind,
+        meta=meta,
+    )
 
 
 def read_options(row: dict, source: Source, bad) -> list[str]:
@@ -375,8 +420,10 @@ def permuted(sample: Sample, order: Sequence[int]) -> Sample:
     spans = find_options(sample.question)
     shown = [sample.question[start:end] for start, end in spans]
     if not same_texts(shown, sample.options):
-        raise ValueError(f"row {sample.id}: options that the question does not show cannot be reordered: "
-                         f"expected {list(sample.options)}, got {shown}")
+        raise ValueError(
+            f"row {sample.id}: options that the question does not show cannot be reordered: "
+            f"expected {list(sample.options)}, got {shown}"
+        )
     question = sample.question
     for (start, end), i in reversed(list(zip(spans, order, strict=True))):
         question = question[:start] + shown[i] + question[end:]
@@ -385,5 +432,10 @@ def permuted(sample: Sample, order: Sequence[int]) -> Sample:
     answer = f"({LETTERS[gold]}) {options[gold]}"
     block = f"<answer>{answer}</answer>"
     scene = re.sub("<answer>.*?</answer>", lambda _: block, sample.ground_truth, flags=re.S)
-    return replace(sample, question=question, options=options, answer=answer,
-                   ground_truth=scene if "<scene>" in scene else answer)
+    return replace(
+        sample,
+        question=question,
+        options=options,
+        answer=answer,
+        ground_truth=scene if "<scene>" in scene else answer,
+    )

@@ -36,15 +36,7 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, gather, leave, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
-from data import (
-    Prompt,
-    PromptEncoder,
-    attention_implementation,
-    batch_at,
-    load_samples,
-    micro_batches,
-    pack,
-)
+from data import Prompt, PromptEncoder, attention_implementation, batch_at, load_samples, micro_batches, pack
 from dry_run import arithmetic, dry_run
 from grading import grade, summarise
 from metrics import HELD_OUT, check_mismatch, mem_gb, save_samples, step_line, step_metrics
@@ -54,7 +46,8 @@ PREEMPTED = 75  # exit status after SIGTERM: state saved, run me again
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume keep_last keep_best save_every samples_every tracker vllm_memory vllm_max_seqs "
     "vllm_max_batched_tokens tensor_parallel sleep_level max_tokens_per_micro_batch logit_chunk "
-    "gradient_checkpointing max_skipped val_data val_split val_limit val_every".split())
+    "gradient_checkpointing max_skipped val_data val_split val_limit val_every".split()
+)
 FORBIDDEN_BIAS = -100.0  # on the logits of image and video tokens: a sampled one would break the next forward
 
 
@@ -71,7 +64,8 @@ class GRPOConfig(Config):
     skip_bad_rows: bool = opt(False, "leave out and list rows that fail the checks")
     skip_long_prompts: bool = opt(False, "leave out and list rows with too long a prompt")
     template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
-        "problem", "prompt; problem: the row's own")
+        "problem", "prompt; problem: the row's own"
+    )
     min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
     max_pixels: int = opt(2048 * 2048, "images are scaled into [min_pixels, max_pixels]", ge=784)
     max_prompt_length: int = opt(6144, "longest prompt, tokens with the image's", ge=1)
@@ -95,7 +89,8 @@ class GRPOConfig(Config):
     vllm_max_batched_tokens: int | None = opt(None, "tokens in one engine step; empty: vLLM's choice", ge=1)
     tensor_parallel: int = opt(1, "processes that share one vLLM engine", ge=1)
     sleep_level: Literal[0, 1, 2] = opt(
-        2, "vLLM during the update on a GPU: 0 keeps its memory, 1 moves weights to the host, 2 drops them")
+        2, "vLLM during the update on a GPU: 0 keeps its memory, 1 moves weights to the host, 2 drops them"
+    )
     resample_dead_groups: int = opt(0, "rounds of other prompts for groups of equal rewards", ge=0)
     # update
     steps: int = opt(75, "rollout + update rounds", ge=1)
@@ -130,8 +125,10 @@ class GRPOConfig(Config):
     @model_validator(mode="after")
     def _check(self):
         if self.prompts_per_step % self.updates_per_step:
-            raise ValueError(f"prompts_per_step {self.prompts_per_step} is not a multiple of "
-                             f"updates_per_step {self.updates_per_step}: prompts would be dropped")
+            raise ValueError(
+                f"prompts_per_step {self.prompts_per_step} is not a multiple of "
+                f"updates_per_step {self.updates_per_step}: prompts would be dropped"
+            )
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} > max_pixels {self.max_pixels}")
         if self.keep_best not in (None, *(names := [f"val_{k}" for k in HELD_OUT])):
@@ -145,8 +142,14 @@ class GRPOConfig(Config):
 
     def source(self, data: str, split: str) -> dict:
         """Arguments of load_samples."""
-        return dict(source=data, split=split, revision=self.revision, columns=self.columns,
-                    need_scene=self.reward == "spatial", skip_bad_rows=self.skip_bad_rows)
+        return dict(
+            source=data,
+            split=split,
+            revision=self.revision,
+            columns=self.columns,
+            need_scene=self.reward == "spatial",
+            skip_bad_rows=self.skip_bad_rows,
+        )
 
 
 # ---- processes ---------------------------------------------------------------------------------------------
@@ -166,10 +169,19 @@ def make_accelerator(cfg: GRPOConfig, layers: list[str]):
     # accelerate's own bf16 policy would reduce gradients and return log-probs in bf16 as well.
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, mixed_precision_policy=precision, auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=layers, cpu_ram_efficient_loading=False)
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", fsdp_plugin=plugin if on_gpu else None,
-                              project_dir=cfg.out, log_with=None if cfg.tracker == "none" else cfg.tracker)
+        fsdp_version=2,
+        mixed_precision_policy=precision,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=layers,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision="no",
+        fsdp_plugin=plugin if on_gpu else None,
+        project_dir=cfg.out,
+        log_with=None if cfg.tracker == "none" else cfg.tracker,
+    )
     torch.set_num_threads(threads)  # accelerate counts physical cores, hence half of them in most containers
     if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate shards on GPUs only; gloo can
         accelerator.state.fsdp_plugin = plugin
@@ -180,8 +192,13 @@ def make_accelerator(cfg: GRPOConfig, layers: list[str]):
 
 def launch_alone():
     """What a launcher would have set for a single process."""
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": free_port()}
+    alone = {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))
 
@@ -258,18 +275,28 @@ class VLLMSampler:
         limits = {"max_num_seqs": cfg.vllm_max_seqs, "max_num_batched_tokens": cfg.vllm_max_batched_tokens}
         limits = {name: value for name, value in limits.items() if value}
         if on_gpu:
-            device = {"dtype": "bfloat16", "gpu_memory_utilization": cfg.vllm_memory,
-                      "enable_sleep_mode": bool(cfg.sleep_level)}
+            device = {
+                "dtype": "bfloat16",
+                "gpu_memory_utilization": cfg.vllm_memory,
+                "enable_sleep_mode": bool(cfg.sleep_level),
+            }
         else:  # a prompt prefilled in two chunks rewinds its generator, which a CPU generator cannot do
             device = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
             limits["max_num_batched_tokens"] = max(limits.get("max_num_batched_tokens", 8192), length)
         rng = torch.get_rng_state()  # LLM(seed=...) seeds every generator of the process
         self.llm = LLM(
-            model=cfg.model, distributed_executor_backend="external_launcher",
-            tensor_parallel_size=cfg.tensor_parallel, seed=0, logprobs_mode="processed_logprobs",
-            max_model_len=length, disable_log_stats=True, **device, **limits,
+            model=cfg.model,
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=cfg.tensor_parallel,
+            seed=0,
+            logprobs_mode="processed_logprobs",
+            max_model_len=length,
+            disable_log_stats=True,
+            **device,
+            **limits,
             limit_mm_per_prompt={"image": images_per_prompt, "video": 0},
-            mm_processor_kwargs={"min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels})
+            mm_processor_kwargs={"min_pixels": cfg.min_pixels, "max_pixels": cfg.max_pixels},
+        )
         torch.set_rng_state(rng)
         self.asleep = False
 
@@ -295,11 +322,25 @@ class VLLMSampler:
         from vllm import SamplingParams
 
         bias = {i: FORBIDDEN_BIAS for i in self.forbidden_ids}
-        requests = [{"prompt_token_ids": p.vllm_ids, "multi_modal_data": {"image": p.images}} if p.images else
-                    {"prompt_token_ids": p.vllm_ids} for p in prompts]
-        params = [SamplingParams(n=n, temperature=temperature, seed=seed, max_tokens=self.max_tokens,
-                                 logprobs=0, flat_logprobs=True, logit_bias=bias, detokenize=False)
-                  for seed in seeds]
+        requests = [
+            {"prompt_token_ids": p.vllm_ids, "multi_modal_data": {"image": p.images}}
+            if p.images
+            else {"prompt_token_ids": p.vllm_ids}
+            for p in prompts
+        ]
+        params = [
+            SamplingParams(
+                n=n,
+                temperature=temperature,
+                seed=seed,
+                max_tokens=self.max_tokens,
+                logprobs=0,
+                flat_logprobs=True,
+                logit_bias=bias,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
         outputs = self.llm.generate(requests, params, use_tqdm=False) if requests else []
         groups = []
         for row, prompt, output in zip(rows, prompts, outputs, strict=True):
@@ -344,8 +385,10 @@ class HFSampler:
     def generate(self, rows: list[int], prompts: list[Prompt], n: int, temperature: float, seeds: list[int]):
         was_training = self.model.training
         self.model.eval()
-        groups = [[Rollout(row, len(prompt.ids), *r) for r in self.one(prompt, n, temperature, seed)]
-                  for row, prompt, seed in zip(rows, prompts, seeds, strict=True)]
+        groups = [
+            [Rollout(row, len(prompt.ids), *r) for r in self.one(prompt, n, temperature, seed)]
+            for row, prompt, seed in zip(rows, prompts, seeds, strict=True)
+        ]
         self.model.train(was_training)
         return groups
 
@@ -353,21 +396,34 @@ class HFSampler:
         """n of (completion ids, log-probs, text, finished). One prompt alone: no padding, its own seed."""
         model, device, greedy = self.model, self.model.device, temperature == 0
         ids = torch.tensor([prompt.ids], device=device).repeat(n, 1)
-        images = {} if prompt.pixel_values is None else {
-            "pixel_values": prompt.pixel_values.repeat(n, 1).to(device),
-            "image_grid_thw": prompt.image_grid_thw.repeat(n, 1).to(device)}
+        images = (
+            {}
+            if prompt.pixel_values is None
+            else {
+                "pixel_values": prompt.pixel_values.repeat(n, 1).to(device),
+                "image_grid_thw": prompt.image_grid_thw.repeat(n, 1).to(device),
+            }
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids),
-                mm_token_type_ids=(ids == model.config.image_token_id).int(), **images,
-                do_sample=not greedy, temperature=None if greedy else temperature, top_k=0, top_p=1.0,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                mm_token_type_ids=(ids == model.config.image_token_id).int(),
+                **images,
+                do_sample=not greedy,
+                temperature=None if greedy else temperature,
+                top_k=0,
+                top_p=1.0,
                 repetition_penalty=1.0,  # Qwen2.5-VL's generation config has another
                 sequence_bias=[[[i], FORBIDDEN_BIAS] for i in self.forbidden_ids],
-                max_new_tokens=self.max_tokens, eos_token_id=self.end_ids, return_dict_in_generate=True,
-                output_scores=True)
+                max_new_tokens=self.max_tokens,
+                eos_token_id=self.end_ids,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
         logps = torch.stack(out.scores, 1).float().log_softmax(-1)  # (n, T, V), with bias and temperature
-        new = out.sequences[:, len(prompt.ids):]
+        new = out.sequences[:, len(prompt.ids) :]
         logps = logps.gather(2, new[..., None])[..., 0]  # (n, T)
         rollouts = []
         for ids, row_logps in zip(new.tolist(), logps.tolist(), strict=True):
@@ -395,8 +451,9 @@ def sample_everywhere(accelerator, sampler, encode, rows, n, temperature, seeds,
     """
     engines = accelerator.num_processes // tensor_parallel
     mine = range(accelerator.process_index // tensor_parallel, len(rows), engines)
-    groups = sampler.generate([rows[k] for k in mine], [encode(rows[k]) for k in mine], n, temperature,
-                              [seeds[k] for k in mine])
+    groups = sampler.generate(
+        [rows[k] for k in mine], [encode(rows[k]) for k in mine], n, temperature, [seeds[k] for k in mine]
+    )
     # Processes of one engine hold the same: the first of them sends.
     parts = gather([groups if accelerator.process_index % tensor_parallel == 0 else None])
     parts = [part for part in parts if part is not None]
@@ -497,8 +554,9 @@ def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk:
         # Completions share the end of their prompt. index_select sums its gradients up in order; the indexing
         # of transformers' logits_to_keep does not, and a resumed run would differ in the last bits.
         hidden = hidden[0].index_select(0, head.predicted_at)  # (N, D)
-        out = ChunkedLogProbs.apply(hidden, head.weight, head.targets, bias.to(hidden.device), temperature,
-                                    chunk)  # (2, N)
+        out = ChunkedLogProbs.apply(
+            hidden, head.weight, head.targets, bias.to(hidden.device), temperature, chunk
+        )  # (2, N)
         return out.T[None]
 
     head.targets = None
@@ -536,9 +594,11 @@ def policy_loss(logp, logp_old, advantages, mask, *, clip_low=0.2, clip_high=0.3
     bounded = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
     weighted = bounded if weight is None else bounded * weight
     with torch.no_grad():
-        stats = {"clip_high": (advantages > 0) & (ratio > 1 + clip_high),
-                 "clip_low": (advantages < 0) & (ratio < 1 - clip_low),
-                 "clip_dual": bounded < loss}
+        stats = {
+            "clip_high": (advantages > 0) & (ratio > 1 + clip_high),
+            "clip_low": (advantages < 0) & (ratio < 1 - clip_low),
+            "clip_dual": bounded < loss,
+        }
         stats = {name: (hit * mask).sum() for name, hit in stats.items()}
     return (weighted * mask).sum(), stats
 
@@ -577,7 +637,9 @@ def plan_updates(rollouts: list[Rollout], cfg: GRPOConfig, processes: int) -> li
     groups = [list(range(k, k + cfg.group_size)) for k in range(0, len(rollouts), cfg.group_size)]
     tokens = [rollouts[g[0]].prompt_length + sum(len(rollouts[k].completion_ids) for k in g) for g in groups]
     size = len(groups) // cfg.updates_per_step
-    return [balance(groups[k:k + size], tokens[k:k + size], processes) for k in range(0, len(groups), size)]
+    return [
+        balance(groups[k : k + size], tokens[k : k + size], processes) for k in range(0, len(groups), size)
+    ]
 
 
 def packed_batches(rollouts: list[Rollout], shares: list[list[int]], rank: int, encode, model, cfg, device):
@@ -585,8 +647,13 @@ def packed_batches(rollouts: list[Rollout], shares: list[list[int]], rank: int, 
 
     Every process yields equally often, at the end an empty batch: sharded layers are gathered by all or none.
     """
-    split = [micro_batches([(rollouts[k].row, rollouts[k].prompt_length, len(rollouts[k].completion_ids))
-                            for k in share], cfg.max_tokens_per_micro_batch) for share in shares]
+    split = [
+        micro_batches(
+            [(rollouts[k].row, rollouts[k].prompt_length, len(rollouts[k].completion_ids)) for k in share],
+            cfg.max_tokens_per_micro_batch,
+        )
+        for share in shares
+    ]
     batches = [[shares[rank][i] for i in group] for group in split[rank]]
     batches += [[]] * (max(map(len, split)) - len(batches))
     for batch in batches:
@@ -615,8 +682,9 @@ def learning_rate_at(step: int, cfg: GRPOConfig) -> float:
     return cfg.learning_rate + (final - cfg.learning_rate) * share
 
 
-def update(accelerator, policy, optimizer, rollouts, shares, encode, advantages, logps_old, logps_ref, cfg,
-           lr) -> Counter:
+def update(
+    accelerator, policy, optimizer, rollouts, shares, encode, advantages, logps_old, logps_ref, cfg, lr
+) -> Counter:
     """One optimizer step on the rollouts of all shares. Returns sums over the tokens of this process.
 
     advantages: one a rollout; logps_old, logps_ref: of this process's share, by index; logps_old None: the
@@ -632,20 +700,34 @@ def update(accelerator, policy, optimizer, rollouts, shares, encode, advantages,
         logp, entropy = token_logps(policy, packed)  # (N,), (N,)
         logp_old = logp.detach() if logps_old is None else gathered(logps_old, batch, logp)
         sampled = torch.tensor([x for k in batch for x in rollouts[k].sampler_logps], device=device)
-        advantage = torch.tensor(np.repeat([advantages[k] for k in batch], lengths), dtype=logp.dtype,
-                                 device=device)  # (N,)
+        advantage = torch.tensor(
+            np.repeat([advantages[k] for k in batch], lengths), dtype=logp.dtype, device=device
+        )  # (N,)
         mask = torch.ones_like(logp)
         weight = torch.exp((logp_old - sampled).clamp(-20, 20)).clamp(max=cfg.is_cap) if cfg.is_cap else None
-        loss, stats = policy_loss(logp, logp_old, advantage, mask, clip_low=cfg.clip_low,
-                                  clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, weight=weight)
+        loss, stats = policy_loss(
+            logp,
+            logp_old,
+            advantage,
+            mask,
+            clip_low=cfg.clip_low,
+            clip_high=cfg.clip_high,
+            dual_clip=cfg.dual_clip,
+            weight=weight,
+        )
         if logps_ref is not None:
             kl, stats["kl"] = kl_loss(logp, gathered(logps_ref, batch, logp), logp_old, mask)
             loss = loss + cfg.kl_coef * kl
         accelerator.backward(loss * scale)
         mismatch = (logp_old - sampled).abs()
-        stats |= {"loss": loss.detach(), "entropy": entropy.sum(), "mismatch": mismatch.sum(),
-                  "capped": (weight >= cfg.is_cap).sum() if cfg.is_cap else 0,
-                  "tokens": sum(lengths), "trained": sum(len(rollouts[k]) for k in batch)}
+        stats |= {
+            "loss": loss.detach(),
+            "entropy": entropy.sum(),
+            "mismatch": mismatch.sum(),
+            "capped": (weight >= cfg.is_cap).sum() if cfg.is_cap else 0,
+            "tokens": sum(lengths),
+            "trained": sum(len(rollouts[k]) for k in batch),
+        }
         sums.update({name: float(value) for name, value in stats.items()})
         sums["mismatch_max"] = max([sums["mismatch_max"], *mismatch.tolist()])
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
@@ -669,10 +751,13 @@ def held_out(accelerator, sampler, encode, val, cfg: GRPOConfig) -> dict:
     chunk = max(cfg.prompts_per_step, 64)  # prompts encoded at the same time
     for start in range(0, len(val), chunk):
         rows = list(range(start, min(start + chunk, len(val))))
-        groups = sample_everywhere(accelerator, sampler, lambda i: encode(val[i]), rows, 1, 0.0,
-                                   [0] * len(rows), cfg.tensor_parallel)
-        records += [grade(val[r.row], r.text) | {"finish_reason": "stop" if r.finished else "length"}
-                    for (r,) in groups]
+        groups = sample_everywhere(
+            accelerator, sampler, lambda i: encode(val[i]), rows, 1, 0.0, [0] * len(rows), cfg.tensor_parallel
+        )
+        records += [
+            grade(val[r.row], r.text) | {"finish_reason": "stop" if r.finished else "length"}
+            for (r,) in groups
+        ]
     summary = summarise(records)
     return {f"val_{k}": summary[k] for k in HELD_OUT if k in summary}
 
@@ -683,7 +768,8 @@ def load_model(cfg: GRPOConfig, forbidden_ids: list[int], dtype: torch.dtype):
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(
-        cfg.model, dtype=dtype, attn_implementation=attention_implementation())
+        cfg.model, dtype=dtype, attn_implementation=attention_implementation()
+    )
     use_logprob_head(model, forbidden_ids, cfg.temperature, cfg.logit_chunk)
     return model
 
@@ -698,10 +784,14 @@ def make_policy(accelerator, cfg: GRPOConfig, forbidden_ids: list[int]):
     if cfg.freeze_vision:
         policy.model.visual.requires_grad_(False)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    accelerator.print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, "
-                      f"{sum(p.numel() for p in trained):,} of them trained")
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # norms and biases: none
+    accelerator.print(
+        f"{sum(p.numel() for p in policy.parameters()):,} parameters, "
+        f"{sum(p.numel() for p in trained):,} of them trained"
+    )
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]  # norms and biases: none
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2))
     del trained, groups  # they would hold on to the whole parameters
     policy, optimizer = accelerator.prepare(policy.train(), optimizer)  # train(): or nothing is checkpointed
@@ -740,7 +830,7 @@ def replace_dead(groups, rows: list[int], roll_out, n_rows: int, step: int, cfg:
     for attempt in range(cfg.resample_dead_groups):
         dead = (group_advantages(rewards_of(groups)) == 0).all(1).nonzero()[:, 0].tolist()
         spare = batch_at(request_seed(cfg.seed, step, attempt), 0, n_rows, n_rows)
-        spare = [row for row in spare if row not in used][:len(dead)]
+        spare = [row for row in spare if row not in used][: len(dead)]
         if not spare:
             break
         for k, group in zip(dead, roll_out(spare, step), strict=False):  # fewer spare rows than dead groups
@@ -780,17 +870,27 @@ def train(cfg: GRPOConfig):
     # data
     processor = AutoProcessor.from_pretrained(cfg.model)
     encode = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
-    lengths = dict(prompt_length=encode.length, max_prompt_length=cfg.max_prompt_length,
-                   skip_long_prompts=cfg.skip_long_prompts)
+    lengths = dict(
+        prompt_length=encode.length,
+        max_prompt_length=cfg.max_prompt_length,
+        skip_long_prompts=cfg.skip_long_prompts,
+    )
     with plain_errors():
         data = load_samples(**cfg.source(cfg.data, cfg.split), **lengths)
-        val = load_samples(**cfg.source(cfg.val_data or cfg.data, cfg.val_split), **lengths,
-                           limit=cfg.val_limit) if cfg.val_every else []
+        val = (
+            load_samples(
+                **cfg.source(cfg.val_data or cfg.data, cfg.val_split), **lengths, limit=cfg.val_limit
+            )
+            if cfg.val_every
+            else []
+        )
     encode_row = functools.lru_cache(cfg.prompts_per_step)(lambda row: encode(data[row]))
     say(arithmetic(cfg, world, len(data)))
     for name, samples in (("train", data), ("val", val)) if val else (("train", data),):
-        say(f"{name}: {len(samples)} rows, {samples.clipped} with a gold box clipped to the image, "
-            f"{len(samples.skipped)} left out" + "".join(f"\n  {message}" for message in samples.skipped))
+        say(
+            f"{name}: {len(samples)} rows, {samples.clipped} with a gold box clipped to the image, "
+            f"{len(samples.skipped)} left out" + "".join(f"\n  {message}" for message in samples.skipped)
+        )
 
     # models
     torch.manual_seed(cfg.seed)
@@ -800,8 +900,11 @@ def train(cfg: GRPOConfig):
     if cfg.tracker != "none":
         settings = {k: v if isinstance(v, (int, float)) else str(v) for k, v in cfg.model_dump().items()}
         accelerator.init_trackers("grpo", config=settings)
-    sampler = (VLLMSampler(cfg, processor, forbidden, max(s.max_images for s in (data, val or data)))
-               if cfg.sampler == "vllm" else HFSampler(cfg, processor, forbidden))
+    sampler = (
+        VLLMSampler(cfg, processor, forbidden, max(s.max_images for s in (data, val or data)))
+        if cfg.sampler == "vllm"
+        else HFSampler(cfg, processor, forbidden)
+    )
     first = resume(accelerator, policy, optimizer, out, cfg.resume)
     sampler.sync(base)
     stop = Stop()
@@ -820,10 +923,19 @@ def train(cfg: GRPOConfig):
 
     def roll_out(rows: list[int], step: int) -> list[list[Rollout]]:
         before = [rows[:k].count(row) for k, row in enumerate(rows)]  # across two epochs one may come twice
-        seeds = [request_seed(cfg.seed, step, row, *[n] * (n > 0))
-                 for row, n in zip(rows, before, strict=True)]
-        groups = sample_everywhere(accelerator, sampler, encode_row, rows, cfg.group_size, cfg.temperature,
-                                   seeds, cfg.tensor_parallel)
+        seeds = [
+            request_seed(cfg.seed, step, row, *[n] * (n > 0)) for row, n in zip(rows, before, strict=True)
+        ]
+        groups = sample_everywhere(
+            accelerator,
+            sampler,
+            encode_row,
+            rows,
+            cfg.group_size,
+            cfg.temperature,
+            seeds,
+            cfg.tensor_parallel,
+        )
         for rollout in (r for group in groups for r in group):
             rollout.score = score(rollout.text, data[rollout.row], cfg)
         return groups
@@ -853,20 +965,44 @@ def train(cfg: GRPOConfig):
         logps_old = rollout_logps(policy, *mine) if cfg.updates_per_step > 1 else None
         logps_ref = rollout_logps(reference, *mine) if reference else None
         t3 = time.time()
-        sums = [update(accelerator, policy, optimizer, rollouts, shares, encode_row,
-                       advantages.flatten().tolist(), logps_old, logps_ref, cfg, learning_rate_at(step, cfg))
-                for shares in tqdm(plans, desc="updates", disable=None if rank == 0 else True, leave=False)]
+        sums = [
+            update(
+                accelerator,
+                policy,
+                optimizer,
+                rollouts,
+                shares,
+                encode_row,
+                advantages.flatten().tolist(),
+                logps_old,
+                logps_ref,
+                cfg,
+                learning_rate_at(step, cfg),
+            )
+            for shares in tqdm(plans, desc="updates", disable=None if rank == 0 else True, leave=False)
+        ]
         t4 = time.time()
         sampler.sync(base)
         t5 = time.time()
 
         # measure, evaluate, save
         done = step + 1
-        m = {"step": done, "lr": learning_rate_at(step, cfg)} | step_metrics(rollouts, advantages, sums) | {
-            "replaced": replaced, "gen_s": t1 - t0, "logp_s": t3 - t2, "update_s": t4 - t3, "sync_s": t5 - t4,
-            "mem_gb": mem_gb()}
-        m |= {"gen_tokens_per_s": m["tokens"] / m["gen_s"],
-              "update_tokens_per_s": m.pop("trained") / m["update_s"]}
+        m = (
+            {"step": done, "lr": learning_rate_at(step, cfg)}
+            | step_metrics(rollouts, advantages, sums)
+            | {
+                "replaced": replaced,
+                "gen_s": t1 - t0,
+                "logp_s": t3 - t2,
+                "update_s": t4 - t3,
+                "sync_s": t5 - t4,
+                "mem_gb": mem_gb(),
+            }
+        )
+        m |= {
+            "gen_tokens_per_s": m["tokens"] / m["gen_s"],
+            "update_tokens_per_s": m.pop("trained") / m["update_s"],
+        }
         check_mismatch(m, on_gpu=device.type == "cuda")
         if val and (done % cfg.val_every == 0 or done == cfg.steps):
             m |= held_out(accelerator, sampler, encode, val, cfg)
@@ -879,8 +1015,10 @@ def train(cfg: GRPOConfig):
         if done % cfg.save_every == 0 or done == cfg.steps or stopped_by or skipped >= cfg.max_skipped:
             save_state(done, m)
         if skipped >= cfg.max_skipped:
-            raise SystemExit(f"step {done}: the last {skipped} updates had no finite gradient; {out} holds "
-                             "the state before them: lower learning_rate, or look at the samples")
+            raise SystemExit(
+                f"step {done}: the last {skipped} updates had no finite gradient; {out} holds "
+                "the state before them: lower learning_rate, or look at the samples"
+            )
         if stopped_by:
             break
     if stopped_by:

@@ -24,7 +24,8 @@ from data import PromptEncoder, attention_implementation, batch_at, load_samples
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume save_every log_every val_every val_data val_split val_limit max_tokens_per_micro_batch "
-    "gradient_checkpointing".split())
+    "gradient_checkpointing".split()
+)
 
 
 class SFTConfig(Config):
@@ -36,7 +37,8 @@ class SFTConfig(Config):
     val_limit: int = opt(256, "rows of it that are used", ge=1)
     revision: str | None = opt(None, "Hub revision of the data")
     template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
-        "no_reasoning", "prompt; problem: the row's own")
+        "no_reasoning", "prompt; problem: the row's own"
+    )
     target: Literal["answer", "scene_answer", "completion"] = opt("answer", "column to imitate")
     shuffle: bool = opt(True, "a new permutation every epoch; false: file order, for a curriculum")
     min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
@@ -52,7 +54,8 @@ class SFTConfig(Config):
     max_tokens_per_micro_batch: int = opt(4096, "tokens packed into one forward pass, per process", ge=1)
     learning_rate: float = opt(1e-4, "peak AdamW step size", gt=0)
     vision_learning_rate: float | None = opt(
-        None, "the same for the vision tower; empty: learning_rate; 0 freezes it", ge=0)
+        None, "the same for the vision tower; empty: learning_rate; 0 freezes it", ge=0
+    )
     warmup: float = opt(0.1, "share of the updates with a rising learning rate", ge=0, lt=1)
     weight_decay: float = opt(0.0, "AdamW weight decay", ge=0)
     adam_beta2: float = opt(0.999, "AdamW second moment decay", gt=0, lt=1)
@@ -108,7 +111,8 @@ def build_model(cfg):
 
     # fp32 masters: at small learning rates bf16 weights would round the update away.
     model = AutoModelForImageTextToText.from_pretrained(
-        cfg.model, dtype=torch.float32, attn_implementation=attention_implementation())
+        cfg.model, dtype=torch.float32, attn_implementation=attention_implementation()
+    )
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.vision_learning_rate == 0:
@@ -116,8 +120,9 @@ def build_model(cfg):
     if cfg.lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(
-            r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear"))
+        model = get_peft_model(
+            model, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear")
+        )
         model.enable_input_require_grads()
     return model
 
@@ -145,12 +150,19 @@ def train(cfg: SFTConfig):
     with plain_errors():
         processor = AutoProcessor.from_pretrained(cfg.model)
     encode = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
-    load = dict(revision=cfg.revision, need_scene=cfg.target == "scene_answer",
-                prompt_length=encode.length, max_prompt_length=cfg.max_length)
+    load = dict(
+        revision=cfg.revision,
+        need_scene=cfg.target == "scene_answer",
+        prompt_length=encode.length,
+        max_prompt_length=cfg.max_length,
+    )
     with plain_errors():
         samples = load_samples(cfg.data, cfg.split, **load)
-        val = (load_samples(cfg.val_data or cfg.data, cfg.val_split, limit=cfg.val_limit, **load)
-               if cfg.val_split else [])
+        val = (
+            load_samples(cfg.val_data or cfg.data, cfg.val_split, limit=cfg.val_limit, **load)
+            if cfg.val_split
+            else []
+        )
     eos = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def sequence(sample):
@@ -162,8 +174,9 @@ def train(cfg: SFTConfig):
     # ---- model ----
     torch.manual_seed(cfg.seed)
     model = build_model(cfg)
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg), lr=cfg.learning_rate,
-                                  betas=(0.9, cfg.adam_beta2))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, cfg), lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2)
+    )
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model, optimizer = accelerator.prepare(model, optimizer)
     base = accelerator.unwrap_model(model)
@@ -172,8 +185,10 @@ def train(cfg: SFTConfig):
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
     first = resume(accelerator, model, optimizer, out, cfg.resume)
     rank, world = accelerator.process_index, accelerator.num_processes
-    accelerator.print(f"{len(samples)} samples, {steps} updates of {cfg.batch_size}, from update {first}; "
-                      f"{n_trained:,} trained parameters")
+    accelerator.print(
+        f"{len(samples)} samples, {steps} updates of {cfg.batch_size}, from update {first}; "
+        f"{n_trained:,} trained parameters"
+    )
 
     def packed(sequences):
         lengths = [(i, len(prompt.ids), len(ids)) for i, (prompt, ids) in enumerate(sequences)]
@@ -200,8 +215,11 @@ def train(cfg: SFTConfig):
     started, tokens_seen = time.time(), 0
     model.train()
     for step in range(first, steps):
-        order = (batch_at(cfg.seed, step, cfg.batch_size, len(samples)) if cfg.shuffle else
-                 [i % len(samples) for i in range(step * cfg.batch_size, (step + 1) * cfg.batch_size)])
+        order = (
+            batch_at(cfg.seed, step, cfg.batch_size, len(samples))
+            if cfg.shuffle
+            else [i % len(samples) for i in range(step * cfg.batch_size, (step + 1) * cfg.batch_size)]
+        )
         sequences = [sequence(samples[i]) for i in order[rank::world]]
         n_tokens = float(sum(len(ids) for _, ids in sequences))
         n_tokens = torch.tensor(n_tokens, device=accelerator.device)
@@ -223,9 +241,15 @@ def train(cfg: SFTConfig):
         if done % cfg.log_every == 0 or done == steps or validating:
             loss, right = (accelerator.reduce(total, "sum") / n_tokens).tolist()
             seconds = time.time() - started
-            line = {"step": done, "loss": loss, "token_accuracy": right, "grad_norm": float(grad_norm),
-                    "lr": cfg.learning_rate * schedule(step, steps, cfg.warmup),
-                    "tokens_per_s": tokens_seen / seconds, "seconds": seconds}
+            line = {
+                "step": done,
+                "loss": loss,
+                "token_accuracy": right,
+                "grad_norm": float(grad_norm),
+                "lr": cfg.learning_rate * schedule(step, steps, cfg.warmup),
+                "tokens_per_s": tokens_seen / seconds,
+                "seconds": seconds,
+            }
             if validating:
                 line |= validate()
             if accelerator.is_main_process:

@@ -46,8 +46,9 @@ def plain_loop(model_path, samples, encode, how):
     for start in range(0, len(samples), 4):
         batch = samples[start : start + 4]
         images = [image for s in batch for image in encode.images(s)]
-        inputs = encode.processor(text=[encode.text(s) for s in batch], images=images, padding=True,
-                                  return_tensors="pt").to(device)
+        inputs = encode.processor(
+            text=[encode.text(s) for s in batch], images=images, padding=True, return_tensors="pt"
+        ).to(device)
         with torch.inference_mode():
             out = model.generate(**inputs, max_new_tokens=how.max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
@@ -113,8 +114,11 @@ def main():
         path, model, data, n, tokens = args.path
         return time_path(path, model, data, int(n), int(tokens))
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, REPO / "synthesize.py", f"out={folder}", "n_train=1", "n_val=512"],
-                       check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, REPO / "synthesize.py", f"out={folder}", "n_train=1", "n_val=512"],
+            check=True,
+            capture_output=True,
+        )
         larger_model(Path(folder) / "larger")
         data = f"{folder}/val.parquet"
         for model, n, tokens in ((REPO / "assets" / "tiny", 512, 192), (Path(folder) / "larger", 64, 64)):
@@ -123,8 +127,11 @@ def main():
                 command = [sys.executable, __file__, "--path", path, str(model), data, str(n), str(tokens)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 speeds[path] = json.loads(done.stdout.splitlines()[-1])["items_per_s"]
-                print(f"{model.name:<7} {path:<6} {speeds[path]:7.2f} items/s, "
-                      f"{speeds[path] / speeds['plain']:.1f} x the plain loop", flush=True)
+                print(
+                    f"{model.name:<7} {path:<6} {speeds[path]:7.2f} items/s, "
+                    f"{speeds[path] / speeds['plain']:.1f} x the plain loop",
+                    flush=True,
+                )
         read, graded = grade_speed(data)
         print(f"replies read: {read:,.0f} a second; graded with their scenes: {graded:,.0f} a second")
 

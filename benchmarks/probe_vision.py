@@ -23,8 +23,9 @@ def cell_features(folder, scenes):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    images = AutoProcessor.from_pretrained(folder).image_processor(images=[render(s) for s in scenes],
-                                                                   return_tensors="pt")
+    images = AutoProcessor.from_pretrained(folder).image_processor(
+        images=[render(s) for s in scenes], return_tensors="pt"
+    )
     with torch.no_grad():
         features = model.model.visual(images["pixel_values"], grid_thw=images["image_grid_thw"]).pooler_output
     features = features[[i * GRID**2 + s.cell for i, scene in enumerate(scenes) for s in scene]]
@@ -48,8 +49,11 @@ def main():
     rng = random.Random(0)
     scenes = [draw_scene(rng) for _ in range(1200)]
     shapes = [s for scene in scenes for s in scene]
-    labels = {"colour": [list(COLORS).index(s.color) for s in shapes],
-              "shape": [SHAPES.index(s.kind) for s in shapes], "cell": [s.cell for s in shapes]}
+    labels = {
+        "colour": [list(COLORS).index(s.color) for s in shapes],
+        "shape": [SHAPES.index(s.kind) for s in shapes],
+        "cell": [s.cell for s in shapes],
+    }
     with tempfile.TemporaryDirectory() as untrained:
         build_base_model(untrained, seed=0)
         for folder in sys.argv[1:] or [untrained, "assets/tiny"]:

@@ -59,8 +59,10 @@ def build(folder, width, layers, vocabulary, prompts):
 
 def given_completions(prompts):
     rng = random.Random(0)
-    return [[rng.randrange(300, 600) for _ in range(rng.randint(SHORTEST, LONGEST))]
-            for _ in range(prompts * GROUP)]
+    return [
+        [rng.randrange(300, 600) for _ in range(rng.randint(SHORTEST, LONGEST))]
+        for _ in range(prompts * GROUP)
+    ]
 
 
 class Memory(threading.Thread):
@@ -107,10 +109,23 @@ def ours(folder, sampler, budget=None, rounds=WARM + TIMED, lengths=None):
     samples = load_samples(str(folder))
     n_prompts = len(samples)
     cfg = GRPOConfig(
-        model=str(folder), data=str(folder), template="spatial_thinker", min_pixels=784,
-        max_prompt_length=128, max_completion_length=SAMPLED, prompts_per_step=n_prompts, group_size=GROUP,
-        updates_per_step=1, kl_coef=0, learning_rate=1e-6, gradient_checkpointing=False, vllm_memory=1,
-        tracker="none", out=f"{folder}/out", max_tokens_per_micro_batch=budget or 8 * (50 + LONGEST))
+        model=str(folder),
+        data=str(folder),
+        template="spatial_thinker",
+        min_pixels=784,
+        max_prompt_length=128,
+        max_completion_length=SAMPLED,
+        prompts_per_step=n_prompts,
+        group_size=GROUP,
+        updates_per_step=1,
+        kl_coef=0,
+        learning_rate=1e-6,
+        gradient_checkpointing=False,
+        vllm_memory=1,
+        tracker="none",
+        out=f"{folder}/out",
+        max_tokens_per_micro_batch=budget or 8 * (50 + LONGEST),
+    )
     accelerator = make_accelerator(cfg, ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"])
     processor = AutoProcessor.from_pretrained(folder)
     encoder = PromptEncoder(processor, cfg.template, 784, cfg.max_pixels)
@@ -118,8 +133,9 @@ def ours(folder, sampler, budget=None, rounds=WARM + TIMED, lengths=None):
     pads = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     policy, optimizer, _ = make_policy(accelerator, cfg, pads)
     if sampler != "given":
-        sampler = (VLLMSampler(cfg, processor, pads, 1) if sampler == "vllm" else
-                   HFSampler(cfg, processor, pads))
+        sampler = (
+            VLLMSampler(cfg, processor, pads, 1) if sampler == "vllm" else HFSampler(cfg, processor, pads)
+        )
         sampler.sync(policy)
     given = given_completions(n_prompts) if lengths is None else [[400] * n for n in lengths]
     results = []
@@ -127,25 +143,51 @@ def ours(folder, sampler, budget=None, rounds=WARM + TIMED, lengths=None):
         for _ in range(rounds):
             t0 = time.perf_counter()
             if sampler == "given":
-                rollouts = [Rollout(k * n_prompts // len(given), 0, ids, [-6.5] * len(ids), "", True)
-                            for k, ids in enumerate(given)]
+                rollouts = [
+                    Rollout(k * n_prompts // len(given), 0, ids, [-6.5] * len(ids), "", True)
+                    for k, ids in enumerate(given)
+                ]
                 for r in rollouts:
                     r.prompt_length = len(prompts[r.row].ids)
             else:
-                groups = sample_everywhere(accelerator, sampler, prompts.__getitem__, [*range(n_prompts)],
-                                           GROUP, 1.0, [*range(n_prompts)])
+                groups = sample_everywhere(
+                    accelerator,
+                    sampler,
+                    prompts.__getitem__,
+                    [*range(n_prompts)],
+                    GROUP,
+                    1.0,
+                    [*range(n_prompts)],
+                )
                 rollouts = [r for group in groups for r in group]
             t1 = time.perf_counter()
             one_group = cfg.model_copy(update={"group_size": len(rollouts) // n_prompts})
             (shares,) = plan_updates(rollouts, one_group, 1)
-            update(accelerator, policy, optimizer, rollouts, shares, prompts.__getitem__,
-                   [(-1.0) ** k for k in range(len(rollouts))], None, None, cfg, 1e-6)
+            update(
+                accelerator,
+                policy,
+                optimizer,
+                rollouts,
+                shares,
+                prompts.__getitem__,
+                [(-1.0) ** k for k in range(len(rollouts))],
+                None,
+                None,
+                cfg,
+                1e-6,
+            )
             t2 = time.perf_counter()
             if sampler != "given":
                 sampler.sync(policy)
-            results.append({"gen_s": t1 - t0, "update_s": t2 - t1, "step_s": time.perf_counter() - t0,
-                            "sampled": sum(len(r.completion_ids) for r in rollouts),
-                            "tokens": sum(len(r) for r in rollouts)})
+            results.append(
+                {
+                    "gen_s": t1 - t0,
+                    "update_s": t2 - t1,
+                    "step_s": time.perf_counter() - t0,
+                    "sampled": sum(len(r.completion_ids) for r in rollouts),
+                    "tokens": sum(len(r) for r in rollouts),
+                }
+            )
     return results, memory.growth
 
 
@@ -169,11 +211,24 @@ def trl(folder, sampler):
     processor.tokenizer.padding_side = "left"
     pads = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     arguments = GRPOConfig(  # a sampled image token ends TRL's run; this trainer forbids them anyway
-        output_dir=f"{folder}/trl", generation_kwargs={"suppress_tokens": pads},
-        per_device_train_batch_size=8, gradient_accumulation_steps=len(samples), num_generations=GROUP,
-        max_completion_length=SAMPLED if sampler != "given" else LONGEST, beta=0.0,
-        max_steps=WARM + TIMED, learning_rate=1e-6, gradient_checkpointing=False, use_cpu=True, bf16=False,
-        report_to=[], save_strategy="no", logging_strategy="no", shuffle_dataset=False, disable_tqdm=True)
+        output_dir=f"{folder}/trl",
+        generation_kwargs={"suppress_tokens": pads},
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=len(samples),
+        num_generations=GROUP,
+        max_completion_length=SAMPLED if sampler != "given" else LONGEST,
+        beta=0.0,
+        max_steps=WARM + TIMED,
+        learning_rate=1e-6,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        shuffle_dataset=False,
+        disable_tqdm=True,
+    )
     given, results = given_completions(len(samples)), []
 
     class Timed(GRPOTrainer):
@@ -187,8 +242,13 @@ def trl(folder, sampler):
             start = time.perf_counter()
             batch = super()._generate_and_score_completions(inputs)
             sampled = int(batch["completion_mask"].sum())
-            results.append({"gen_s": time.perf_counter() - start, "sampled": sampled,
-                            "tokens": self.prompt_tokens + sampled})
+            results.append(
+                {
+                    "gen_s": time.perf_counter() - start,
+                    "sampled": sampled,
+                    "tokens": self.prompt_tokens + sampled,
+                }
+            )
             return batch
 
     class Clock(TrainerCallback):
@@ -202,8 +262,14 @@ def trl(folder, sampler):
         return [float(k % 2) for k in range(len(completions))]
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    trainer = Timed(model=model, reward_funcs=reward, args=arguments, processing_class=processor,
-                    train_dataset=data, callbacks=[Clock()])
+    trainer = Timed(
+        model=model,
+        reward_funcs=reward,
+        args=arguments,
+        processing_class=processor,
+        train_dataset=data,
+        callbacks=[Clock()],
+    )
     with Memory() as memory:
         trainer.train()
     for one in results:
@@ -247,24 +313,35 @@ def main():
             folder = Path(scratch, str(size[0]))
             build(folder, *size)
             cells = {}
-            for label, system, sampler in (("TRL update", "trl", "given"), ("our update", "ours", "given"),
-                                           ("TRL generate", "trl", "hf"),
-                                           ("our generate", "ours", "hf"), ("our vLLM", "ours", "vllm")):
+            for label, system, sampler in (
+                ("TRL update", "trl", "given"),
+                ("our update", "ours", "given"),
+                ("TRL generate", "trl", "hf"),
+                ("our generate", "ours", "hf"),
+                ("our vLLM", "ours", "vllm"),
+            ):
                 c = cells[label] = cell(folder, system, sampler)
                 given = sampler == "given"
-                print(f"{name:24}{label:14}{'' if given else round(c['sampled'] / c['gen_s']):>14}"
-                      f"{c['tokens'] / c['update_s']:>14.0f}{'' if given else round(c['step_s'], 2):>8}"
-                      f"{c['memory'] / 2**30:>11.2f}", flush=True)
+                print(
+                    f"{name:24}{label:14}{'' if given else round(c['sampled'] / c['gen_s']):>14}"
+                    f"{c['tokens'] / c['update_s']:>14.0f}{'' if given else round(c['step_s'], 2):>8}"
+                    f"{c['memory'] / 2**30:>11.2f}",
+                    flush=True,
+                )
             a, b = cells["TRL update"], cells["our update"]
             speed = (b["tokens"] / b["update_s"]) / (a["tokens"] / a["update_s"])
             step = cells["TRL generate"]["step_s"] / cells["our vLLM"]["step_s"]
-            print(f"  ours / TRL: update {speed:.2f} x the tokens/s, {b['memory'] / a['memory']:.2f} x the "
-                  f"memory; whole step {step:.1f} x as fast\n")
+            print(
+                f"  ours / TRL: update {speed:.2f} x the tokens/s, {b['memory'] / a['memory']:.2f} x the "
+                f"memory; whole step {step:.1f} x as fast\n"
+            )
         print("scaling (2.5M): tokens in the one micro-batch, update tokens/s, memory")
         for tokens in (512, 1024, 2048, 4096, 8192):
             c = cell(Path(scratch, "192"), "ours", "given", tokens)
-            print(f"  {c['tokens']:>6} {c['tokens'] / c['update_s']:>8.0f}  {c['memory'] / 2**30:.2f} GB",
-                  flush=True)
+            print(
+                f"  {c['tokens']:>6} {c['tokens'] / c['update_s']:>8.0f}  {c['memory'] / 2**30:.2f} GB",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

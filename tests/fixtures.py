@@ -37,28 +37,68 @@ def lettered(options) -> str:
 
 def cv_bench():
     """Two of each source; the right ones, were every second answer right, are by hand in the tests."""
-    features = {"idx": WHOLE, "type": TEXT, "task": TEXT, "image": IMAGE, "question": TEXT, "choices": TEXTS,
-                "answer": TEXT, "prompt": TEXT, "filename": TEXT, "source": TEXT, "source_dataset": TEXT,
-                "source_filename": TEXT, "target_class": TEXT, "target_size": TEXT,
-                "bbox": List(List(Value("float64")))}
+    features = {
+        "idx": WHOLE,
+        "type": TEXT,
+        "task": TEXT,
+        "image": IMAGE,
+        "question": TEXT,
+        "choices": TEXTS,
+        "answer": TEXT,
+        "prompt": TEXT,
+        "filename": TEXT,
+        "source": TEXT,
+        "source_dataset": TEXT,
+        "source_filename": TEXT,
+        "target_class": TEXT,
+        "target_size": TEXT,
+        "bbox": List(List(Value("float64"))),
+    }
     rows = []
-    kinds = [("2D", "Count", "ADE20K"), ("2D", "Relation", "ADE20K"), ("2D", "Count", "COCO"),
-             ("3D", "Depth", "Omni3D"), ("3D", "Distance", "Omni3D"), ("2D", "Relation", "COCO")]
+    kinds = [
+        ("2D", "Count", "ADE20K"),
+        ("2D", "Relation", "ADE20K"),
+        ("2D", "Count", "COCO"),
+        ("3D", "Depth", "Omni3D"),
+        ("3D", "Distance", "Omni3D"),
+        ("2D", "Relation", "COCO"),
+    ]
     for i, (dimensions, task, source) in enumerate(kinds):
         choices = ["3", "13", "1", "0"] if task == "Count" else ["lamp", "arm chair"]
         question = "How many chairs are in the image?" if task == "Count" else "Which object is closer?"
-        rows.append({
-            "idx": i, "type": dimensions, "task": task, "image": image(i), "question": question,
-            "choices": choices, "answer": f"({'AB'[i % 2]})",
-            "prompt": f"{question} Select from the following choices.\n{lettered(choices)}",
-            "filename": f"img/{i}.png", "source": source, "source_dataset": f"{source} val",
-            "source_filename": f"{i}.jpg", "target_class": None, "target_size": None, "bbox": None})
+        rows.append(
+            {
+                "idx": i,
+                "type": dimensions,
+                "task": task,
+                "image": image(i),
+                "question": question,
+                "choices": choices,
+                "answer": f"({'AB'[i % 2]})",
+                "prompt": f"{question} Select from the following choices.\n{lettered(choices)}",
+                "filename": f"img/{i}.png",
+                "source": source,
+                "source_dataset": f"{source} val",
+                "source_filename": f"{i}.jpg",
+                "target_class": None,
+                "target_size": None,
+                "bbox": None,
+            }
+        )
     return features, rows
 
 
 def blink(task: str):
-    features = {"idx": TEXT, "question": TEXT, "sub_task": TEXT, **{f"image_{i}": IMAGE for i in range(1, 5)},
-                "choices": TEXTS, "answer": TEXT, "prompt": TEXT, "explanation": TEXT}
+    features = {
+        "idx": TEXT,
+        "question": TEXT,
+        "sub_task": TEXT,
+        **{f"image_{i}": IMAGE for i in range(1, 5)},
+        "choices": TEXTS,
+        "answer": TEXT,
+        "prompt": TEXT,
+        "explanation": TEXT,
+    }
     choices, n_images = {
         "Spatial_Relation": (["yes", "no"], 1),
         "Relative_Depth": (["A is closer", "B is closer"], 1),
@@ -70,10 +110,19 @@ def blink(task: str):
     rows = []
     for i in range(4):
         images = {f"image_{k}": image(10 * i + k) if k <= n_images else None for k in range(1, 5)}
-        rows.append({"idx": f"val_{task}_{i}", "question": "Which one?", "sub_task": task, **images,
-                     "choices": choices, "answer": f"({'AB'[i % 2]})", "explanation": "",
-                     "prompt": f"Look at the picture. Which one?\nSelect from the following choices.\n"
-                               f"{lettered(choices)}"})
+        rows.append(
+            {
+                "idx": f"val_{task}_{i}",
+                "question": "Which one?",
+                "sub_task": task,
+                **images,
+                "choices": choices,
+                "answer": f"({'AB'[i % 2]})",
+                "explanation": "",
+                "prompt": f"Look at the picture. Which one?\nSelect from the following choices.\n"
+                f"{lettered(choices)}",
+            }
+        )
     return features, rows
 
 
@@ -82,8 +131,11 @@ def realworld_qa():
     only = "Please answer directly with only the letter of the correct option and nothing else."
     word = "Please answer directly with a single word or number."
     return features, [
-        {"image": image(1), "question": f"Which way is it?\n\nA. Left.\nB. Right.\nC. Straight.\n{only}",
-         "answer": "B"},
+        {
+            "image": image(1),
+            "question": f"Which way is it?\n\nA. Left.\nB. Right.\nC. Straight.\n{only}",
+            "answer": "B",
+        },
         {"image": image(2), "question": f"How many cars are there?\n{word}", "answer": "3"},
         {"image": image(3), "question": f"Is the light green?\n{word}", "answer": "Yes"},
         {"image": image(4), "question": f"Which colour is the sign?\n{word}", "answer": "Red"},
@@ -96,84 +148,196 @@ def spatialbench():
     for category in ("existence", "reach", "size"):
         for pair in range(2):
             for k, answer in enumerate(("Yes", "No")):
-                rows.append({"image": image(100 + pair), "text": f"Is the {'cup plate'.split()[k]} there?",
-                             "answer": answer, "category": category, "question_id": len(rows)})
-    rows.append({"image": image(7), "text": "Is the cup left or right of the plate?", "answer": "left",
-                 "category": "positional", "question_id": len(rows)})
-    rows.append({"image": image(8), "text": "Where is the cup?\nA. left\nB. right", "answer": "A",
-                 "category": "positional", "question_id": len(rows)})
-    rows += [{"image": image(9 + n), "text": "How many cups are there?", "answer": str(n),
-              "category": "counting", "question_id": len(rows) + n} for n in (2, 4)]
+                rows.append(
+                    {
+                        "image": image(100 + pair),
+                        "text": f"Is the {'cup plate'.split()[k]} there?",
+                        "answer": answer,
+                        "category": category,
+                        "question_id": len(rows),
+                    }
+                )
+    rows.append(
+        {
+            "image": image(7),
+            "text": "Is the cup left or right of the plate?",
+            "answer": "left",
+            "category": "positional",
+            "question_id": len(rows),
+        }
+    )
+    rows.append(
+        {
+            "image": image(8),
+            "text": "Where is the cup?\nA. left\nB. right",
+            "answer": "A",
+            "category": "positional",
+            "question_id": len(rows),
+        }
+    )
+    rows += [
+        {
+            "image": image(9 + n),
+            "text": "How many cups are there?",
+            "answer": str(n),
+            "category": "counting",
+            "question_id": len(rows) + n,
+        }
+        for n in (2, 4)
+    ]
     return features, rows
 
 
 def mmvp():
     features = {"image": IMAGE, "text": TEXT, "label": TEXT}
-    return features, [{"image": image(i), "text": "Is the door open or closed?\n(a) Open\n(b) Closed",
-                       "label": f"({'ab'[i % 2]})"} for i in range(6)]
+    return features, [
+        {
+            "image": image(i),
+            "text": "Is the door open or closed?\n(a) Open\n(b) Closed",
+            "label": f"({'ab'[i % 2]})",
+        }
+        for i in range(6)
+    ]
 
 
 def three_d_sr():
     features = {"image": IMAGE, "prompt": TEXT, "choices": TEXT, "answer": TEXT, "task": TEXT}
     choices = ["front", "back", "left", "right"]
-    return features, [{"image": image(i), "prompt": "Which side of the car faces the camera?",
-                       "choices": str(choices), "answer": "ABCD"[i], "task": task}
-                      for i, task in enumerate(("height", "location", "orientation", "multi_object"))]
+    return features, [
+        {
+            "image": image(i),
+            "prompt": "Which side of the car faces the camera?",
+            "choices": str(choices),
+            "answer": "ABCD"[i],
+            "task": task,
+        }
+        for i, task in enumerate(("height", "location", "orientation", "multi_object"))
+    ]
 
 
 def lego():
     features = {"image": List(IMAGE), "prompt": TEXT, "choices": TEXTS, "answer": TEXT, "category": TEXT}
     choices = ["first", "second", "third", "fourth"]
-    rows = [{"image": [image(i), image(50 + i)], "prompt": f"Which piece comes next?\n{lettered(choices)}",
-             "choices": choices, "answer": "ABCD"[i], "category": "next_step"} for i in range(2)]
-    rows.append({"image": [image(i) for i in range(3)],
-                 "prompt": f"Put the pictures in order.\n{lettered(choices)}",
-                 "choices": choices, "answer": "BDAC", "category": "sort"})
+    rows = [
+        {
+            "image": [image(i), image(50 + i)],
+            "prompt": f"Which piece comes next?\n{lettered(choices)}",
+            "choices": choices,
+            "answer": "ABCD"[i],
+            "category": "next_step",
+        }
+        for i in range(2)
+    ]
+    rows.append(
+        {
+            "image": [image(i) for i in range(3)],
+            "prompt": f"Put the pictures in order.\n{lettered(choices)}",
+            "choices": choices,
+            "answer": "BDAC",
+            "category": "sort",
+        }
+    )
     return features, rows
 
 
 def spatialreasoner():
     features = {"image": IMAGE, "prompt": TEXT, "choices": TEXT, "answer": TEXT, "task": TEXT}
-    return features, [{"image": image(i), "prompt": "Which object is closer, the lamp or the arm chair?",
-                       "choices": "['lamp', 'arm chair']", "task": "Depth",
-                       "answer": ("lamp", "arm chair")[i % 2]}
-                      for i in range(4)]
+    return features, [
+        {
+            "image": image(i),
+            "prompt": "Which object is closer, the lamp or the arm chair?",
+            "choices": "['lamp', 'arm chair']",
+            "task": "Depth",
+            "answer": ("lamp", "arm chair")[i % 2],
+        }
+        for i in range(4)
+    ]
 
 
 def robospatial():
-    features = {"image": IMAGE, "depth_image": IMAGE, "prompt": TEXT, "answer": TEXT, "options": TEXTS,
-                "category": TEXT}
-    return features, [{"image": image(i), "depth_image": image(60 + i),
-                       "prompt": "Can the cup be placed left of the plate?",
-                       "answer": ("yes", "no")[i % 2], "options": ["yes", "no"],
-                       "category": ("configuration", "compatibility")[i // 2]} for i in range(4)]
+    features = {
+        "image": IMAGE,
+        "depth_image": IMAGE,
+        "prompt": TEXT,
+        "answer": TEXT,
+        "options": TEXTS,
+        "category": TEXT,
+    }
+    return features, [
+        {
+            "image": image(i),
+            "depth_image": image(60 + i),
+            "prompt": "Can the cup be placed left of the plate?",
+            "answer": ("yes", "no")[i % 2],
+            "options": ["yes", "no"],
+            "category": ("configuration", "compatibility")[i // 2],
+        }
+        for i in range(4)
+    ]
 
 
 def robospatial_home():
     """The upstream file, with points."""
     features = {"category": TEXT, "question": TEXT, "answer": TEXT, "img": IMAGE, "depth_image": IMAGE}
-    rows = [{"category": "configuration", "question": "Is the cup left of the plate?", "answer": "Yes",
-             "img": image(1), "depth_image": image(61)}]
-    rows.append({"category": "context", "question": "Pinpoint a free spot left of the plate. Your answer "
-                 "should be formatted as a list of tuples, i.e. [(x1, y1)], with coordinates from 0 to 1.",
-                 "answer": "[(0.1, 0.1), (0.5, 0.1), (0.5, 0.6), (0.1, 0.6)]", "img": image(2),
-                 "depth_image": image(62)})
+    rows = [
+        {
+            "category": "configuration",
+            "question": "Is the cup left of the plate?",
+            "answer": "Yes",
+            "img": image(1),
+            "depth_image": image(61),
+        }
+    ]
+    rows.append(
+        {
+            "category": "context",
+            "question": "Pinpoint a free spot left of the plate. Your answer "
+            "should be formatted as a list of tuples, i.e. [(x1, y1)], with coordinates from 0 to 1.",
+            "answer": "[(0.1, 0.1), (0.5, 0.1), (0.5, 0.6), (0.1, 0.6)]",
+            "img": image(2),
+            "depth_image": image(62),
+        }
+    )
     return features, rows
 
 
 def hallusionbench():
-    features = {name: TEXT for name in (
-        "category", "subcategory", "visual_input", "set_id", "figure_id", "sample_note", "question_id",
-        "question", "gt_answer_details", "gt_answer", "filename")} | {"image": IMAGE}
+    features = {
+        name: TEXT
+        for name in (
+            "category",
+            "subcategory",
+            "visual_input",
+            "set_id",
+            "figure_id",
+            "sample_note",
+            "question_id",
+            "question",
+            "gt_answer_details",
+            "gt_answer",
+            "filename",
+        )
+    } | {"image": IMAGE}
     rows = []
     for figure in ("0", "1"):
         for question in ("0", "1"):
             for category in ("VD", "VS"):
-                rows.append({"category": category, "subcategory": "chart", "visual_input": "1", "set_id": "0",
-                             "figure_id": figure, "sample_note": "", "question_id": question,
-                             "question": f"Is bar {question} higher? Answer with yes or no.",
-                             "gt_answer_details": "", "gt_answer": str(int(figure == question)),
-                             "filename": f"{figure}.png", "image": image(int(figure))})
+                rows.append(
+                    {
+                        "category": category,
+                        "subcategory": "chart",
+                        "visual_input": "1",
+                        "set_id": "0",
+                        "figure_id": figure,
+                        "sample_note": "",
+                        "question_id": question,
+                        "question": f"Is bar {question} higher? Answer with yes or no.",
+                        "gt_answer_details": "",
+                        "gt_answer": str(int(figure == question)),
+                        "filename": f"{figure}.png",
+                        "image": image(int(figure)),
+                    }
+                )
     return features, rows
 
 
@@ -182,20 +346,40 @@ def vstarbench():
     tail = "Answer with the option's letter from the given choices directly."
     options = ["The color is red.", "The color is blue.", "The color is green."]
     text = f"What is the color of the cup?\n{lettered(options)}\n{tail}"
-    return features, [{"image": image(i), "text": text,
-                       "category": ("direct_attributes", "relative_position")[i % 2], "label": "ABC"[i],
-                       "question_id": str(i)} for i in range(3)]
+    return features, [
+        {
+            "image": image(i),
+            "text": text,
+            "category": ("direct_attributes", "relative_position")[i % 2],
+            "label": "ABC"[i],
+            "question_id": str(i),
+        }
+        for i in range(3)
+    ]
 
 
 def mmstar():
-    features = {"index": WHOLE, "question": TEXT, "image": IMAGE, "answer": TEXT, "category": TEXT,
-                "l2_category": TEXT,
-                "meta_info": {"source": TEXT, "split": TEXT, "image_path": TEXT}}
-    return features, [{
-        "index": i, "question": "Which one is it?\nOptions: A: a cup, B: a plate, C: a lamp, D: a chair",
-        "image": image(i), "answer": "ABCD"[i], "category": ("coarse perception", "math")[i % 2],
-        "l2_category": ("image scene", "geometry", "geometry", "geometry")[i],
-        "meta_info": {"source": "drawn", "split": "val", "image_path": f"{i}.png"}} for i in range(4)]
+    features = {
+        "index": WHOLE,
+        "question": TEXT,
+        "image": IMAGE,
+        "answer": TEXT,
+        "category": TEXT,
+        "l2_category": TEXT,
+        "meta_info": {"source": TEXT, "split": TEXT, "image_path": TEXT},
+    }
+    return features, [
+        {
+            "index": i,
+            "question": "Which one is it?\nOptions: A: a cup, B: a plate, C: a lamp, D: a chair",
+            "image": image(i),
+            "answer": "ABCD"[i],
+            "category": ("coarse perception", "math")[i % 2],
+            "l2_category": ("image scene", "geometry", "geometry", "geometry")[i],
+            "meta_info": {"source": "drawn", "split": "val", "image_path": f"{i}.png"},
+        }
+        for i in range(4)
+    ]
 
 
 def stvqa():
@@ -236,8 +420,23 @@ def write_3dsrbench_upstream(path: Path):
             for turn in (0, 1):
                 a, b = ("lamp", "chair") if turn == 0 else ("chair", "lamp")
                 picture = base64.b64encode(png(len(lines))).decode()
-                lines.append("\t".join([str(len(lines)), "Which is higher?", a, b, "", "", "AB"[turn],
-                                        "height", f"{q}{flip}-{turn}", "COCO", picture]))
+                lines.append(
+                    "\t".join(
+                        [
+                            str(len(lines)),
+                            "Which is higher?",
+                            a,
+                            b,
+                            "",
+                            "",
+                            "AB"[turn],
+                            "height",
+                            f"{q}{flip}-{turn}",
+                            "COCO",
+                            picture,
+                        ]
+                    )
+                )
     path.write_text("\n".join(lines) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Run by torchrun: real updates on real FSDP2 shards, written down whole for test_sharding.py to compare.
 
-    torchrun --nproc_per_node 2 tests/ranks.py MODEL DATA OUT
+torchrun --nproc_per_node 2 tests/ranks.py MODEL DATA OUT
 """
 
 import dataclasses
@@ -17,15 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import CheckpointError, leave, load, save  # noqa: E402
 from data import PromptEncoder, load_samples  # noqa: E402
-from train_grpo import (  # noqa: E402
-    GRPOConfig,
-    Rollout,
-    make_accelerator,
-    make_policy,
-    plan_updates,
-    rollout_logps,
-    update,
-)
+from train_grpo import GRPOConfig, Rollout, make_accelerator, make_policy, plan_updates, rollout_logps, update  # noqa: E402
 
 LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 
@@ -70,8 +62,16 @@ def try_to_save(attempt):
 def main(model, data, out):
     from transformers import AutoProcessor
 
-    cfg = GRPOConfig(model=model, out=out, group_size=4, prompts_per_step=6, updates_per_step=2,
-                     max_tokens_per_micro_batch=300, logit_chunk=16, tracker="none")
+    cfg = GRPOConfig(
+        model=model,
+        out=out,
+        group_size=4,
+        prompts_per_step=6,
+        updates_per_step=2,
+        max_tokens_per_micro_batch=300,
+        logit_chunk=16,
+        tracker="none",
+    )
     accelerator = make_accelerator(cfg, LAYERS)
     processor = AutoProcessor.from_pretrained(model)
     samples = load_samples(data)
@@ -101,8 +101,9 @@ def main(model, data, out):
     keep = {"weights": [], "norms": [], "sums": []}
     for number, shares in enumerate(plans):
         old, ref = (logps_old, logps_ref) if number < 2 else (None, None)
-        sums = update(accelerator, policy, optimizer, rollouts, shares, encode, advantages, old, ref, cfg,
-                      1e-3)
+        sums = update(
+            accelerator, policy, optimizer, rollouts, shares, encode, advantages, old, ref, cfg, 1e-3
+        )
         keep["weights"].append({n: whole(p) for n, p in policy.named_parameters()})
         keep["norms"].append(sums["grad_norm"])
         totals = accelerator.reduce(torch.tensor([float(sums[k]) for k in ("loss", "kl", "tokens")]), "sum")
@@ -117,7 +118,8 @@ def main(model, data, out):
         update(accelerator, policy, optimizer, rollouts, plans[2], encode, advantages, None, None, cfg, 1e-3)
         keep["continued"].append({n: whole(p) for n, p in policy.named_parameters()})
     keep["full_disk"] = try_to_save(
-        lambda: save(accelerator, policy, optimizer, processor, Path(out), 3, {}, keep_last=1))
+        lambda: save(accelerator, policy, optimizer, processor, Path(out), 3, {}, keep_last=1)
+    )
     keep["files"] = sorted(p.name for p in Path(out).iterdir())
     keep["gradients"] = gradients
     if accelerator.is_main_process:

@@ -14,15 +14,26 @@ def text_of(body: dict) -> str:
 
 
 def openai_answer(text: str) -> dict:
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
-            "choices": [{"index": 0, "finish_reason": "stop",
-                         "message": {"role": "assistant", "content": text}}],
-            "usage": {"prompt_tokens": 50, "completion_tokens": 3, "total_tokens": 53}}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+        "usage": {"prompt_tokens": 50, "completion_tokens": 3, "total_tokens": 53},
+    }
 
 
 def anthropic_answer(text: str) -> dict:
-    return {"id": "1", "type": "message", "role": "assistant", "model": "m", "stop_reason": "end_turn",
-            "content": [{"type": "text", "text": text}], "usage": {"input_tokens": 50, "output_tokens": 3}}
+    return {
+        "id": "1",
+        "type": "message",
+        "role": "assistant",
+        "model": "m",
+        "stop_reason": "end_turn",
+        "content": [{"type": "text", "text": text}],
+        "usage": {"input_tokens": 50, "output_tokens": 3},
+    }
 
 
 class API:

@@ -40,9 +40,31 @@ def keys(monkeypatch):
 
 def ask(url, provider, data, out, *extra, limit=9):
     url = f"{url}/v1" if provider == "openai" else url
-    main(["--dataset", str(data / "val.parquet"), "--model_path", "tiny", "--provider", provider,
-          "--base_url", url, "--min_pixels", "784", "--limit", str(limit), "--out", str(out),
-          "--custom_filename", "x", "--timeout", "0.6", "--concurrency", "4", *extra])
+    main(
+        [
+            "--dataset",
+            str(data / "val.parquet"),
+            "--model_path",
+            "tiny",
+            "--provider",
+            provider,
+            "--base_url",
+            url,
+            "--min_pixels",
+            "784",
+            "--limit",
+            str(limit),
+            "--out",
+            str(out),
+            "--custom_filename",
+            "x",
+            "--timeout",
+            "0.6",
+            "--concurrency",
+            "4",
+            *extra,
+        ]
+    )
     return read_records(out / "x.jsonl")
 
 
@@ -137,8 +159,18 @@ def test_a_missing_key_is_named(provider, tiny_data, tmp_path, monkeypatch):
     variable = f"{provider.upper()}_API_KEY"
     monkeypatch.delenv(variable)
     with pytest.raises(SystemExit, match=f"{variable} is not set"):
-        main(["--dataset", str(tiny_data / "val.parquet"), "--provider", provider, "--model_path", "m",
-              "--out", str(tmp_path)])
+        main(
+            [
+                "--dataset",
+                str(tiny_data / "val.parquet"),
+                "--provider",
+                provider,
+                "--model_path",
+                "m",
+                "--out",
+                str(tmp_path),
+            ]
+        )
 
 
 def test_no_password_of_a_url_is_written(tiny_data, tmp_path):
@@ -179,14 +211,37 @@ HF = ("--provider", "hf", "--max_new_tokens", "12")
 
 
 def flags(model, data, out, *extra):
-    return ["--dataset", str(data / "val.parquet"), "--model_path", str(model), "--min_pixels", "784",
-            "--max_pixels", "802816", "--out", str(out), *extra]
+    return [
+        "--dataset",
+        str(data / "val.parquet"),
+        "--model_path",
+        str(model),
+        "--min_pixels",
+        "784",
+        "--max_pixels",
+        "802816",
+        "--out",
+        str(out),
+        *extra,
+    ]
 
 
 def test_batch_size_does_not_change_replies(tiny_base, tiny_data, tmp_path):
     for size in ("1", "7"):
-        main(flags(tiny_base, tiny_data, tmp_path, *HF, "--limit", "8", "--batch_size", size,
-                   "--custom_filename", size))
+        main(
+            flags(
+                tiny_base,
+                tiny_data,
+                tmp_path,
+                *HF,
+                "--limit",
+                "8",
+                "--batch_size",
+                size,
+                "--custom_filename",
+                size,
+            )
+        )
     one, seven = (read_records(tmp_path / f"{size}.jsonl")[1] for size in ("1", "7"))
     assert [r["reply"] for r in one] == [r["reply"] for r in seven]
     assert [r["n_tokens"] for r in one] == [r["n_tokens"] for r in seven]
@@ -201,8 +256,21 @@ def test_the_models_own_sampling_settings_are_not_used(tiny_start, tiny_data, tm
     config |= {"repetition_penalty": 3.0, "top_p": 0.1, "do_sample": True, "temperature": 0.1}
     (model / "generation_config.json").write_text(json.dumps(config))
     for name, path in (("own", model), ("plain", tiny_start)):
-        main(flags(path, tiny_data, tmp_path, "--provider", "hf", "--max_new_tokens", "64", "--limit", "4",
-                   "--custom_filename", name))
+        main(
+            flags(
+                path,
+                tiny_data,
+                tmp_path,
+                "--provider",
+                "hf",
+                "--max_new_tokens",
+                "64",
+                "--limit",
+                "4",
+                "--custom_filename",
+                name,
+            )
+        )
     own, plain = (read_records(tmp_path / f"{name}.jsonl")[1] for name in ("own", "plain"))
     assert [r["reply"] for r in own] == [r["reply"] for r in plain]
 
@@ -224,8 +292,20 @@ def test_batches_mark_padding_and_image_tokens(tiny_base, tiny_data, tmp_path, m
 
 def test_a_prompt_beyond_the_context_fails_and_is_counted(tiny_base, tiny_data, tmp_path):
     with pytest.raises(SystemExit, match="2 items failed or"):
-        main(flags(tiny_base, tiny_data, tmp_path, *HF, "--min_pixels", "802816", "--limit", "2",
-                   "--custom_filename", "x"))
+        main(
+            flags(
+                tiny_base,
+                tiny_data,
+                tmp_path,
+                *HF,
+                "--min_pixels",
+                "802816",
+                "--limit",
+                "2",
+                "--custom_filename",
+                "x",
+            )
+        )
     records = read_records(tmp_path / "x.jsonl")[1]
     assert {r["finish_reason"] for r in records} == {"failed"}
     assert all(re.search(r"prompt of \d+ tokens, context of", r["error"]) for r in records)
@@ -256,8 +336,19 @@ def greedy(tiny_start, tiny_data, tmp_path_factory):
     pytest.importorskip("vllm")
     out = tmp_path_factory.mktemp("greedy")
     for provider in ("vllm", "hf"):  # a process each: vLLM sets the threads of the whole process
-        run(flags(tiny_start, tiny_data, out, "--max_new_tokens", "192", "--provider", provider,
-                  "--custom_filename", provider))
+        run(
+            flags(
+                tiny_start,
+                tiny_data,
+                out,
+                "--max_new_tokens",
+                "192",
+                "--provider",
+                provider,
+                "--custom_filename",
+                provider,
+            )
+        )
     return out
 
 
@@ -280,10 +371,25 @@ def test_vllms_own_server_gives_the_same_replies(greedy, tiny_start, tiny_data, 
 
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_start), "--port",
-         str(port), "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512"],
-        env=evaluate.os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}, stdout=subprocess.DEVNULL,
-        stderr=open(tmp_path / "server.log", "w"))
+        [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(tiny_start),
+            "--port",
+            str(port),
+            "--served-model-name",
+            "tiny",
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            "512",
+        ],
+        env=evaluate.os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=open(tmp_path / "server.log", "w"),
+    )
     try:
         for _ in range(240):
             assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
@@ -292,8 +398,21 @@ def test_vllms_own_server_gives_the_same_replies(greedy, tiny_start, tiny_data, 
                 break
             except OSError:
                 time.sleep(1)
-        main(flags("tiny", tiny_data, tmp_path, "--provider", "openai", "--base_url", f"http://127.0.0.1:{port}/v1",
-                   "--max_new_tokens", "192", "--custom_filename", "x"))
+        main(
+            flags(
+                "tiny",
+                tiny_data,
+                tmp_path,
+                "--provider",
+                "openai",
+                "--base_url",
+                f"http://127.0.0.1:{port}/v1",
+                "--max_new_tokens",
+                "192",
+                "--custom_filename",
+                "x",
+            )
+        )
     finally:
         server.terminate()
         server.wait(60)
@@ -307,7 +426,24 @@ def test_vllms_own_server_gives_the_same_replies(greedy, tiny_start, tiny_data, 
 def test_vllm_samples_more_than_one_prefill_holds(tiny_base, tiny_data, tmp_path):
     """24 prompts of 280 tokens: more than one prefill takes, where a CPU generator once had to be rewound."""
     pytest.importorskip("vllm")
-    run(flags(tiny_base, tiny_data, tmp_path, "--max_new_tokens", "6", "--temperature", "1", "--provider",
-              "vllm", "--min_pixels", str(250 * 28 * 28), "--seed", "1", "--custom_filename", "sampled"))
+    run(
+        flags(
+            tiny_base,
+            tiny_data,
+            tmp_path,
+            "--max_new_tokens",
+            "6",
+            "--temperature",
+            "1",
+            "--provider",
+            "vllm",
+            "--min_pixels",
+            str(250 * 28 * 28),
+            "--seed",
+            "1",
+            "--custom_filename",
+            "sampled",
+        )
+    )
     replies = [r["reply"] for r in read_records(tmp_path / "sampled.jsonl")[1]]
     assert len(replies) == 24 and len(set(replies)) > 12

@@ -37,8 +37,15 @@ class Parts:
         self.optimizer.zero_grad()
 
     def save(self, out, step, **kwargs):
-        save(self.accelerator, self.model, self.optimizer, self.processor, out, step,
-             **({"scores": {}, "keep_last": 9} | kwargs))
+        save(
+            self.accelerator,
+            self.model,
+            self.optimizer,
+            self.processor,
+            out,
+            step,
+            **({"scores": {}, "keep_last": 9} | kwargs),
+        )
 
     def resume(self, out, how="auto"):
         return resume(self.accelerator, self.model, self.optimizer, out, how)
@@ -127,8 +134,10 @@ def test_another_config_is_refused_by_its_keys(tmp_path):
     refuse_another_run(GRPOConfig(out="elsewhere", save_every=7), tmp_path, FREE_TO_CHANGE)
     with pytest.raises(CheckpointError, match="another config") as error:
         refuse_another_run(changed, tmp_path, FREE_TO_CHANGE)
-    assert str(error.value).splitlines()[1:] == ["  learning_rate: 1e-06 there, 2e-06 here",
-                                                 "  clip_low: 0.2 there, 0.1 here"]
+    assert str(error.value).splitlines()[1:] == [
+        "  learning_rate: 1e-06 there, 2e-06 here",
+        "  clip_low: 0.2 there, 0.1 here",
+    ]
     with pytest.raises(CheckpointError, match="holds a run already"):
         refuse_another_run(GRPOConfig(resume="never"), tmp_path, FREE_TO_CHANGE)
     with pytest.raises(CheckpointError, match="holds a run already"):  # somebody else's

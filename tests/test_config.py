@@ -1,4 +1,5 @@
 """config.py: precedence, messages that name the place, types, round trip, the record of a run."""
+
 import json
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def file(tmp_path, monkeypatch):
     def write(text, name="tiny.yaml"):
         Path(name).write_text(text)
         return name
+
     return write
 
 
@@ -85,28 +87,45 @@ def test_unknown_key_names_place_and_nearest_key(file):
     path = file("# comment\nsteps: 4\n\nlearnig_rate: 1e-5\n")
     assert errors(path) == ["tiny.yaml:4: unknown key 'learnig_rate'; did you mean 'learning_rate'?"]
     assert errors("learnig_rate=1") == [
-        "command line: learnig_rate=1: unknown key 'learnig_rate'; did you mean 'learning_rate'?"]
+        "command line: learnig_rate=1: unknown key 'learnig_rate'; did you mean 'learning_rate'?"
+    ]
     assert errors("xyzzy=1") == ["command line: xyzzy=1: unknown key 'xyzzy'"]
 
 
 def test_repeated_key(file):
     assert errors(file("steps: 4\nmodel: a\nsteps: 4\n")) == [
-        "tiny.yaml:3: repeated key 'steps', first given at tiny.yaml:1"]
+        "tiny.yaml:3: repeated key 'steps', first given at tiny.yaml:1"
+    ]
     assert errors("steps=4", "steps=6") == [
-        "command line: steps=6: repeated key 'steps', first given at command line: steps=4"]
+        "command line: steps=6: repeated key 'steps', first given at command line: steps=4"
+    ]
     path = file("model: a\ncolumns:\n  image: a\n  image: b\n")
     assert errors(path) == ["tiny.yaml:4: repeated key 'image'"]
 
 
-@pytest.mark.parametrize("token, expected", [
-    ("steps=many", "int >= 1"), ("steps=1.5", "int >= 1"), ("steps=0", "int >= 1"), ("steps=", "int >= 1"),
-    ("model=null", "str"), ("steps=true", "int >= 1"), ("group=65", "int >= 2 and <= 64"),
-    ("learning_rate=true", "float > 0"), ("learning_rate=-1", "float > 0"),
-    ("learning_rate=nan", "a finite float > 0"), ("learning_rate=inf", "a finite float > 0"),
-    ("clip=0", "float > 0 or null"), ("dry_run=2", "bool"),
-    ("sampler=tgi", "'vllm' | 'hf' | 'off'"), ("resume=maybe", "'auto' | 'no' or null"),
-    ("names=a", "tuple[str, ...]"), ("betas=[0.9]", "tuple[float, float]"), ("columns=x", "dict[str, str]"),
-])
+@pytest.mark.parametrize(
+    "token, expected",
+    [
+        ("steps=many", "int >= 1"),
+        ("steps=1.5", "int >= 1"),
+        ("steps=0", "int >= 1"),
+        ("steps=", "int >= 1"),
+        ("model=null", "str"),
+        ("steps=true", "int >= 1"),
+        ("group=65", "int >= 2 and <= 64"),
+        ("learning_rate=true", "float > 0"),
+        ("learning_rate=-1", "float > 0"),
+        ("learning_rate=nan", "a finite float > 0"),
+        ("learning_rate=inf", "a finite float > 0"),
+        ("clip=0", "float > 0 or null"),
+        ("dry_run=2", "bool"),
+        ("sampler=tgi", "'vllm' | 'hf' | 'off'"),
+        ("resume=maybe", "'auto' | 'no' or null"),
+        ("names=a", "tuple[str, ...]"),
+        ("betas=[0.9]", "tuple[float, float]"),
+        ("columns=x", "dict[str, str]"),
+    ],
+)
 def test_ill_typed_value_names_expected_and_got(token, expected, file):
     key, value = token.split("=")
     got = value or "null"
@@ -117,13 +136,16 @@ def test_ill_typed_value_names_expected_and_got(token, expected, file):
 
 def test_all_mistakes_are_reported_at_once(file):
     path = file("stesp: 4\ngroup: 1\nclip: high\n")
-    assert sorted(errors(path, "modle=x", "--steps=3", "missing.yaml")) == sorted([
-        "tiny.yaml:1: unknown key 'stesp'; did you mean 'steps'?",
-        "tiny.yaml:2: group: expected int >= 2 and <= 64, got 1",
-        "tiny.yaml:3: clip: expected float > 0 or null, got high",
-        "command line: modle=x: unknown key 'modle'; did you mean 'model'?",
-        "command line: unknown option '--steps=3'; settings are written key=value",
-        "missing.yaml: cannot read: No such file or directory"])
+    assert sorted(errors(path, "modle=x", "--steps=3", "missing.yaml")) == sorted(
+        [
+            "tiny.yaml:1: unknown key 'stesp'; did you mean 'steps'?",
+            "tiny.yaml:2: group: expected int >= 2 and <= 64, got 1",
+            "tiny.yaml:3: clip: expected float > 0 or null, got high",
+            "command line: modle=x: unknown key 'modle'; did you mean 'model'?",
+            "command line: unknown option '--steps=3'; settings are written key=value",
+            "missing.yaml: cannot read: No such file or directory",
+        ]
+    )
 
 
 def test_a_check_between_keys_comes_through_and_waits_for_other_mistakes():
@@ -140,12 +162,15 @@ def test_required_key():
     assert Needs.load(["data=x"]).data == Path("x")
 
 
-@pytest.mark.parametrize("text, message", [
-    ("- steps\n", "tiny.yaml:1: expected a mapping (`key: value` lines), got a sequence"),
-    ("\nsteps\n", "tiny.yaml:2: expected a mapping (`key: value` lines), got a scalar"),
-    ("steps: 4\nmodel: a: b\n", "tiny.yaml:2: mapping values are not allowed here"),
-    ("steps: [4\n", "tiny.yaml:2: expected ',' or ']', but got '<stream end>'"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- steps\n", "tiny.yaml:1: expected a mapping (`key: value` lines), got a sequence"),
+        ("\nsteps\n", "tiny.yaml:2: expected a mapping (`key: value` lines), got a scalar"),
+        ("steps: 4\nmodel: a: b\n", "tiny.yaml:2: mapping values are not allowed here"),
+        ("steps: [4\n", "tiny.yaml:2: expected ',' or ']', but got '<stream end>'"),
+    ],
+)
 def test_broken_files(text, message, file):
     assert errors(file(text)) == [message]
 
@@ -167,14 +192,31 @@ def test_a_bad_default_is_found():
 # ---- types ----
 
 
-@pytest.mark.parametrize("token, value", [
-    ("learning_rate=1e-6", 1e-6), ("learning_rate=3", 3.0), ("steps=4", 4), ("steps='4'", 4),
-    ("steps=10.0", 10), ("steps=010", 10), ("dry_run=true", True), ("dry_run=no", False), ("clip=null", None),
-    ("clip=~", None), ("clip=.5", 0.5),
-    ("resume=no", "no"), ("sampler=off", "off"), ("model=007", "007"), ("model=2024-01-01", "2024-01-01"),
-    ("model=12:30", "12:30"), ("model='null'", "null"), ("names=[no, 1e-6]", ("no", "1e-6")),
-    ("betas=[0.9, 1e-1]", (0.9, 0.1)), ("columns={image: on}", {"image": "on"}),
-])
+@pytest.mark.parametrize(
+    "token, value",
+    [
+        ("learning_rate=1e-6", 1e-6),
+        ("learning_rate=3", 3.0),
+        ("steps=4", 4),
+        ("steps='4'", 4),
+        ("steps=10.0", 10),
+        ("steps=010", 10),
+        ("dry_run=true", True),
+        ("dry_run=no", False),
+        ("clip=null", None),
+        ("clip=~", None),
+        ("clip=.5", 0.5),
+        ("resume=no", "no"),
+        ("sampler=off", "off"),
+        ("model=007", "007"),
+        ("model=2024-01-01", "2024-01-01"),
+        ("model=12:30", "12:30"),
+        ("model='null'", "null"),
+        ("names=[no, 1e-6]", ("no", "1e-6")),
+        ("betas=[0.9, 1e-1]", (0.9, 0.1)),
+        ("columns={image: on}", {"image": "on"}),
+    ],
+)
 def test_scalars_are_read_as_the_declared_type(token, value, file):
     key, _, text = token.partition("=")
     for argv in ([token], [file(f"{key}: {text}\n")]):
@@ -187,10 +229,18 @@ def test_text_on_the_command_line_is_literal():
     assert Tiny.load(["model=*.json=1"]).model == "*.json=1"
 
 
-@pytest.mark.parametrize("values", [
-    dict(steps=True), dict(learning_rate=True), dict(clip=False), dict(steps=2.5), dict(model=3),
-    dict(learning_rate=float("nan")), dict(stesp=1),
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(steps=True),
+        dict(learning_rate=True),
+        dict(clip=False),
+        dict(steps=2.5),
+        dict(model=3),
+        dict(learning_rate=float("nan")),
+        dict(stesp=1),
+    ],
+)
 def test_construction_in_python_is_checked_too(values):
     with pytest.raises(ValidationError):
         Tiny(**values)
@@ -210,9 +260,16 @@ words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 @settings(deadline=None)
-@given(learning_rate=positive, clip=st.none() | positive, model=words, dry_run=st.booleans(),
-       names=st.lists(words, max_size=3), betas=st.tuples(finite, finite),
-       sampler=st.sampled_from(["vllm", "hf", "off"]), columns=st.dictionaries(words, words, max_size=2))
+@given(
+    learning_rate=positive,
+    clip=st.none() | positive,
+    model=words,
+    dry_run=st.booleans(),
+    names=st.lists(words, max_size=3),
+    betas=st.tuples(finite, finite),
+    sampler=st.sampled_from(["vllm", "hf", "off"]),
+    columns=st.dictionaries(words, words, max_size=2),
+)
 def test_dump_loads_back_equal(tmp_path_factory, **values):
     path = tmp_path_factory.getbasetemp() / "dump.yaml"
     config = Tiny(**values)
@@ -270,15 +327,22 @@ if __name__ == "__main__":
 def run(tmp_path, *argv):
     (tmp_path / "train.py").write_text(SCRIPT)
     (tmp_path / "tiny.yaml").write_text("steps: 4\n")
-    return subprocess.run([sys.executable, "train.py", *argv], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(ROOT)}, timeout=60)
+    return subprocess.run(
+        [sys.executable, "train.py", *argv],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
 
 
 def test_program_ends_with_one_message_and_status_2(tmp_path):
     done = run(tmp_path, "tiny.yaml", "learnig_rate=1")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == ("command line: learnig_rate=1: unknown key 'learnig_rate'; "
-                           "did you mean 'learning_rate'?\n")
+    assert done.stderr == (
+        "command line: learnig_rate=1: unknown key 'learnig_rate'; did you mean 'learning_rate'?\n"
+    )
 
 
 def test_program_runs(tmp_path):
@@ -290,8 +354,12 @@ def test_help_lists_every_key(tmp_path):
     done = run(tmp_path, "--help")
     assert done.returncode == 0 and done.stderr == ""
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert lines == ["usage: train.py [config.yaml ...] [key=value ...]", "",
-                     "learning_rate: float > 0 = 1e-06 AdamW step size", "steps: int >= 1 updates"]
+    assert lines == [
+        "usage: train.py [config.yaml ...] [key=value ...]",
+        "",
+        "learning_rate: float > 0 = 1e-06 AdamW step size",
+        "steps: int >= 1 updates",
+    ]
 
 
 def test_import_is_light():

@@ -46,8 +46,10 @@ def with_scene(row, box, answer=None):
     """The row with its first gold box replaced."""
     scene = json.loads(row["answer_option_text"].split("<scene>")[1].split("</scene>")[0])
     scene["objects"][0]["bbox"] = box
-    return row | {"answer_option_text": f"<scene>{json.dumps(scene)}</scene>\n<answer>"
-                                        f"{answer or row['answer_option_text_only']}</answer>"}
+    return row | {
+        "answer_option_text": f"<scene>{json.dumps(scene)}</scene>\n<answer>"
+        f"{answer or row['answer_option_text_only']}</answer>"
+    }
 
 
 # ---- sources ----
@@ -96,12 +98,16 @@ def test_a_missing_source_is_named(source, message):
 
 # ---- checks ----
 BAD = {
-    "scene": (lambda r: r | {"answer_option_text": "<scene>{</scene>\n<answer>(A) x</answer>"},
-              "column answer_option_text"),
+    "scene": (
+        lambda r: r | {"answer_option_text": "<scene>{</scene>\n<answer>(A) x</answer>"},
+        "column answer_option_text",
+    ),
     "outside": (lambda r: with_scene(r, [0, 0, 90, 20]), "boxes inside the image"),
     "other answer": (lambda r: with_scene(r, [0, 0, 9, 9], "(A) nonsense"), "answer_option_text"),
-    "answer": (lambda r: r | {"answer_option_text_only": "(D) a cat"},
-               "answer_option_text_only: expected one of"),
+    "answer": (
+        lambda r: r | {"answer_option_text_only": "(D) a cat"},
+        "answer_option_text_only: expected one of",
+    ),
     "options": (lambda r: r | {"options": []}, "column options"),
     "question": (lambda r: r | {"question_with_options": "  "}, "column question_with_options"),
     "image": (lambda r: r | {"images": {"bytes": b"not an image", "path": None}}, "column images"),
@@ -146,7 +152,8 @@ def test_prompt_text():
     text = build_prompt_text("spatial_thinker", "Where? (A) here (B) there", (640, 480))
     assert text.startswith("You FIRST observe the image in <observe> </observe> tags")
     assert text.endswith(
-        "e.g., <answer> (A) cat </answer>.\n\nImage size: (640 x 480)\n\nWhere? (A) here (B) there")
+        "e.g., <answer> (A) cat </answer>.\n\nImage size: (640 x 480)\n\nWhere? (A) here (B) there"
+    )
     assert "Image size" not in build_prompt_text("reasoning", "Where?", (640, 480))
     with pytest.raises(ValueError, match="template: expected one of"):
         build_prompt_text("spatial", "Where?", (640, 480))

@@ -40,14 +40,45 @@ REPO = Path(evaluate.__file__).parent
 
 
 def flags(model, data, out, *extra):
-    return ["--dataset", str(data / "val.parquet"), "--model_path", str(model), "--min_pixels", "784",
-            "--max_pixels", "802816", "--out", str(out), "--provider", "hf", "--max_new_tokens", "12", *extra]
+    return [
+        "--dataset",
+        str(data / "val.parquet"),
+        "--model_path",
+        str(model),
+        "--min_pixels",
+        "784",
+        "--max_pixels",
+        "802816",
+        "--out",
+        str(out),
+        "--provider",
+        "hf",
+        "--max_new_tokens",
+        "12",
+        *extra,
+    ]
 
 
 def asked(url, data, out, *extra):
-    return ["--dataset", str(data / "val.parquet"), "--model_path", "tiny", "--provider", "openai",
-            "--base_url", url, "--min_pixels", "784", "--out", str(out), "--custom_filename", "x",
-            "--concurrency", "2", *extra]
+    return [
+        "--dataset",
+        str(data / "val.parquet"),
+        "--model_path",
+        "tiny",
+        "--provider",
+        "openai",
+        "--base_url",
+        url,
+        "--min_pixels",
+        "784",
+        "--out",
+        str(out),
+        "--custom_filename",
+        "x",
+        "--concurrency",
+        "2",
+        *extra,
+    ]
 
 
 def right(data):
@@ -81,11 +112,14 @@ def test_names():
         dataset_names(["cvbench"])
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--limit", "0"], "--limit: expected at least 1, got 0"),
-    (["--min_pixels", "9", "--max_pixels", "8"], "--min_pixels: expected at most max_pixels 8, got 9"),
-    (["--template", "problem", "--circular"], "cannot be reordered"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--limit", "0"], "--limit: expected at least 1, got 0"),
+        (["--min_pixels", "9", "--max_pixels", "8"], "--min_pixels: expected at most max_pixels 8, got 9"),
+        (["--template", "problem", "--circular"], "cannot be reordered"),
+    ],
+)
 def test_impossible_flags(options, message, capsys):
     with pytest.raises(SystemExit):
         parse_args(options)
@@ -127,14 +161,34 @@ def test_records_and_summary_on_disk(tiny_base, tiny_data, tmp_path, capsys):
     assert "95 % interval" in capsys.readouterr().out
     assert "| dataset | n |" in (tmp_path / "summary.md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "mine.jsonl", "mine.summary.json", "summary.json", "summary.md"]
+        "mine.jsonl",
+        "mine.summary.json",
+        "summary.json",
+        "summary.md",
+    ]
 
 
 def test_every_benchmark_runs_from_its_rows_to_its_table(tiny_base, tmp_path, capsys):
     """All 21 names, the real model class, one load of it."""
     fixtures.write_all(tmp_path / "data")
-    main(["--dataset", *DATASETS, "--local_path", str(tmp_path / "data"), "--model_path", str(tiny_base),
-          "--min_pixels", "784", "--provider", "hf", "--max_new_tokens", "8", "--out", str(tmp_path / "out")])
+    main(
+        [
+            "--dataset",
+            *DATASETS,
+            "--local_path",
+            str(tmp_path / "data"),
+            "--model_path",
+            str(tiny_base),
+            "--min_pixels",
+            "784",
+            "--provider",
+            "hf",
+            "--max_new_tokens",
+            "8",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     printed = capsys.readouterr().out
     summaries = {s["dataset"]: s for s in json.loads((tmp_path / "out" / "summary.json").read_text())}
     assert set(summaries) == set(DATASETS)
@@ -144,8 +198,9 @@ def test_every_benchmark_runs_from_its_rows_to_its_table(tiny_base, tmp_path, ca
         assert (s["n"], s["failed"], s["missing"]) == (n, 0, 0) and s["tokens"] > 0
         assert re.search(rf"^{name} +{n} ", printed, re.M)
     assert "warning: cv-bench and cv-bench-2D share 4 questions about the same images" in printed
-    assert "warning: spatialreasoner and cv-bench" in printed.replace("cv-bench and spatialreasoner",
-                                                                      "spatialreasoner and cv-bench")
+    assert "warning: spatialreasoner and cv-bench" in printed.replace(
+        "cv-bench and spatialreasoner", "spatialreasoner and cv-bench"
+    )
 
 
 def test_right_replies_score_1_on_every_benchmark(tmp_path):
@@ -163,9 +218,26 @@ def test_right_replies_score_1_on_every_benchmark(tmp_path):
         return 200, openai_answer(answers[text["text"], *images]), {}
 
     with serve(respond) as (url, _):
-        main(["--dataset", *DATASETS, "--local_path", str(tmp_path / "data"), "--model_path", "m",
-              "--provider", "openai", "--base_url", url, "--out", str(tmp_path), "--min_pixels", "784",
-              "--max_pixels", "784"])
+        main(
+            [
+                "--dataset",
+                *DATASETS,
+                "--local_path",
+                str(tmp_path / "data"),
+                "--model_path",
+                "m",
+                "--provider",
+                "openai",
+                "--base_url",
+                url,
+                "--out",
+                str(tmp_path),
+                "--min_pixels",
+                "784",
+                "--max_pixels",
+                "784",
+            ]
+        )
     for s in json.loads((tmp_path / "summary.json").read_text()):
         assert s["accuracy"] == 1 and s["unparsed"] == 0
         assert set(s["official"].values()) <= {1.0}
@@ -177,14 +249,26 @@ def test_dry_run_and_list_load_no_model(tiny_data, tmp_path, capsys):
     main(["--list"])
     listed = capsys.readouterr().out
     assert all(re.search(rf"^{re.escape(name)} ", listed, re.M) for name in DATASETS)
-    main(["--dataset", str(tiny_data / "val.parquet"), "--model_path", "no/model", "--provider", "openai",
-          "--dry_run", "--out", str(tmp_path / "none")])
+    main(
+        [
+            "--dataset",
+            str(tiny_data / "val.parquet"),
+            "--model_path",
+            "no/model",
+            "--provider",
+            "openai",
+            "--dry_run",
+            "--out",
+            str(tmp_path / "none"),
+        ]
+    )
     assert "first prompt" in capsys.readouterr().out and not (tmp_path / "none").exists()
 
 
 # ---- runs that survive ----
 def test_killed_at_any_time_and_continued(tiny_data, tmp_path):
     """kill -9 three times; nothing is lost, nothing that has an answer is asked again."""
+
     def respond(body, nth):
         time.sleep(0.05)
         return 200, openai_answer("A"), {}
@@ -219,8 +303,14 @@ def test_another_configuration_refuses_to_append(tiny_data, tmp_path):
     with serve(right(tiny_data / "val.parquet")) as (url, api):
         main(asked(url, tiny_data, tmp_path))
         before = (tmp_path / "x.jsonl").read_text()
-        for change in (["--seed", "1"], ["--template", "reasoning"], ["--max_new_tokens", "9"], ["--blind"],
-                       ["--limit", "3"], ["--temperature", "1"]):
+        for change in (
+            ["--seed", "1"],
+            ["--template", "reasoning"],
+            ["--max_new_tokens", "9"],
+            ["--blind"],
+            ["--limit", "3"],
+            ["--temperature", "1"],
+        ):
             with pytest.raises(SystemExit, match=f"another configuration.*{change[0][2:]}: "):
                 main(asked(url, tiny_data, tmp_path, *change))
         assert (tmp_path / "x.jsonl").read_text() == before
@@ -295,8 +385,10 @@ def test_rescoring_grades_what_was_said(tiny_data, tmp_path, capsys):
     main(["--rescore", str(path), "--scoring", "released"])
     out = capsys.readouterr().out
     assert "24 replies graded, 24 grades changed" in out and "released scoring" in out
-    assert path.read_text() == "".join(json.dumps(r) + "\n" for r in sorted(
-        map(json.loads, honest.splitlines()), key=lambda r: r.get("row", -1)))
+    assert path.read_text() == "".join(
+        json.dumps(r) + "\n"
+        for r in sorted(map(json.loads, honest.splitlines()), key=lambda r: r.get("row", -1))
+    )
     summary = json.loads((tmp_path / "x.summary.json").read_text())
     assert summary["accuracy"] >= 0.5 and len(api.bodies) == 24
     assert 0 < summary["released"] <= summary["accuracy"]
@@ -347,13 +439,22 @@ def test_shuffled_and_blind(tiny_data, tmp_path):
 
 # ---- comparisons ----
 def results(path, correct, clusters=None, seed=0):
-    header = {"config": {"dataset": "x", "model_path": "m", "template": "t", "provider": "hf"},
-              "data": {"n": len(correct)}}
+    header = {
+        "config": {"dataset": "x", "model_path": "m", "template": "t", "provider": "hf"},
+        "data": {"n": len(correct)},
+    }
     clusters = list(range(len(correct))) if clusters is None else clusters
     lines = [{"header": header}] + [
-        {"id": str(i), "row": i, "correct": bool(c), "cluster": str(clusters[i]), "finish_reason": "stop",
-         "question_hash": f"{i} {seed}"}
-        for i, c in enumerate(correct)]
+        {
+            "id": str(i),
+            "row": i,
+            "correct": bool(c),
+            "cluster": str(clusters[i]),
+            "finish_reason": "stop",
+            "question_hash": f"{i} {seed}",
+        }
+        for i, c in enumerate(correct)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -435,9 +536,27 @@ def test_report_is_one_page_and_one_picture(tmp_path, capsys):
     fixtures.write_all(tmp_path / "data")
     evil = "<script>alert(1)</script>\ud800<answer>(A)</answer>"
     with serve(lambda body, nth: (200, openai_answer(evil), {})) as (url, _):
-        main(["--dataset", "stvqa", "blink-jigsaw", "hallusionbench", "--local_path", str(tmp_path / "data"),
-              "--model_path", "SpatialThinker-7B", "--provider", "openai", "--base_url", url, "--max_pixels",
-              "262144", "--out", str(tmp_path / "out"), "--report"])
+        main(
+            [
+                "--dataset",
+                "stvqa",
+                "blink-jigsaw",
+                "hallusionbench",
+                "--local_path",
+                str(tmp_path / "data"),
+                "--model_path",
+                "SpatialThinker-7B",
+                "--provider",
+                "openai",
+                "--base_url",
+                url,
+                "--max_pixels",
+                "262144",
+                "--out",
+                str(tmp_path / "out"),
+                "--report",
+            ]
+        )
     html = (tmp_path / "out" / "results.html").read_text()
     page = Page()
     page.feed(html)
@@ -470,8 +589,13 @@ def test_ctrl_c_says_how_to_go_on(tiny_data, tmp_path):
 
     with serve(respond) as (url, api):
         command = [sys.executable, str(REPO / "evaluate.py"), *asked(url, tiny_data, tmp_path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while not (tmp_path / "x.jsonl").exists() or (tmp_path / "x.jsonl").read_text().count("\n") < 4:
             assert process.poll() is None
             time.sleep(0.01)

@@ -331,8 +331,12 @@ HARD = [
     ("No doubt, it is on the left.", YES_NO, None),
     ("No obstacles are there, so yes.", YES_NO, "A"),
     ("Yes? No.", YES_NO, None),
-    ("Yes, the chair is to the left of the table. From the camera's viewpoint, the chair stands nearer to the"
-     " wall than the table does, which one can see from its shadow.", YES_NO, "A"),
+    (
+        "Yes, the chair is to the left of the table. From the camera's viewpoint, the chair stands nearer to the"
+        " wall than the table does, which one can see from its shadow.",
+        YES_NO,
+        "A",
+    ),
     ("No, it isn't.", ("Yes", "No", "Cannot tell"), "B"),
 ]
 HARD_NUMBERS = [
@@ -414,16 +418,47 @@ def test_any_text_reads_as_a_letter_of_the_options_or_none(text):
     assert parse_choice(text, SIDES) in (None, "A", "B", "C", "D")
 
 
-LONG = ("final ", "\\boxed{", "answer is ", "(", "<answer>", "no ", "B ", " ", "\n", "(B) or ", "answer: B\n",
-        "1", "1,", "-", "one ", "A->", "(0.1, ", "'", "_", "a-", "<answer>", "<", "is ", "wait ", "[x: ")
+LONG = (
+    "final ",
+    "\\boxed{",
+    "answer is ",
+    "(",
+    "<answer>",
+    "no ",
+    "B ",
+    " ",
+    "\n",
+    "(B) or ",
+    "answer: B\n",
+    "1",
+    "1,",
+    "-",
+    "one ",
+    "A->",
+    "(0.1, ",
+    "'",
+    "_",
+    "a-",
+    "<answer>",
+    "<",
+    "is ",
+    "wait ",
+    "[x: ",
+)
 
 
 @pytest.mark.parametrize("text", [piece * (100_000 // len(piece)) for piece in LONG], ids=map(repr, LONG))
 def test_long_replies_cost_bounded_time(text):
     for long in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", f"The answer is {text}"):
-        for read in (lambda reply: parse_choice(reply, SIDES), lambda reply: released_letter(reply, SIDES),
-                     lambda reply: read_point(reply, "unit", (9, 9)), read_number, read_yes_no, read_word,
-                     read_sequence):
+        for read in (
+            lambda reply: parse_choice(reply, SIDES),
+            lambda reply: released_letter(reply, SIDES),
+            lambda reply: read_point(reply, "unit", (9, 9)),
+            read_number,
+            read_yes_no,
+            read_word,
+            read_sequence,
+        ):
             started = time.process_time()
             read(long)
             assert time.process_time() - started < 1.0
@@ -456,17 +491,41 @@ NUMBER_REPLIES = [
     ("I have no idea", None), ("<think>3", None), ("3/4", None), ("a cup", None), ("nothing to see but 3", 3),
 ]  # fmt: skip
 YES_NO_REPLIES = [
-    ("yes", "yes"), ("Yes.", "yes"), ("NO", "no"), ("No, it is not.", "no"), ("<answer>yes</answer>", "yes"),
-    ("<answer>(A) yes</answer>", "yes"), ("The answer is no.", "no"), ("\\boxed{Yes}", "yes"),
-    ("Yes, the cup is there, no doubt.", "yes"), ("<think>no</think>yes", "yes"), ("Answer: No", "no"),
-    ("A", None), ("(A)", None), ("maybe", None), ("", None), ("yes or no", None), ("yes/no", None),
-    ("I cannot tell", None), ("No idea.", None), ("<think>yes", None), ("true", None),
+    ("yes", "yes"),
+    ("Yes.", "yes"),
+    ("NO", "no"),
+    ("No, it is not.", "no"),
+    ("<answer>yes</answer>", "yes"),
+    ("<answer>(A) yes</answer>", "yes"),
+    ("The answer is no.", "no"),
+    ("\\boxed{Yes}", "yes"),
+    ("Yes, the cup is there, no doubt.", "yes"),
+    ("<think>no</think>yes", "yes"),
+    ("Answer: No", "no"),
+    ("A", None),
+    ("(A)", None),
+    ("maybe", None),
+    ("", None),
+    ("yes or no", None),
+    ("yes/no", None),
+    ("I cannot tell", None),
+    ("No idea.", None),
+    ("<think>yes", None),
+    ("true", None),
 ]
 WORD_REPLIES = [  # reply, gold, right
-    ("left", "Left", True), ("<answer>left</answer>", "left", True), ("Left.", "left", True),
-    ("It is on the left.", "left", True), ("The answer is left", "left", True), ("right", "left", False),
-    ("left or right", "left", False), ("not left", "left", False), ("", "left", False),
-    ("leftover", "left", False), ("stop sign", "Stop sign", True), ("<think>left", "left", False),
+    ("left", "Left", True),
+    ("<answer>left</answer>", "left", True),
+    ("Left.", "left", True),
+    ("It is on the left.", "left", True),
+    ("The answer is left", "left", True),
+    ("right", "left", False),
+    ("left or right", "left", False),
+    ("not left", "left", False),
+    ("", "left", False),
+    ("leftover", "left", False),
+    ("stop sign", "Stop sign", True),
+    ("<think>left", "left", False),
 ]
 POINT_REPLIES = [  # reply, frame, size, point
     ("(0.25, 0.5)", "unit", (100, 100), (0.25, 0.5)),
@@ -529,9 +588,20 @@ def test_no_reader_raises(text):
 
 
 @settings(deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from((
-    "{}", "**{}**", "<answer>{}</answer>", "The answer is {}.", "{} cups", "<think>7 and 8</think>{}",
-    "\\boxed{{{}}}")))
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from(
+        (
+            "{}",
+            "**{}**",
+            "<answer>{}</answer>",
+            "The answer is {}.",
+            "{} cups",
+            "<think>7 and 8</think>{}",
+            "\\boxed{{{}}}",
+        )
+    ),
+)
 def test_style_does_not_change_a_number(number, style):
     assert read_number(style.format(number))[0] == number
 
@@ -551,10 +621,17 @@ def test_a_polygon_is_compared_with_matplotlib():
 def test_what_style_costs_under_the_released_scoring():
     """400 balanced four-choice items and a model that is always right: theirs 0.25, ours 1.00."""
     items = [("ABCD"[i % 4], SIDES[i % 4]) for i in range(400)]
-    for style, theirs in (("({x}) {t}", 1.0), ("{t}", 1.0), ("<answer>({x}) {t}</answer>", 1.0),
-                          ("{x}", 0.25), ("({x})", 0.25), ("{x}. {t}", 0.25), ("\\boxed{{{x}}}", 0.25),
-                          ("The answer is ({x}) {t}.", 0.25),
-                          ("<answer>({x}) {t}</answer> Final Answer: {x}", 0.25)):
+    for style, theirs in (
+        ("({x}) {t}", 1.0),
+        ("{t}", 1.0),
+        ("<answer>({x}) {t}</answer>", 1.0),
+        ("{x}", 0.25),
+        ("({x})", 0.25),
+        ("{x}. {t}", 0.25),
+        ("\\boxed{{{x}}}", 0.25),
+        ("The answer is ({x}) {t}.", 0.25),
+        ("<answer>({x}) {t}</answer> Final Answer: {x}", 0.25),
+    ):
         replies = [(style.format(x=x, t=t), x) for x, t in items]
         assert sum(released_letter(reply, SIDES) == x for reply, x in replies) == theirs * 400
         assert all(parse_choice(reply, SIDES) == x for reply, x in replies)
@@ -586,8 +663,13 @@ def test_every_kind_of_answer_is_graded():
 
 def test_a_reply_cut_off_counts_only_where_it_has_answered():
     sample = item("choice", "(B) right of", SIDES)
-    for reply, read in (("<answer>B</answer> and", "B"), ("B. Because", "B"), ("\\boxed{B} so", "B"),
-                        ("Is the answer B", None), ("it is right of", None)):
+    for reply, read in (
+        ("<answer>B</answer> and", "B"),
+        ("B. Because", "B"),
+        ("\\boxed{B} so", "B"),
+        ("Is the answer B", None),
+        ("it is right of", None),
+    ):
         assert grade(sample, reply, finish_reason="length")["parsed"] == read
 
 

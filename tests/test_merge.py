@@ -29,8 +29,16 @@ def save_checkpoint(base, folder, tied=True):
     model.generation_config.eos_token_id = 5
     (folder.parent / "config.yaml").write_text("learning_rate: 1.0e-06\n")
     optimizer = torch.optim.AdamW(model.parameters())
-    save(Accelerator(cpu=True), model, optimizer, AutoProcessor.from_pretrained(base), folder.parent,
-         int(folder.name.split("-")[1]), {"val_reward": 0.5123, "n": None}, keep_last=1)
+    save(
+        Accelerator(cpu=True),
+        model,
+        optimizer,
+        AutoProcessor.from_pretrained(base),
+        folder.parent,
+        int(folder.name.split("-")[1]),
+        {"val_reward": 0.5123, "n": None},
+        keep_last=1,
+    )
     return model
 
 

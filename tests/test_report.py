@@ -13,7 +13,7 @@ from data import load_samples
 from grading import grade
 from report import choose, draw_curves, main, outcome, pair_up
 
-HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>"\'</pre></article>$summary &lt;b&gt; \u202e'
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'</pre></article>$summary &lt;b&gt; \u202e"
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,17 @@ def write_results(path, samples, reply_to):
     records = []
     for i, s in enumerate(samples):
         reply = reply_to(i, s)
-        records.append({"id": str(i), "row": i, "category": s.category, "kind": s.kind,
-                        "meta": {"item": s.id}, "reply": reply, **grade(s, reply)})
+        records.append(
+            {
+                "id": str(i),
+                "row": i,
+                "category": s.category,
+                "kind": s.kind,
+                "meta": {"item": s.id},
+                "reply": reply,
+                **grade(s, reply),
+            }
+        )
     path.write_text("".join(json.dumps(line) + "\n" for line in [{"header": {}}, *records]))
     return path
 

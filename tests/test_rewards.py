@@ -113,16 +113,18 @@ def test_ciou_stops_at_minus_one():
     assert ciou((0, 0, 0.1, 0.0001), (0.95, 0.9, 0.9501, 1)) == -1.0
 
 
-@pytest.mark.parametrize("box",
-[(0, 0, 1), (0, 0, 1, math.nan), (0, 0, math.inf, 1), (1, 0, 0, 1), (0, 1, 1, 0)])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 1), (0, 0, 1, math.nan), (0, 0, math.inf, 1), (1, 0, 0, 1), (0, 1, 1, 0)]
+)
 def test_ciou_refuses(box):
     with pytest.raises(ValueError, match="expected"):
         ciou(box, (0, 0, 1, 1))
 
 
 def test_ciou_of_degenerate_boxes_is_finite():
-    for a, b in itertools.product([(0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 0), (0, 0, 5e-324, 1),
-    (0, 0, 1, 1)], repeat=2):
+    for a, b in itertools.product(
+        [(0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 0), (0, 0, 5e-324, 1), (0, 0, 1, 1)], repeat=2
+    ):
         assert math.isfinite(ciou(a, b)) and -1 <= ciou(a, b) <= 1
 
 
@@ -252,8 +254,15 @@ def test_malformed_closes_every_gate():
 
 @pytest.mark.parametrize(
     "answer, right",
-    [("(B) left", 1), ("  (b) LEFT \n", 1), ("(B) Left", 1), ("(B)  left", 0), ("B", 0), ("(B) left.", 0),
-    ("", 0)],
+    [
+        ("(B) left", 1),
+        ("  (b) LEFT \n", 1),
+        ("(B) Left", 1),
+        ("(B)  left", 0),
+        ("B", 0),
+        ("(B) left.", 0),
+        ("", 0),
+    ],
 )
 def test_answer_equality(answer, right):
     assert reward_of(reply(SCENE, answer))["accuracy"] == right

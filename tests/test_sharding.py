@@ -12,9 +12,23 @@ REPO = Path(__file__).parent.parent
 
 def torchrun(processes, *arguments, timeout=300):
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *map(str, arguments)],
-        cwd=REPO, capture_output=True, text=True, timeout=timeout)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+            *map(str, arguments),
+        ],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -30,8 +44,13 @@ def worlds(request, tiny_base, tiny_data, tmp_path_factory):
     AutoProcessor.from_pretrained(tiny_base).save_pretrained(folder / "model")
     for n in (1, 2):
         arguments = ["tests/ranks.py", folder / "model", tiny_data, folder / f"world-{n}"]
-        done = torchrun(2, *arguments) if n == 2 else subprocess.run(  # alone, nothing is sharded
-            [sys.executable, *map(str, arguments)], cwd=REPO, capture_output=True, text=True, timeout=300)
+        done = (
+            torchrun(2, *arguments)
+            if n == 2
+            else subprocess.run(  # alone, nothing is sharded
+                [sys.executable, *map(str, arguments)], cwd=REPO, capture_output=True, text=True, timeout=300
+            )
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return {n: torch.load(folder / f"world-{n}" / "result.pt") for n in (1, 2)}
 
@@ -73,9 +92,21 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(worlds):
 
 def test_supervised_training_of_uneven_work_on_two_processes(tiny_base, tiny_data, tmp_path):
     """One process has more micro-batches than the other; a hang is a timeout here."""
-    small = {"model": tiny_base, "data": tiny_data, "out": tmp_path / "sft", "target": "scene_answer",
-             "template": "spatial_thinker", "lora_rank": 0, "epochs": 0.25, "batch_size": 3, "val_limit": 3,
-             "val_every": 1, "max_tokens_per_micro_batch": 200, "min_pixels": 784, "log_every": 1}
+    small = {
+        "model": tiny_base,
+        "data": tiny_data,
+        "out": tmp_path / "sft",
+        "target": "scene_answer",
+        "template": "spatial_thinker",
+        "lora_rank": 0,
+        "epochs": 0.25,
+        "batch_size": 3,
+        "val_limit": 3,
+        "val_every": 1,
+        "max_tokens_per_micro_batch": 200,
+        "min_pixels": 784,
+        "log_every": 1,
+    }
     done = torchrun(2, "train_sft.py", *(f"{k}={v}" for k, v in small.items()), timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (tmp_path / "sft" / "final" / "model.safetensors").exists()

@@ -12,15 +12,7 @@ from data import open_image, to_rgb
 from evaluate import load_items, parse_args
 from evaluate import score as score_records
 from grading import LETTERS, grade
-from testsets import (
-    DATASETS,
-    benchmark_sample,
-    find_options,
-    gold_letter,
-    kind_of,
-    paper_figure,
-    permuted,
-)
+from testsets import DATASETS, benchmark_sample, find_options, gold_letter, kind_of, paper_figure, permuted
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +36,29 @@ def records_of(name, folder, right):
     records = []
     for i, (sample, (row, _)) in enumerate(zip(loaded.items, loaded.items.keys, strict=True)):
         reply = fixtures.right_reply(sample) if right(i, sample) else "I cannot tell."
-        records.append({"id": sample.id, "row": row, "category": sample.category, "kind": sample.kind,
-                        "gold": sample.answer, "meta": sample.meta, "cluster": loaded.clusters[row],
-                        "finish_reason": "stop", **grade(sample, reply)})
+        records.append(
+            {
+                "id": sample.id,
+                "row": row,
+                "category": sample.category,
+                "kind": sample.kind,
+                "gold": sample.answer,
+                "meta": sample.meta,
+                "cluster": loaded.clusters[row],
+                "finish_reason": "stop",
+                **grade(sample, reply),
+            }
+        )
     return records
 
 
 # ---- rows ----
 def test_all_names_of_the_paper_are_there():
-    named = ("cv-bench, cv-bench-2D, cv-bench-3D, blink-spatial, blink-depth, blink-object, blink-counting, "
-             "blink-multi-view, blink-jigsaw, realworld_qa, spatialbench, mmvp, 3dsrbench, lego, "
-             "spatialreasoner, robospatial, robospatial_rgb, stvqa, hallusionbench, vstarbench, mmstar")
+    named = (
+        "cv-bench, cv-bench-2D, cv-bench-3D, blink-spatial, blink-depth, blink-object, blink-counting, "
+        "blink-multi-view, blink-jigsaw, realworld_qa, spatialbench, mmvp, 3dsrbench, lego, "
+        "spatialreasoner, robospatial, robospatial_rgb, stvqa, hallusionbench, vstarbench, mmstar"
+    )
     assert list(DATASETS) == named.split(", ") == list(fixtures.TABLES)
 
 
@@ -73,9 +77,13 @@ def test_rows_become_items_and_right_replies_are_right(name, folder):
         assert "nothing else" not in item.question and "directly" not in item.question
 
 
-KINDS = {"realworld_qa": ["choice", "number", "yes_no", "word"], "lego": ["choice", "choice", "sequence"],
-         "hallusionbench": ["yes_no"] * 8, "robospatial": ["yes_no"] * 4,
-         "spatialbench": ["yes_no"] * 12 + ["word", "choice", "number", "number"]}
+KINDS = {
+    "realworld_qa": ["choice", "number", "yes_no", "word"],
+    "lego": ["choice", "choice", "sequence"],
+    "hallusionbench": ["yes_no"] * 8,
+    "robospatial": ["yes_no"] * 4,
+    "spatialbench": ["yes_no"] * 12 + ["word", "choice", "number", "number"],
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -85,8 +93,17 @@ def test_how_an_answer_is_graded_follows_from_the_row(name, folder):
 
 def test_parts_images_and_gold(folder):
     assert [len(by_name(name, folder)) for name in ("cv-bench", "cv-bench-2D", "cv-bench-3D")] == [6, 4, 2]
-    images = {name: len(by_name(name, folder)[0].encoded_images) for name in
-              ("blink-depth", "blink-multi-view", "blink-jigsaw", "robospatial", "robospatial_rgb", "lego")}
+    images = {
+        name: len(by_name(name, folder)[0].encoded_images)
+        for name in (
+            "blink-depth",
+            "blink-multi-view",
+            "blink-jigsaw",
+            "robospatial",
+            "robospatial_rgb",
+            "lego",
+        )
+    }
     assert list(images.values()) == [1, 2, 3, 2, 1, 2]
     jigsaw = by_name("blink-jigsaw", folder)[1]
     in_order = [fixtures.png(10 + k) for k in (1, 2, 3)]
@@ -109,22 +126,38 @@ def test_upstream_schemas_are_read_as_well(tmp_path):
     yes, point = load("robospatial", tmp_path).items
     assert (yes.kind, point.kind, point.meta["frame"]) == ("yes_no", "point", "unit")
     assert grade(point, "[(0.2, 0.3)]")["correct"] and not grade(point, "(0.9, 0.9)")["correct"]
-    upstream = {"Question": fixtures.TEXT, "Options": fixtures.TEXT, "Correct Answer": fixtures.TEXT,
-                "image": fixtures.IMAGE}
-    fixtures.write(tmp_path / "mmvp.parquet", upstream, [
-        {"Question": "Is it open?", "Options": "(a) Open (b) Closed", "Correct Answer": "(b)",
-         "image": fixtures.image(1)}])
+    upstream = {
+        "Question": fixtures.TEXT,
+        "Options": fixtures.TEXT,
+        "Correct Answer": fixtures.TEXT,
+        "image": fixtures.IMAGE,
+    }
+    fixtures.write(
+        tmp_path / "mmvp.parquet",
+        upstream,
+        [
+            {
+                "Question": "Is it open?",
+                "Options": "(a) Open (b) Closed",
+                "Correct Answer": "(b)",
+                "image": fixtures.image(1),
+            }
+        ],
+    )
     item = load("mmvp", tmp_path).items[0]
     assert (item.options, item.answer) == (("Open", "Closed"), "(B) Closed")
 
 
-@pytest.mark.parametrize("question, asked", [
-    ("How many?\nPlease answer directly with a single word or number.", "How many?"),
-    ("How many? Answer with the letter.", "How many?"),
-    ("Answer with a single word: what colour is it?", "Answer with a single word: what colour is it?"),
-    ("Please answer with one word. Left or right?", "Please answer with one word. Left or right?"),
-    ("Answer with a number.", "Answer with a number."),
-])
+@pytest.mark.parametrize(
+    "question, asked",
+    [
+        ("How many?\nPlease answer directly with a single word or number.", "How many?"),
+        ("How many? Answer with the letter.", "How many?"),
+        ("Answer with a single word: what colour is it?", "Answer with a single word: what colour is it?"),
+        ("Please answer with one word. Left or right?", "Please answer with one word. Left or right?"),
+        ("Answer with a number.", "Answer with a number."),
+    ],
+)
 def test_only_a_closing_instruction_is_taken_off(question, asked):
     row = {"image": fixtures.image(1), "question": question, "answer": "3"}
     assert benchmark_sample(row, 0, DATASETS["realworld_qa"].sources[0]).question.startswith(asked)
@@ -191,16 +224,22 @@ def test_missing_columns_are_named(tmp_path):
         load("mmstar", tmp_path)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"answer": "E"}, r"row #1, column answer: expected one of the 4 options, got 'E'"),
-    ({"answer": None}, "column answer: expected an answer"),
-    ({"prompt": " "}, "column prompt: expected a question"),
-    ({"image": None}, "column image: expected an image"),
-    ({"image": {"bytes": b"no picture", "path": None}}, "column image: expected a readable image"),
-    ({"choices": ["3", "4", "1", "0"]}, r"column prompt: expected the options \['3', '4'"),
-    ({"choices": ["3"]}, "expected"),
-    ({"prompt": "How many?", "choices": None, "answer": "B"}, "lettered options, since the answer is 'B'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"answer": "E"}, r"row #1, column answer: expected one of the 4 options, got 'E'"),
+        ({"answer": None}, "column answer: expected an answer"),
+        ({"prompt": " "}, "column prompt: expected a question"),
+        ({"image": None}, "column image: expected an image"),
+        ({"image": {"bytes": b"no picture", "path": None}}, "column image: expected a readable image"),
+        ({"choices": ["3", "4", "1", "0"]}, r"column prompt: expected the options \['3', '4'"),
+        ({"choices": ["3"]}, "expected"),
+        (
+            {"prompt": "How many?", "choices": None, "answer": "B"},
+            "lettered options, since the answer is 'B'",
+        ),
+    ],
+)
 def test_bad_rows_are_named(change, message):
     source = DATASETS["cv-bench"].sources[0]
     row = fixtures.cv_bench()[1][0] | change
@@ -224,23 +263,29 @@ def test_doctests():
 
 
 # ---- options ----
-@pytest.mark.parametrize("text, options", [
-    ("Which? (A) a cup (B) a plate", ["a cup", "a plate"]),
-    ("Which?\nA. a cup\nB. a plate\nC. both", ["a cup", "a plate", "both"]),
-    ("Which? Options: A: a cup, B: a plate", ["a cup", "a plate"]),
-    ("(a) open (b) closed", ["open", "closed"]),
-    ("Which?\n(A) 3\n(B) 13\nAnswer with a letter.", ["3", "13"]),
-    ("Points A. and B. are marked. Which?\n(A) A is closer\n(B) B is closer", ["A is closer", "B is closer"]),
-    ("Is A: the cup left of B?", []),
-    ("Vitamin A. is good", []),
-    ("(A) only one", []),
-    ("Which?\nA. Left\nB Right\nC. Straight", ["Left", "Right", "Straight"]),  # as one of RealWorldQA's
-    ("Which?\nA. Left\nB. Right\nC Straight", ["Left", "Right", "Straight"]),
-    ("Which?\nA.a cup\nB.a plate", ["a cup", "a plate"]),
-    ("Which?\nOptions: A:10, B:15", ["10", "15"]),
-    ("(a)Open (b)Closed", ["Open", "Closed"]),
-    ("", []),
-])
+@pytest.mark.parametrize(
+    "text, options",
+    [
+        ("Which? (A) a cup (B) a plate", ["a cup", "a plate"]),
+        ("Which?\nA. a cup\nB. a plate\nC. both", ["a cup", "a plate", "both"]),
+        ("Which? Options: A: a cup, B: a plate", ["a cup", "a plate"]),
+        ("(a) open (b) closed", ["open", "closed"]),
+        ("Which?\n(A) 3\n(B) 13\nAnswer with a letter.", ["3", "13"]),
+        (
+            "Points A. and B. are marked. Which?\n(A) A is closer\n(B) B is closer",
+            ["A is closer", "B is closer"],
+        ),
+        ("Is A: the cup left of B?", []),
+        ("Vitamin A. is good", []),
+        ("(A) only one", []),
+        ("Which?\nA. Left\nB Right\nC. Straight", ["Left", "Right", "Straight"]),  # as one of RealWorldQA's
+        ("Which?\nA. Left\nB. Right\nC Straight", ["Left", "Right", "Straight"]),
+        ("Which?\nA.a cup\nB.a plate", ["a cup", "a plate"]),
+        ("Which?\nOptions: A:10, B:15", ["10", "15"]),
+        ("(a)Open (b)Closed", ["Open", "Closed"]),
+        ("", []),
+    ],
+)
 def test_options_in_a_question(text, options):
     assert [text[start:end] for start, end in find_options(text)] == options
 
@@ -251,21 +296,41 @@ def test_spans_lie_in_the_text_and_in_order(text):
     assert flat == sorted(flat) and all(0 <= x <= len(text) for x in flat)
 
 
-@pytest.mark.parametrize("answer, options, letter", [
-    ("(B)", ("x", "y"), "B"), ("b", ("x", "y"), "B"), ("B.", ("x", "y"), "B"), ("(b) y", ("x", "y"), "B"),
-    ("y", ("x", "y"), "B"), ("(B) x", ("x", "y"), None), ("C", ("x", "y"), None), ("z", ("x", "y"), None),
-    ("B is closer", ("B is closer", "A is closer"), "A"), ("x", ("x", "x"), None),
-    ("(B) y.", ("x", "y"), "B"), ("y.", ("x", "y"), "B"),
-])
+@pytest.mark.parametrize(
+    "answer, options, letter",
+    [
+        ("(B)", ("x", "y"), "B"),
+        ("b", ("x", "y"), "B"),
+        ("B.", ("x", "y"), "B"),
+        ("(b) y", ("x", "y"), "B"),
+        ("y", ("x", "y"), "B"),
+        ("(B) x", ("x", "y"), None),
+        ("C", ("x", "y"), None),
+        ("z", ("x", "y"), None),
+        ("B is closer", ("B is closer", "A is closer"), "A"),
+        ("x", ("x", "x"), None),
+        ("(B) y.", ("x", "y"), "B"),
+        ("y.", ("x", "y"), "B"),
+    ],
+)
 def test_gold_letters(answer, options, letter):
     assert gold_letter(answer, options) == letter
 
 
-@pytest.mark.parametrize("answer, kind", [
-    ("Yes", "yes_no"), ("3", "number"), ("three", "number"), ("2.5", "number"), ("BDAC", "word"),
-    ("[(0.1, 0.2), (0.3, 0.4), (0.5, 0.1)]", "point"), ("left", "word"), ("A", "word"),
-    ("three cups", "word"),
-])
+@pytest.mark.parametrize(
+    "answer, kind",
+    [
+        ("Yes", "yes_no"),
+        ("3", "number"),
+        ("three", "number"),
+        ("2.5", "number"),
+        ("BDAC", "word"),
+        ("[(0.1, 0.2), (0.3, 0.4), (0.5, 0.1)]", "point"),
+        ("left", "word"),
+        ("A", "word"),
+        ("three cups", "word"),
+    ],
+)
 def test_kinds(answer, kind):
     assert kind_of(answer) == kind
     assert kind_of("BDAC", shown=True) == "sequence"
@@ -281,7 +346,8 @@ def test_reordering_keeps_question_gold_and_scene_together(order):
     letter = LETTERS[order.index(2)]
     assert other.answer == f"({letter}) above" and other.options == tuple(options[i] for i in order)
     assert other.question == "Where is it? " + " ".join(
-        f"({x}) {options[i]}" for x, i in zip("ABCD", order, strict=True))
+        f"({x}) {options[i]}" for x, i in zip("ABCD", order, strict=True)
+    )
     assert other.ground_truth == f"<scene>{{}}</scene>\n<answer>({letter}) above</answer>"
     assert permuted(other, [list(order).index(i) for i in range(4)]) == sample
 
@@ -317,8 +383,14 @@ def test_spatialbench_pairs_and_counting(folder):
     records = records_of("spatialbench", folder, lambda i, s: i in right)
     records[14]["parsed"] = 3.0
     got = official("spatialbench", records)
-    assert got == {"mean": pytest.approx((0.5 + 1 + 0 + 0.5 + 0.25) / 5), "existence pairs": 0.5,
-                   "reach pairs": 1.0, "size pairs": 0.0, "positional": 0.5, "counting, 1 - error": 0.25}
+    assert got == {
+        "mean": pytest.approx((0.5 + 1 + 0 + 0.5 + 0.25) / 5),
+        "existence pairs": 0.5,
+        "reach pairs": 1.0,
+        "size pairs": 0.0,
+        "positional": 0.5,
+        "counting, 1 - error": 0.25,
+    }
 
 
 def test_three_d_sr_circular_and_flip(tmp_path):
@@ -375,5 +447,3 @@ def test_figures_of_the_paper():
     assert paper_figure("gpt-4o-2024-05-13", "stvqa") == pytest.approx(0.77)
     assert paper_figure("OX-PIXL/SpatialThinker-7B", "lego") is None
     assert paper_figure("my/model", "cv-bench") is None
-
-

@@ -16,15 +16,27 @@ TIMINGS = ("gen_s", "logp_s", "update_s", "sync_s", "gen_tokens_per_s", "update_
 
 
 def command(out, data, **overrides):
-    small = {"data": data, "out": out, "steps": 4, "val_every": 2, "val_limit": 8, "prompts_per_step": 4,
-             "group_size": 4, "updates_per_step": 2, "kl_coef": 0.01, "learning_rate": 3e-4, "save_every": 1,
-             "samples_every": 2} | overrides
+    small = {
+        "data": data,
+        "out": out,
+        "steps": 4,
+        "val_every": 2,
+        "val_limit": 8,
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "updates_per_step": 2,
+        "kl_coef": 0.01,
+        "learning_rate": 3e-4,
+        "save_every": 1,
+        "samples_every": 2,
+    } | overrides
     return [sys.executable, "train_grpo.py", "configs/tiny.yaml", *(f"{k}={v}" for k, v in small.items())]
 
 
 def train(out, data, **overrides):
-    done = subprocess.run(command(out, data, **overrides), cwd=REPO, capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run(
+        command(out, data, **overrides), cwd=REPO, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -59,7 +71,8 @@ def test_the_run_leaves_what_the_readme_says(undisturbed):
 def test_metrics_are_consistent(undisturbed):
     for m in metrics(undisturbed[0])[1:]:
         assert m["reward"] == pytest.approx(
-            0.1 * m["format"] + 0.2 * m["count"] + 0.5 * m["accuracy"] + 0.2 * m["spatial"], abs=1e-9)
+            0.1 * m["format"] + 0.2 * m["count"] + 0.5 * m["accuracy"] + 0.2 * m["spatial"], abs=1e-9
+        )
         assert m["grad_norm"] > 0 and m["entropy"] > 0 and m["skipped"] == 0
         assert sum(m["rejected"].values()) == round((1 - m["format"]) * 16)
 
@@ -81,8 +94,9 @@ def test_the_sampler_holds_the_policy_after_every_sync(undisturbed, tmp_path):
 def test_a_killed_run_continues_as_if_nothing_had_happened(undisturbed, tiny_data, tmp_path):
     """kill -9 from outside, in the middle of the third rollout of vLLM."""
     out = tmp_path / "killed"
-    process = subprocess.Popen(command(out, tiny_data), cwd=REPO, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(out, tiny_data), cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 240
     while not (out / "checkpoint-2").exists():
         assert time.time() < deadline and process.poll() is None
@@ -96,8 +110,13 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(undisturbed, tiny_dat
 
 def interrupted(out, data, steps, number):
     """A run that got the signal once `steps` metrics lines stood: (exit status, what it printed)."""
-    process = subprocess.Popen(command(out, data, save_every=100), cwd=REPO, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(out, data, save_every=100),
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     while len(metrics(out)) < steps:
         assert process.poll() is None
         time.sleep(0.05)
@@ -112,7 +131,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_0(undisturbed, tiny_data, tmp_
     assert status == 0 and "continue with: " in printed and "train_grpo.py configs/tiny.yaml" in printed
     done = metrics(out)[-1]["step"]
     assert (out / f"checkpoint-{done}").exists() and done < 4
-    assert metrics(out) == metrics(undisturbed[0])[:done + 1]
+    assert metrics(out) == metrics(undisturbed[0])[: done + 1]
 
 
 def test_sigterm_saves_and_exits_with_its_own_status(undisturbed, tiny_data, tmp_path):
@@ -124,15 +143,34 @@ def test_sigterm_saves_and_exits_with_its_own_status(undisturbed, tiny_data, tmp
 
 
 # ---- one and two processes, killed everywhere ----
-HF = {"sampler": "hf", "steps": 3, "max_completion_length": 80, "val_every": 0, "tracker": "none",
-      "samples_every": 0, "keep_last": 1}
+HF = {
+    "sampler": "hf",
+    "steps": 3,
+    "max_completion_length": 80,
+    "val_every": 0,
+    "tracker": "none",
+    "samples_every": 0,
+    "keep_last": 1,
+}
 
 
 def launch(script, processes, *arguments):
     """Run the script, by torchrun if there are several processes: (exit status, output)."""
-    start = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    start = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+        ]
+    )
     done = subprocess.run([*start, script, *arguments], cwd=REPO, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -161,9 +199,24 @@ def test_sigterm_to_the_launcher_saves_what_two_processes_have(tiny_data, tmp_pa
     frozen = HF | {"steps": 50, "save_every": 100, "freeze_vision": True}
     arguments = command(out, tiny_data, **frozen)[1:]
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-         "--rdzv_endpoint", "localhost:0", *arguments], cwd=REPO, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.DEVNULL, env=os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"})
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+            *arguments,
+        ],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"},
+    )
     while not metrics(out):
         assert process.poll() is None
         time.sleep(0.05)
@@ -187,8 +240,11 @@ def test_two_processes_with_vllm(tensor_parallel, undisturbed, tiny_data, tmp_pa
     """FSDP2 shards, an engine each or one for both: the sampler holds the policy after every sync."""
     out = tmp_path / "two"
     Path("/dev/shm/-tp:0-[0-1]-cpushm_0").write_bytes(b"left by a run that was killed")
-    status, output = launch("train_grpo.py", 2, *command(
-        out, tiny_data, steps=3, tensor_parallel=tensor_parallel, val_every=3, val_limit=24)[2:])
+    status, output = launch(
+        "train_grpo.py",
+        2,
+        *command(out, tiny_data, steps=3, tensor_parallel=tensor_parallel, val_every=3, val_limit=24)[2:],
+    )
     assert status == 0, output
     lines, alone = metrics(out), metrics(undisturbed[0])
     assert max(m["mismatch_max"] for m in lines[1:]) <= 1e-4
@@ -199,9 +255,28 @@ def test_two_processes_with_vllm(tensor_parallel, undisturbed, tiny_data, tmp_pa
     from merge import merge
 
     merged, provider = merge(out, tmp_path / "merged", "float32"), ("hf", "vllm")[tensor_parallel - 1]
-    subprocess.run([sys.executable, "evaluate.py", "--dataset", tiny_data / "val.parquet", "--out", tmp_path,
-                    "--model_path", merged, "--provider", provider, "--min_pixels", "784",
-                    "--max_new_tokens", "192", "--custom_filename", "merged"], cwd=REPO, check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "evaluate.py",
+            "--dataset",
+            tiny_data / "val.parquet",
+            "--out",
+            tmp_path,
+            "--model_path",
+            merged,
+            "--provider",
+            provider,
+            "--min_pixels",
+            "784",
+            "--max_new_tokens",
+            "192",
+            "--custom_filename",
+            "merged",
+        ],
+        cwd=REPO,
+        check=True,
+    )
     summary = json.loads((tmp_path / "merged.summary.json").read_text())
     for key in ("reward", "format", "mean_iou", "accuracy"):
         assert summary[key] == pytest.approx(lines[-1][f"val_{key}"], abs=1e-9), key
@@ -210,8 +285,10 @@ def test_two_processes_with_vllm(tensor_parallel, undisturbed, tiny_data, tmp_pa
 def test_another_run_in_the_same_folder_is_refused(undisturbed, tiny_data):
     out, _ = undisturbed
     before = (out / "metrics.jsonl").read_bytes()
-    for overrides, message in (({"learning_rate": 1e-5}, "learning_rate: 0.0003 there, 1e-05 here"),
-                               ({"resume": "never"}, "holds a run already")):
+    for overrides, message in (
+        ({"learning_rate": 1e-5}, "learning_rate: 0.0003 there, 1e-05 here"),
+        ({"resume": "never"}, "holds a run already"),
+    ):
         done = subprocess.run(command(out, tiny_data, **overrides), cwd=REPO, capture_output=True, text=True)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
     assert (out / "metrics.jsonl").read_bytes() == before
@@ -220,16 +297,25 @@ def test_another_run_in_the_same_folder_is_refused(undisturbed, tiny_data):
 def test_another_run_can_start_from_a_checkpoint(undisturbed, tiny_data, tmp_path):
     """resume=PATH continues elsewhere; dead groups are replaced by other rows, within the rounds allowed."""
     out = tmp_path / "elsewhere"
-    train(out, tiny_data, **(HF | {"steps": 4, "resume": undisturbed[0] / "checkpoint-3",
-                                   "resample_dead_groups": 2}))
+    train(
+        out,
+        tiny_data,
+        **(HF | {"steps": 4, "resume": undisturbed[0] / "checkpoint-3", "resample_dead_groups": 2}),
+    )
     (line,) = metrics(out)
     assert line["step"] == 4 and 0 < line["replaced"] <= 8
 
 
 # ---- messages ----
 def run(*arguments, **env):
-    return subprocess.run([sys.executable, "train_grpo.py", *arguments], cwd=REPO, capture_output=True,
-                          text=True, timeout=120, env=os.environ | env)
+    return subprocess.run(
+        [sys.executable, "train_grpo.py", *arguments],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | env,
+    )
 
 
 def test_a_typo_is_named_with_the_nearest_key():

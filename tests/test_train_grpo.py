@@ -101,8 +101,13 @@ def test_policy_loss_equals_the_reference_on_random_tokens():
     for _ in range(20):
         logp, old, advantage = rng.normal(0, 1.5, (3, 50))
         mask, weight = rng.integers(0, 2, 50).astype(float), rng.uniform(0, 2, 50)
-        got, _ = policy_loss(*map(torch.tensor, (logp, old, advantage, mask)), clip_low=0.1, clip_high=0.4,
-                             dual_clip=2.0, weight=torch.tensor(weight))
+        got, _ = policy_loss(
+            *map(torch.tensor, (logp, old, advantage, mask)),
+            clip_low=0.1,
+            clip_high=0.4,
+            dual_clip=2.0,
+            weight=torch.tensor(weight),
+        )
         want = numpy_policy_loss(logp, old, advantage, mask, 0.1, 0.4, 2.0, weight)
         assert got.item() == pytest.approx(want)
 
@@ -173,13 +178,16 @@ def tiny(tiny_base, tiny_data):
     encode = PromptEncoder(processor, "spatial_thinker", 784, 802816)
     samples = load_samples(str(tiny_data))
     model = AutoModelForImageTextToText.from_pretrained(
-        tiny_base, dtype=torch.float32, attn_implementation=attention_implementation())
+        tiny_base, dtype=torch.float32, attn_implementation=attention_implementation()
+    )
     rng = np.random.default_rng(0)
     image, wide, tall = (noise(*size) for size in ((84, 84), (140, 56), (28, 84)))
     kinds = [samples[0].encoded_images, (), (wide,), (tall, image), samples[1].encoded_images]
     prompts = [encode(dataclasses.replace(samples[i], encoded_images=k)) for i, k in enumerate(kinds)]
-    return model, [(p, [rng.integers(300, 600, n).tolist() for n in (1, 5 + 9 * i, 30)[: 1 + i % 3]])
-                   for i, p in enumerate(prompts)]
+    return model, [
+        (p, [rng.integers(300, 600, n).tolist() for n in (1, 5 + 9 * i, 30)[: 1 + i % 3]])
+        for i, p in enumerate(prompts)
+    ]
 
 
 def plain_logps(model_folder, prompt, completion, forbidden, temperature):
@@ -187,11 +195,16 @@ def plain_logps(model_folder, prompt, completion, forbidden, temperature):
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(
-        model_folder, dtype=torch.float32, attn_implementation="eager")
+        model_folder, dtype=torch.float32, attn_implementation="eager"
+    )
     ids = torch.tensor([prompt.ids + completion])
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values,
-                   image_grid_thw=prompt.image_grid_thw,
-                   mm_token_type_ids=(ids == model.config.image_token_id).int()).logits[0]
+    logits = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
+    ).logits[0]
     bias = torch.zeros(logits.shape[-1])
     bias[forbidden] = FORBIDDEN_BIAS
     logps = ((logits + bias) / temperature).log_softmax(-1)[len(prompt.ids) - 1 : -1]
@@ -222,8 +235,14 @@ def test_gradients_do_not_depend_on_packing_or_chunk(tiny):
     model, prompts = tiny
     gradients = []
     last, completions = prompts[4]
-    split = [[prompts[3], (last, completions[:1])], [prompts[0]], [(last, completions[1:])],
-             [prompts[1]], [prompts[2]], []]  # one prompt in two batches, text alone, nothing
+    split = [
+        [prompts[3], (last, completions[:1])],
+        [prompts[0]],
+        [(last, completions[1:])],
+        [prompts[1]],
+        [prompts[2]],
+        [],
+    ]  # one prompt in two batches, text alone, nothing
     for chunk, batches in ((1024, [prompts]), (5, split)):
         use_logprob_head(model, [], 1.0, chunk)
         model.zero_grad()
@@ -351,8 +370,12 @@ def test_an_update_depends_neither_on_micro_batches_nor_on_order(tiny, tiny_base
     want, sums, moved = one_update(tiny_base, tiny[1])
     assert moved and sums["kl"] > 0 and sums["grad_norm"] > 0
     assert sums["tokens"] == sum(len(c) for _, cs in tiny[1] for c in cs)
-    for variant in ({"max_tokens_per_micro_batch": 150}, {"max_tokens_per_micro_batch": 1},
-                    {"order": (3, 1, 4, 0, 2)}, {"logit_chunk": 3}):
+    for variant in (
+        {"max_tokens_per_micro_batch": 150},
+        {"max_tokens_per_micro_batch": 1},
+        {"order": (3, 1, 4, 0, 2)},
+        {"logit_chunk": 3},
+    ):
         got, other, _ = one_update(tiny_base, tiny[1], **variant)
         gap = sum(float((got[n] - want[n]).square().sum()) for n in want) ** 0.5
         assert gap < 1e-5 * sum(float(g.square().sum()) for g in want.values()) ** 0.5, variant

@@ -16,13 +16,7 @@ import torch.nn.functional as F
 
 import synthesize
 from data import PromptEncoder, attention_implementation, load_samples, pack
-from train_sft import (
-    SFTConfig,
-    build_model,
-    completion_loss_sum,
-    parameter_groups,
-    schedule,
-)
+from train_sft import SFTConfig, build_model, completion_loss_sum, parameter_groups, schedule
 
 REPO = Path(__file__).parent.parent
 TIMINGS = ("seconds", "tokens_per_s")
@@ -48,8 +42,10 @@ def run(*arguments):
 def paths(warm):
     """The paths of the config, below `warm`."""
     config = SFTConfig.load([str(REPO / "configs" / "tiny_sft.yaml")])
-    return {key: getattr(config, key).replace("runs/warm", str(warm))
-            for key in ("model", "data", "val_data", "out")}
+    return {
+        key: getattr(config, key).replace("runs/warm", str(warm))
+        for key in ("model", "data", "val_data", "out")
+    }
 
 
 def command(warm, **overrides):
@@ -69,7 +65,8 @@ def load(folder, dtype=torch.float32, attention=None):
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention or attention_implementation())
+        folder, dtype=dtype, attn_implementation=attention or attention_implementation()
+    )
 
 
 def worked_sequences(folder, parquet, n):
@@ -107,14 +104,21 @@ def peaks(model, cfg):
     """{parameter: its peak learning rate} and the set of decayed parameters."""
     names = {p: name for name, p in model.named_parameters()}
     groups = parameter_groups(model, cfg)
-    return ({names[p]: g["peak"] for g in groups for p in g["params"]},
-            {names[p] for g in groups if g["weight_decay"] for p in g["params"]})
+    return (
+        {names[p]: g["peak"] for g in groups for p in g["params"]},
+        {names[p] for g in groups if g["weight_decay"] for p in g["params"]},
+    )
 
 
 @pytest.mark.parametrize("vision, towers", [(None, {0.5}), (0.125, {0.125}), (0, set())])
 def test_the_vision_tower_may_have_a_learning_rate_of_its_own(warm, vision, towers):
-    cfg = SFTConfig(model=str(warm / "data" / "base_model"), lora_rank=0, learning_rate=0.5,
-                    vision_learning_rate=vision, weight_decay=0.1)
+    cfg = SFTConfig(
+        model=str(warm / "data" / "base_model"),
+        lora_rank=0,
+        learning_rate=0.5,
+        vision_learning_rate=vision,
+        weight_decay=0.1,
+    )
     model = build_model(cfg)
     peak, decayed = peaks(model, cfg)
     assert {rate for name, rate in peak.items() if ".visual." in name} == towers
@@ -135,9 +139,13 @@ def plain_loss(model, sequence):
     prompt, completion_ids = sequence
     ids = torch.tensor([prompt.ids + completion_ids])
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values,
-                       image_grid_thw=prompt.image_grid_thw,
-                       mm_token_type_ids=(ids == model.config.image_token_id).int()).logits[0]
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.image_grid_thw,
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        ).logits[0]
     labels = ids[0].clone()
     labels[: len(prompt.ids)] = -100
     loss = F.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
@@ -210,8 +218,9 @@ def test_the_loss_falls_and_final_is_the_trained_model(warm):
 def test_a_killed_run_continues_as_if_nothing_had_happened(warm, tmp_path):
     out = tmp_path / "killed"
     arguments = command(warm, out=out)
-    process = subprocess.Popen([sys.executable, *arguments], cwd=REPO, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 240
     while len(metrics(out)) < 5:  # the second checkpoint stands, and an update after it will be lost
         assert time.time() < deadline and process.poll() is None
@@ -239,12 +248,25 @@ def test_the_makefile_makes_the_warm_start_with_the_config(warm):
 def test_lora_trains_linear_layers_only_and_is_merged(warm, tmp_path):
     pytest.importorskip("peft")
     out = tmp_path / "lora"
-    run(*command(warm, out=out, lora_rank=4, target="answer", template="no_reasoning", learning_rate=1e-2,
-                 epochs=0.2, weight_decay=0))
+    run(
+        *command(
+            warm,
+            out=out,
+            lora_rank=4,
+            target="answer",
+            template="no_reasoning",
+            learning_rate=1e-2,
+            epochs=0.2,
+            weight_decay=0,
+        )
+    )
     assert [m["step"] for m in metrics(out)] == [1, 2]
     start, end = load(warm / "data" / "base_model", torch.bfloat16), load(out / "final", torch.bfloat16)
-    linear = {f"{name}.weight" for name, module in start.named_modules()
-              if isinstance(module, torch.nn.Linear) and name != "lm_head"}
+    linear = {
+        f"{name}.weight"
+        for name, module in start.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
     before, after = start.state_dict(), end.state_dict()
     assert set(before) == set(after)
     assert {name for name in before if not torch.equal(before[name], after[name])} == linear

@@ -19,8 +19,13 @@ def test_a_real_trl_run_earns_our_reward(tiny_data, tmp_path):
     rows = []
     for s in load_samples(str(tiny_data), limit=8):
         text = build_prompt_text("spatial_thinker", s.question, s.size)
-        rows.append({"prompt": [{"role": "user", "content": text}], "image": s.load_images()[0],
-                     "answer_option_text": s.ground_truth})
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": text}],
+                "image": s.load_images()[0],
+                "answer_option_text": s.ground_truth,
+            }
+        )
     message = [{"role": Value("string"), "content": Value("string")}]
     features = Features({"prompt": message, "image": Image(), "answer_option_text": Value("string")})
     earned = []
@@ -33,10 +38,24 @@ def test_a_real_trl_run_earns_our_reward(tiny_data, tmp_path):
     processor = AutoProcessor.from_pretrained(ASSETS)
     processor.tokenizer.padding_side = "left"
     arguments = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=112,
-        max_steps=1, logging_steps=1, report_to=[], use_cpu=True, bf16=False, save_strategy="no")
-    trainer = GRPOTrainer(model=str(ASSETS), reward_funcs=reward, args=arguments, processing_class=processor,
-                          train_dataset=Dataset.from_list(rows, features=features))
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=112,
+        max_steps=1,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    trainer = GRPOTrainer(
+        model=str(ASSETS),
+        reward_funcs=reward,
+        args=arguments,
+        processing_class=processor,
+        train_dataset=Dataset.from_list(rows, features=features),
+    )
     trainer.train()
     (logged,) = [log["reward"] for log in trainer.state.log_history if "reward" in log]
     assert len(earned) == 8
