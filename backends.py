@@ -1,10 +1,14 @@
 """Who answers: vLLM, transformers, and models behind an OpenAI-compatible or Anthropic API.
 
-    for i, reply in vllm_replies(model_path, samples, encode, Decoding()): ...
+    for i, reply in vllm_replies(model_path, samples, encoder, Decoding()): ...
 
 Every back end takes samples and a `data.PromptEncoder` and yields (index of the sample, Reply) as replies
 come in, in any order. All show the model the same prompt: images first, resized once into one pixel budget,
 then the text. A request that fails for good is a Reply with finish_reason "failed" and says why.
+
+The trainer samples with the same engines: `start_vllm`, `vllm_generate` and `hf_generate` take prompts and
+give token ids, and what is true of them (dtype on a CPU, the end of a reply, whose sampling settings count)
+is true of both.
 """
 
 import base64
@@ -16,7 +20,7 @@ import queue
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from data import Prompt, PromptEncoder, Sample
@@ -24,16 +28,20 @@ from data import Prompt, PromptEncoder, Sample
 
 @dataclass(frozen=True)
 class Reply:
+    """What a model said to one sample."""
+
     text: str
     finish_reason: str  # stop, length, or failed
-    n_tokens: int = 0
-    prompt_tokens: int = 0
+    n_tokens: int = 0  # generated, with the end token
+    prompt_tokens: int = 0  # with the images'
     latency_s: float = 0.0
-    error: str = ""
+    error: str = ""  # why it failed
 
 
 @dataclass(frozen=True)
 class Decoding:
+    """How replies are generated."""
+
     max_new_tokens: int = 2048
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0
@@ -71,116 +79,171 @@ def context_length(model_path: str) -> int:
     return AutoConfig.from_pretrained(model_path).get_text_config().max_position_embeddings
 
 
+def end_token_ids(generation_config, tokenizer) -> list[int]:
+    """Tokens that end a reply: those of the model's generation config and the tokenizer's, as vLLM has it."""
+    ids = generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
 # ---- vLLM ----
-def vllm_replies(model_path: str, samples: Sequence[Sample], encode: PromptEncoder, how: Decoding) -> Replies:
-    """Replies of a vLLM engine that lives as long as the iterator and holds up to batch_size requests."""
+def start_vllm(model: str, *, max_model_len: int, images: int, min_pixels: int, max_pixels: int, **settings):
+    """A vLLM engine for prompts of up to `images` images that fit the pixel budget already.
+
+    Args: settings: further arguments of vllm.LLM; they win over what is set here.
+    """
     import torch
 
-    cpu = not torch.cuda.is_available()
-    if cpu:  # in this process, with a small cache: the default takes half of the memory
+    if not torch.cuda.is_available():
+        # The engine in this process, since a child would load torch again; a small cache (in GiB), since the
+        # default takes half of the memory.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams
+        # A prompt prefilled in two chunks rewinds its seeded generator, which a CPU generator cannot do. So
+        # the longest prompt has to fit into one step.
+        batched = max(settings.pop("max_num_batched_tokens", None) or 8192, max_model_len)
+        on_cpu = {"dtype": "float32", "enable_chunked_prefill": False, "max_num_batched_tokens": batched}
+        settings = on_cpu | settings
+    from vllm import LLM  # after the environment, which it reads once
+
+    defaults = {
+        "max_model_len": max_model_len,
+        "limit_mm_per_prompt": {"image": images, "video": 0},
+        # The budget that the images fit already, so that vLLM does not resize them again.
+        "mm_processor_kwargs": {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}},
+    }
+    return LLM(model=model, **defaults | settings)
+
+
+def vllm_generate(llm, requests: Iterable[tuple], at_once: int | None) -> Iterator[tuple]:
+    """Work off requests and yield each with what it gave, as they finish: in any order.
+
+    With all of them at once the engine sees what `llm.generate` would show it. With fewer, prompts and their
+    images are made only when there is room for them, so that memory does not grow with their number.
+
+    Args: requests: (key, Prompt, SamplingParams), n of which may be more than 1; at_once: requests in the
+        engine at a time, None: all. The engine has to be idle, and this iterator to be run to its end.
+    Yields: (key, Prompt, RequestOutput), whose `outputs` are all n in order of their index.
+    Raises: RuntimeError if vLLM reads another prompt than Prompt.ids, the trainer's or transformers'.
+    """
     from vllm.sampling_params import RequestOutputKind
 
+    engine, waiting, running = llm.llm_engine, enumerate(requests), {}  # engine's name -> (key, Prompt)
+    while True:
+        while (at_once is None or len(running) < at_once) and (entry := next(waiting, None)):
+            n, (key, prompt, params) = entry
+            request = {"prompt_token_ids": prompt.vllm_ids}
+            request |= {"multi_modal_data": {"image": prompt.images}} if prompt.images else {}
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+            running[str(n)] = (key, prompt)
+            engine.add_request(str(n), request, params)
+        if not running:
+            return
+        for output in engine.step():
+            if output.finished:
+                key, prompt = running.pop(output.request_id)
+                if output.prompt_token_ids != prompt.ids:
+                    raise RuntimeError(
+                        f"request {key}: vLLM's prompt ({len(output.prompt_token_ids)} tokens) is not ours "
+                        f"({len(prompt.ids)} tokens)"
+                    )
+                yield key, prompt, output
+
+
+def vllm_replies(
+    model_path: str, samples: Sequence[Sample], encoder: PromptEncoder, decoding: Decoding
+) -> Replies:
+    """Replies of a vLLM engine that lives as long as the iterator and holds up to batch_size requests."""
     context = context_length(model_path)
-    longest = max(_length(encode, s) for s in samples)
-    length = min(context, longest + how.max_new_tokens)
-    # A prompt prefilled in two chunks rewinds its seeded generator, which a CPU generator cannot do.
-    device = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)} if cpu else {}
-    llm = LLM(
-        model=model_path,
-        dtype="float32" if cpu else "auto",
-        max_model_len=length,
-        tensor_parallel_size=how.tensor_parallel_size,
-        **device,
-        limit_mm_per_prompt={"image": max(len(s.encoded_images) for s in samples), "video": 0},
-        # The budget the images already fit, so that vLLM does not resize them again.
-        mm_processor_kwargs={"size": {"shortest_edge": encode.min_pixels, "longest_edge": encode.max_pixels}},
-        seed=how.seed,
+    longest = max(prompt_length(encoder, s) for s in samples)
+    llm = start_vllm(
+        model_path,
+        max_model_len=min(context, longest + decoding.max_new_tokens),
+        images=max(len(s.encoded_images) for s in samples),
+        min_pixels=encoder.min_pixels,
+        max_pixels=encoder.max_pixels,
+        tensor_parallel_size=decoding.tensor_parallel_size,
+        seed=decoding.seed,
     )
-    engine, todo, flying = llm.llm_engine, iter(enumerate(samples)), {}
-    try:
-        while True:
-            while len(flying) < how.batch_size and (found := next(todo, None)):
-                i, sample = found
-                prompt = prepare(encode.for_engine, sample, context)
-                if isinstance(prompt, Reply):
-                    yield i, prompt
-                    continue
-                request = {"prompt_token_ids": prompt.vllm_ids}
-                request |= {"multi_modal_data": {"image": prompt.images}} if prompt.images else {}
-                params = SamplingParams(
-                    max_tokens=how.max_new_tokens,
-                    temperature=how.temperature,
-                    seed=how.seed_of(sample),
+    from vllm import SamplingParams
+
+    failed, started = [], {}  # what never reaches the engine: (index, Reply); index -> time
+
+    def requests():
+        for i, sample in enumerate(samples):
+            prompt = prepare(encoder.for_engine, sample, context)
+            if isinstance(prompt, Reply):
+                failed.append((i, prompt))
+                continue
+            started[i] = time.time()
+            yield (
+                i,
+                prompt,
+                SamplingParams(
+                    max_tokens=decoding.max_new_tokens,
+                    temperature=decoding.temperature,
+                    seed=decoding.seed_of(sample),
                     detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                )
-                engine.add_request(str(i), request, params)
-                flying[str(i)] = (prompt.ids, time.time())
-            if not flying:
-                return
-            for output in engine.step():
-                if output.finished:
-                    ids, started = flying.pop(output.request_id)
-                    yield int(output.request_id), _vllm_reply(ids, output, encode, time.time() - started)
+                ),
+            )
+
+    try:
+        for i, prompt, output in vllm_generate(llm, requests(), decoding.batch_size):
+            while failed:
+                yield failed.pop()
+            said = output.outputs[0]
+            text = encoder.processor.tokenizer.decode(said.token_ids, skip_special_tokens=True)
+            reason = "length" if said.finish_reason == "length" else "stop"
+            seconds = time.time() - started.pop(i)
+            yield i, Reply(text, reason, len(said.token_ids), len(prompt.ids), seconds)
+        yield from failed
     finally:
-        del engine, llm
+        del llm
         gc.collect()
 
 
-def _length(encode: PromptEncoder, sample: Sample) -> int:
+def prompt_length(encoder: PromptEncoder, sample: Sample) -> int:
     """Tokens of a prompt; 0 for one that cannot be made, which fails by itself later."""
     try:
-        return encode.length(sample)
+        return encoder.length(sample)
     except (OSError, ValueError):
         return 0
 
 
-def _vllm_reply(ids: list[int], output, encode: PromptEncoder, seconds: float) -> Reply:
-    if output.prompt_token_ids != ids:
-        got, expected = len(output.prompt_token_ids), len(ids)
-        raise RuntimeError(f"item {output.request_id}: vLLM's prompt ({got} tokens) is not ours ({expected})")
-    done = output.outputs[0]
-    text = encode.processor.tokenizer.decode(done.token_ids, skip_special_tokens=True)
-    why = "length" if done.finish_reason == "length" else "stop"
-    return Reply(text, why, len(done.token_ids), len(ids), seconds)
-
-
 # ---- transformers ----
-def hf_replies(model_path: str, samples: Sequence[Sample], encode: PromptEncoder, how: Decoding) -> Replies:
-    """Replies of transformers' `generate` on left-padded batches."""
-    import torch
-    from transformers import AutoModelForImageTextToText
+@dataclass(frozen=True)
+class Generated:
+    """One completion."""
 
-    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
-    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype).to(device).eval()
-    torch.manual_seed(how.seed)
-    context = context_length(model_path)
-    for start in range(0, len(samples), how.batch_size):
-        fits = []
-        for i in range(start, min(start + how.batch_size, len(samples))):
-            prompt = prepare(encode, samples[i], context)
-            if isinstance(prompt, Reply):
-                yield i, prompt
-            else:
-                fits.append((i, prompt))
-        if fits:
-            where, prompts = zip(*fits, strict=True)
-            done = _hf_batch(model, encode.processor.tokenizer, prompts, how, context)
-            yield from zip(where, done, strict=True)
+    ids: list[int]  # (T,), with the end token where it came
+    logps: list[float]  # (T,), of the distribution that was sampled from; empty unless asked for
+    finished: bool  # False: cut at max_new_tokens
 
 
-def _hf_batch(model, tokenizer, prompts: Sequence[Prompt], how: Decoding, context: int) -> list[Reply]:
+def hf_generate(
+    model,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    token_bias: dict[int, float] | None = None,
+    with_logps: bool = False,
+) -> list[Generated]:
+    """A completion of each prompt, by transformers' `generate` on one left-padded batch.
+
+    Equal prompts are not padded. The caller sets torch's seed and puts the model into evaluation mode.
+
+    Args: temperature: 0 is greedy; token_bias: {token: what is added to its logit}; with_logps: keep the
+        logits of all steps (0.6 MB a token and prompt at a vocabulary of 152k) for the log-probs, which are
+        those of the logits with bias and temperature.
+    """
     import torch
     from transformers import GenerationConfig
 
-    eos = model.generation_config.eos_token_id
-    eos = set(eos if isinstance(eos, list) else [eos])
     longest = max(len(p.ids) for p in prompts)
-    pad = tokenizer.pad_token_id
+    end, pad = end_token_ids(model.generation_config, tokenizer), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts])  # (B, L)
     real = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts])  # (B, L)
     batch = {"input_ids": ids, "attention_mask": real,
@@ -191,31 +254,72 @@ def _hf_batch(model, tokenizer, prompts: Sequence[Prompt], how: Decoding, contex
         batch["image_grid_thw"] = torch.cat([p.image_grid_thw for p in seen])
     # All that the model's own config would otherwise fill in, as Qwen2.5-VL's penalty of 1.05 for repetition:
     # with vLLM, which is given none of it, replies are to agree.
-    sampling = {"temperature": how.temperature, "top_k": 0, "top_p": 1.0} if how.temperature else {}
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    if token_bias:
+        sampling["sequence_bias"] = [[[token], bias] for token, bias in token_bias.items()]
     config = GenerationConfig(
-        max_new_tokens=min(how.max_new_tokens, context - longest),
-        do_sample=how.temperature > 0,
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
         repetition_penalty=1.0,
-        eos_token_id=sorted(eos),
+        eos_token_id=end,
         pad_token_id=pad,
+        return_dict_in_generate=True,
+        output_scores=with_logps,
         **sampling,
     )
-    started = time.time()
-    with torch.inference_mode():
-        out = model.generate(**{k: v.to(model.device) for k, v in batch.items()}, generation_config=config)
-    replies = []
-    for prompt, row in zip(prompts, out[:, longest:].tolist(), strict=True):
-        end = next((i for i, token in enumerate(row) if token in eos), None)
-        tokens = row if end is None else row[: end + 1]
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        why = "length" if end is None else "stop"
-        replies.append(Reply(text, why, len(tokens), len(prompt.ids), time.time() - started))
-    return replies
+    out = model.generate(**{k: v.to(model.device) for k, v in batch.items()}, generation_config=config)
+    new = out.sequences[:, longest:]  # (B, T)
+    logps = torch.zeros(len(prompts), 0)
+    if with_logps:  # a step at a time: the logits of all, in float32 and again as log-probs, would double it
+        steps = zip(out.scores, new.split(1, dim=1), strict=True)  # (B, V), (B, 1)
+        logps = torch.cat([s.float().log_softmax(-1).gather(1, token) for s, token in steps], dim=1)  # (B, T)
+    generated = []
+    for row, row_logps in zip(new.tolist(), logps.tolist(), strict=True):
+        stop = next((t + 1 for t, token in enumerate(row) if token in end), None)
+        generated.append(Generated(row[:stop], row_logps[:stop], stop is not None))
+    return generated
+
+
+def hf_replies(
+    model_path: str, samples: Sequence[Sample], encoder: PromptEncoder, decoding: Decoding
+) -> Replies:
+    """Replies of transformers' `generate`, batch_size prompts together."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype).to(device).eval()
+    tokenizer, context = encoder.processor.tokenizer, context_length(model_path)
+    torch.manual_seed(decoding.seed)
+    for start in range(0, len(samples), decoding.batch_size):
+        fitting = []  # (index, Prompt)
+        for i in range(start, min(start + decoding.batch_size, len(samples))):
+            prompt = prepare(encoder, samples[i], context)
+            if isinstance(prompt, Reply):
+                yield i, prompt
+            else:
+                fitting.append((i, prompt))
+        if not fitting:
+            continue
+        prompts, started = [prompt for _, prompt in fitting], time.time()
+        room = context - max(len(p.ids) for p in prompts)
+        generated = hf_generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=min(decoding.max_new_tokens, room),
+            temperature=decoding.temperature,
+        )
+        seconds = time.time() - started
+        for (i, prompt), said in zip(fitting, generated, strict=True):
+            text = tokenizer.decode(said.ids, skip_special_tokens=True)
+            reason = "stop" if said.finished else "length"
+            yield i, Reply(text, reason, len(said.ids), len(prompt.ids), seconds)
 
 
 # ---- APIs ----
-class Refused(RuntimeError):
-    """The server will answer no request at all: a wrong key, an unknown model."""
+class NoService(RuntimeError):
+    """The server will answer no request at all: no key or a wrong one, an unknown model, no such host."""
 
 
 def api_replies(
@@ -224,30 +328,32 @@ def api_replies(
     key: str,
     sampling: dict,
     samples: Sequence[Sample],
-    encode: PromptEncoder,
-    how: Decoding,
+    encoder: PromptEncoder,
+    decoding: Decoding,
 ) -> Replies:
-    """Replies of `complete` (text, images as base64 PNG, seed -> Reply), how.concurrency at a time.
+    """Replies of `complete` (text, images as base64 PNG, seed -> Reply), decoding.concurrency at a time.
 
     The client library waits and asks again after 429, 5xx, timeouts and cut connections by itself
     (exponential backoff with jitter, Retry-After); an answer that cannot be read is asked for again here. A
     model that takes no temperature is asked without: `sampling`, which the calls share, is emptied.
-    Raises: Refused if no request can succeed.
+    Raises: NoService if no request can succeed.
     """
 
     def ask(sample):
         started, error = time.time(), ""
         try:
-            images = [png(image) for image in encode.images(sample)]
-            text = encode.messages(sample)[0]["content"][-1]["text"]
+            images = [png(image) for image in encoder.images(sample)]
+            text = encoder.messages(sample)[0]["content"][-1]["text"]
         except (OSError, ValueError) as failure:  # a damaged image
             return Reply("", "failed", error=f"{type(failure).__name__}: {failure}")
         for _ in range(3):
             asked = time.time()
             try:
-                return replace(complete(text, images, how.seed_of(sample)), latency_s=time.time() - asked)
+                return replace(
+                    complete(text, images, decoding.seed_of(sample)), latency_s=time.time() - asked
+                )
             except (sdk.AuthenticationError, sdk.PermissionDeniedError, sdk.NotFoundError) as refusal:
-                raise Refused(f"{type(refusal).__name__}: {refusal}".replace(key, "***")[:500]) from None
+                raise NoService(f"{type(refusal).__name__}: {refusal}".replace(key, "***")[:500]) from None
             except sdk.APIError as failure:
                 error = f"{type(failure).__name__}: {failure}"
                 if isinstance(failure, sdk.BadRequestError) and "temperature" in str(failure):
@@ -269,24 +375,24 @@ def api_replies(
             except Exception as error:  # handed to the consumer, which raises it
                 done.put((job[0], error))
 
-    for _ in range(how.concurrency):  # daemons: a program that ends does not wait for a slow server
+    for _ in range(decoding.concurrency):  # daemons: a program that ends does not wait for a slow server
         threading.Thread(target=work, daemon=True).start()
-    items, flying = iter(enumerate(samples)), 0
+    items, in_flight = iter(enumerate(samples)), 0
     try:
         while True:
-            while flying < 2 * how.concurrency and (found := next(items, None)):
-                todo.put(found)
-                flying += 1
-            if not flying:
+            while in_flight < 2 * decoding.concurrency and (job := next(items, None)):
+                todo.put(job)
+                in_flight += 1
+            if not in_flight:
                 return
             i, reply = done.get()
-            flying -= 1
+            in_flight -= 1
             if isinstance(reply, Exception):
                 raise reply
             yield i, reply
     finally:
         stopped.set()
-        for _ in range(how.concurrency):
+        for _ in range(decoding.concurrency):
             todo.put(None)
 
 
@@ -296,7 +402,7 @@ def api_key(variable: str, base_url: str | None) -> str:
         return key
     if base_url:
         return "EMPTY"
-    raise Refused(f"{variable} is not set: export {variable}=..., or name your own server with --base_url")
+    raise NoService(f"{variable} is not set: export {variable}=..., or name your own server with --base_url")
 
 
 def png(image) -> str:
@@ -306,19 +412,24 @@ def png(image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def openai_replies(model: str, samples: Sequence[Sample], encode: PromptEncoder, how: Decoding) -> Replies:
-    """Replies of an OpenAI-compatible chat endpoint: OpenAI's, or how.base_url (vLLM, SGLang, ...)."""
+def openai_replies(
+    model: str, samples: Sequence[Sample], encoder: PromptEncoder, decoding: Decoding
+) -> Replies:
+    """Replies of an OpenAI-compatible chat endpoint: OpenAI's, or decoding.base_url (vLLM, SGLang, ...)."""
     import openai
 
-    key, sampling = api_key("OPENAI_API_KEY", how.base_url), {"temperature": how.temperature}
-    client = openai.OpenAI(api_key=key, base_url=how.base_url, timeout=how.timeout_s, max_retries=how.retries)
-    limit = "max_tokens" if how.base_url else "max_completion_tokens"  # OpenAI's newer models want the second
+    key, sampling = api_key("OPENAI_API_KEY", decoding.base_url), {"temperature": decoding.temperature}
+    client = openai.OpenAI(
+        api_key=key, base_url=decoding.base_url, timeout=decoding.timeout_s, max_retries=decoding.retries
+    )
+    # Servers of one's own know the first, OpenAI's newer models want the second.
+    limit = "max_tokens" if decoding.base_url else "max_completion_tokens"
 
     def complete(text, images, seed):
         content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{i}"}} for i in images]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
         answer = client.chat.completions.create(
-            model=model, messages=messages, seed=seed, **sampling, **{limit: how.max_new_tokens}
+            model=model, messages=messages, seed=seed, **sampling, **{limit: decoding.max_new_tokens}
         )
         choice, usage = answer.choices[0], answer.usage  # some servers count no tokens
         why = "length" if choice.finish_reason == "length" else "stop"
@@ -329,16 +440,18 @@ def openai_replies(model: str, samples: Sequence[Sample], encode: PromptEncoder,
             getattr(usage, "prompt_tokens", 0),
         )
 
-    return api_replies(complete, openai, key, sampling, samples, encode, how)
+    return api_replies(complete, openai, key, sampling, samples, encoder, decoding)
 
 
-def anthropic_replies(model: str, samples: Sequence[Sample], encode: PromptEncoder, how: Decoding) -> Replies:
-    """Replies of Anthropic's messages endpoint, or one like it at how.base_url."""
+def anthropic_replies(
+    model: str, samples: Sequence[Sample], encoder: PromptEncoder, decoding: Decoding
+) -> Replies:
+    """Replies of Anthropic's messages endpoint, or one like it at decoding.base_url."""
     import anthropic
 
-    key, sampling = api_key("ANTHROPIC_API_KEY", how.base_url), {"temperature": how.temperature}
+    key, sampling = api_key("ANTHROPIC_API_KEY", decoding.base_url), {"temperature": decoding.temperature}
     client = anthropic.Anthropic(
-        api_key=key, base_url=how.base_url, timeout=how.timeout_s, max_retries=how.retries
+        api_key=key, base_url=decoding.base_url, timeout=decoding.timeout_s, max_retries=decoding.retries
     )
 
     def complete(text, images, seed):
@@ -346,13 +459,13 @@ def anthropic_replies(model: str, samples: Sequence[Sample], encode: PromptEncod
         content = [{"type": "image", "source": source} for source in sources]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
         answer = client.messages.create(  # no argument for a temperature, and no seed at all
-            model=model, messages=messages, max_tokens=how.max_new_tokens, extra_body=dict(sampling)
+            model=model, messages=messages, max_tokens=decoding.max_new_tokens, extra_body=dict(sampling)
         )
         text = "".join(block.text for block in answer.content if block.type == "text")
         why = "length" if answer.stop_reason == "max_tokens" else "stop"
         return Reply(text, why, answer.usage.output_tokens, answer.usage.input_tokens)
 
-    return api_replies(complete, anthropic, key, sampling, samples, encode, how)
+    return api_replies(complete, anthropic, key, sampling, samples, encoder, decoding)
 
 
 PROVIDERS = {"vllm": vllm_replies, "hf": hf_replies, "openai": openai_replies, "anthropic": anthropic_replies}

@@ -17,7 +17,6 @@ import os
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from config import Config
+from config import Config, write_whole
+from distributed import gather
 
 
 class CheckpointError(ValueError):
@@ -136,25 +136,6 @@ def rotate(out: Path, keep_last: int, best: str | None):
                 remove(old)
 
 
-def gather(items: list) -> list:
-    """The items of all processes, in order of rank."""
-    from accelerate.utils import gather_object
-
-    return gather_object(items)
-
-
-def leave():
-    """End one of several processes at once, when all is written.
-
-    Python's own exit can meet a thread of gloo that lets go of its last tensor, wants the interpreter's lock
-    for that, and aborts the process.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-
 def rng_state() -> dict:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {
@@ -255,9 +236,8 @@ def resume(accelerator, model, optimizer, out: Path, how: str) -> int:
             for line in metrics.read_text().splitlines(keepends=True)
             if line.endswith("\n") and step and json.loads(line)["step"] <= step
         ]
-        tmp = metrics.with_suffix(".tmp")
-        tmp.write_text("".join(lines))
-        os.replace(tmp, metrics)
+        with write_whole(metrics) as tmp:
+            tmp.write_text("".join(lines))
     accelerator.wait_for_everyone()
     return step
 

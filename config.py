@@ -246,14 +246,25 @@ def describe_run(config):
     }
 
 
+@contextlib.contextmanager
+def write_whole(path):
+    """A temporary path to write to, which takes the place of `path` at the end; an error changes nothing."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}")  # in the same folder: only there a rename is atomic
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
 def write_run_record(config, folder):
     """Write config.yaml and run.json into `folder` (made if need be), each whole or not at all."""
     os.makedirs(folder, exist_ok=True)
     record = json.dumps(describe_run(config), indent=2) + "\n"
     for name, text in {"config.yaml": to_yaml(config), "run.json": record}.items():
-        temporary = Path(folder, f".{name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, Path(folder, name))
+        with write_whole(Path(folder, name)) as tmp:
+            tmp.write_text(text, encoding="utf-8")
 
 
 def git_revision():

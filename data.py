@@ -1,4 +1,4 @@
-"""Samples: load STVQA-7K or a look-alike, check every row, build prompts, resize, pack, and order batches.
+"""Samples: load STVQA-7K or a look-alike, check every row, build prompts, resize, and order batches.
 
     samples = load_samples("OX-PIXL/STVQA-7K", split="train")   # or a .parquet, .jsonl or save_to_disk folder
     samples[0].question, samples[0].load_images()
@@ -73,7 +73,7 @@ class Sample:
     category: str = ""
     level: str = ""
     completion: str = ""
-    kind: str = "choice"  # or yes_no, number, word, point, sequence: how grading.py reads the answer
+    kind: str = "choice"  # or yes_no, number, word, point, sequence: how answers.py reads the answer
     meta: dict = field(default_factory=dict)  # what a benchmark's official score groups by
 
     def load_images(self) -> list[Image.Image]:
@@ -182,70 +182,87 @@ def read_table(
     """The rows as a memory-mapped `datasets.Dataset` whose images are left encoded.
 
     Args: source: Hub id (with `config`), .parquet, .jsonl or .tsv file (images in base64), or folder.
+    Raises: ValueError naming the source, with what was expected and found.
     """
+    if not source:
+        raise ValueError("data: expected a Hub id, a file or a folder, got nothing")
+    path, table = Path(source), open_table(source, split, revision, config)
+    return leave_encoded(table, image_columns, path if path.is_dir() else path.parent, path.suffix == ".tsv")
+
+
+def open_table(source: str, split: str, revision: str | None, config: str | None):
+    """The rows as `datasets` reads them."""
     import datasets
 
     path = Path(source)
-    if not source:
-        raise ValueError("data: expected a Hub id, a file or a folder, got nothing")
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         table = datasets.load_from_disk(source)
-        if isinstance(table, datasets.DatasetDict):
-            if split not in table:
-                raise ValueError(f"{source}: expected split {split!r}, got {list(table)}")
-            table = table[split]
-    elif path.is_dir():
+        if not isinstance(table, datasets.DatasetDict):  # one split was saved by itself
+            return table
+        if split not in table:
+            raise ValueError(f"{source}: expected split {split!r}, got {list(table)}")
+        return table[split]
+    if path.is_dir():
         files = []
         for part in split.split("+"):  # "a+b" is how the Hub names the union of two splits
+            # Not at any depth: below a folder of benchmarks lie other data sets with the same split names.
             files += sorted(path.glob(f"{part}*.parquet")) or sorted(path.glob(f"data/{part}*.parquet"))
         if not files:
-            raise ValueError(
-                f"{source}: expected {split}*.parquet in the folder, "
-                f"got {sorted(p.name for p in path.iterdir())}"
-            )
-        table = datasets.Dataset.from_parquet([str(f) for f in files])
-    elif path.suffix in (".parquet", ".jsonl", ".json", ".tsv"):
+            found = sorted(p.name for p in path.iterdir())
+            raise ValueError(f"{source}: expected {split}*.parquet in the folder, got {found}")
+        return datasets.Dataset.from_parquet([str(f) for f in files])
+    if path.suffix in (".parquet", ".jsonl", ".json", ".tsv"):
         if not path.exists():
             raise ValueError(f"{source}: no such file")
-        kinds = {
-            ".parquet": datasets.Dataset.from_parquet,
-            ".tsv": functools.partial(datasets.Dataset.from_csv, sep="\t", keep_default_na=False),
-        }
+        # Without keep_default_na=False an option "None" or "NA" would be read as nothing.
+        read_tsv = functools.partial(datasets.Dataset.from_csv, sep="\t", keep_default_na=False)
+        readers = {".parquet": datasets.Dataset.from_parquet, ".tsv": read_tsv}
         try:
-            table = kinds.get(path.suffix, datasets.Dataset.from_json)(str(path))
-        except datasets.exceptions.DatasetsError as error:
+            return readers.get(path.suffix, datasets.Dataset.from_json)(str(path))
+        except datasets.exceptions.DatasetsError as error:  # says what failed in its cause only
             raise ValueError(f"{source}: {error.__cause__ or error}") from None
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
-        table = datasets.load_dataset(source, config, split=split, revision=revision)
-    else:
-        raise ValueError(
-            f"{source}: expected a Hub id, a .parquet, .jsonl or .tsv file, or a folder; found none of these"
-        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
+        return datasets.load_dataset(source, config, split=split, revision=revision)
+    raise ValueError(
+        f"{source}: expected a Hub id, a .parquet, .jsonl or .tsv file, or a folder; found none of these"
+    )
 
-    base, written = path if path.is_dir() else path.parent, []  # columns with paths, relative to the file
+
+def leave_encoded(table, image_columns: Sequence[str], base: Path, in_base64: bool):
+    """The table with every image, or list of images, as the {"bytes", "path"} record that `open_image` takes.
+
+    Args: base: folder that paths written as text start from; in_base64: text is no path but the image itself.
+    """
+    import datasets
+
+    untyped = []  # columns of plain text or bytes, as JSONL and hand-made parquet have them
     for name in image_columns:
         feature = table.features.get(name)
+        # Decoded, every row that is looked at would cost its pixels, though most checks need the header only.
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
             table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
         elif feature is not None:
-            written.append(name)
+            untyped.append(name)
 
-    def encode(x):
-        if x is None or isinstance(x, list):
-            return x and [encode(p) for p in x]
-        if isinstance(x, (bytes, dict)):
-            return {"bytes": x, "path": None} if isinstance(x, bytes) else x
-        if path.suffix == ".tsv":
-            return {"bytes": base64.b64decode(x), "path": None}
-        return {"bytes": None, "path": str(base / x)}
+    def as_record(value):
+        if value is None or isinstance(value, list):
+            return value and [as_record(one) for one in value]
+        if isinstance(value, (bytes, dict)):
+            return {"bytes": value, "path": None} if isinstance(value, bytes) else value
+        if in_base64:
+            return {"bytes": base64.b64decode(value), "path": None}
+        return {"bytes": None, "path": str(base / value)}
 
-    if written:
-        table = table.with_transform(
-            lambda batch: {k: [encode(x) for x in v] if k in written else v for k, v in batch.items()}
-        )
-    return table
+    def as_records(batch):
+        return {
+            name: [as_record(value) for value in values] if name in untyped else values
+            for name, values in batch.items()
+        }
+
+    # A transform runs when a row is read. To map over the table would write a copy of it into the cache.
+    return table.with_transform(as_records) if untyped else table
 
 
 def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bool) -> tuple[Sample, bool]:
@@ -254,6 +271,7 @@ def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bo
     def get(key):
         return row.get(columns[key])
 
+    # The number beside the id: ids repeat in real data, and a table is opened by number.
     row_id = f"{get('id')} (#{index})" if get("id") is not None else f"#{index}"
 
     def bad(key, expected, got):
@@ -273,46 +291,53 @@ def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bo
         raise bad("question", "a question", repr(question))
     if not isinstance(options, list) or len(options) < 2:
         raise bad("options", "a list of at least two options", repr(options))
+    # The reward compares letter and text, so a gold answer that is no option can never be earned.
     choices = {f"({'ABCDEFGHIJ'[i]}) {o}".strip().lower() for i, o in enumerate(options[:10])}
     if not isinstance(answer, str) or answer.strip().lower() not in choices:
         raise bad("answer", f"one of {sorted(choices)}", repr(answer))
+    # The prompt states the frame of the boxes. Where it is that of another image file, every box is wrong.
     problem = get("problem") or ""
     if (stated := SIZE_IN_PROMPT.search(problem)) and tuple(map(int, stated.groups())) != size:
         raise bad("problem", f"the image's size {size}", f"{stated[0]!r}")
 
     ground_truth, clipped = answer, False
     if need_scene:
-        try:
-            scene, scene_answer = parse_ground_truth(get("scene_answer"))
-        except ValueError as error:
-            raise bad("scene_answer", "a gold scene and answer", error) from None
-        if scene_answer.strip().lower() != answer.strip().lower():
-            raise bad("scene_answer", f"the answer {answer!r}", repr(scene_answer))
-        ground_truth = get("scene_answer")
-        limit = (*size, *size)
-        for o in scene["objects"]:
-            if any(not -1 <= c <= m + 1 for c, m in zip(o["bbox"], limit, strict=True)):
-                raise bad("scene_answer", f"boxes inside the image {size}", f"{o['id']} {o['bbox']}")
-            inside = [min(max(c, 0), m) for c, m in zip(o["bbox"], limit, strict=True)]
-            clipped |= inside != list(o["bbox"])
-            o["bbox"] = inside
-        if clipped:
-            ground_truth = f"<scene>{json.dumps(scene)}</scene>\n<answer>{scene_answer}</answer>"
-
+        ground_truth, clipped = gold_scene(get("scene_answer"), answer, size, bad)
     sample = Sample(
-        str(row_id if get("id") is None else get("id")),
-        tuple(images),
-        size,
-        question,
-        tuple(options),
-        answer,
-        ground_truth,
-        problem,
-        get("category") or "",
-        get("level") or "",
-        get("completion") or "",
+        id=str(row_id if get("id") is None else get("id")),
+        encoded_images=tuple(images),
+        size=size,
+        question=question,
+        options=tuple(options),
+        answer=answer,
+        ground_truth=ground_truth,
+        problem=problem,
+        category=get("category") or "",
+        level=get("level") or "",
+        completion=get("completion") or "",
     )
     return sample, clipped
+
+
+def gold_scene(text, answer: str, size: tuple[int, int], bad: Callable) -> tuple[str, bool]:
+    """(the gold text, its boxes inside the image; whether one had to be clipped). `bad` words an error."""
+    try:
+        scene, scene_answer = parse_ground_truth(text)
+    except ValueError as error:
+        raise bad("scene_answer", "a gold scene and answer", error) from None
+    if scene_answer.strip().lower() != answer.strip().lower():
+        raise bad("scene_answer", f"the answer {answer!r}", repr(scene_answer))
+    clipped, limit = False, (*size, *size)
+    for o in scene["objects"]:
+        # Annotation tools round, or count the last pixel in: one pixel over the edge is no mistake, more is.
+        if any(not -1 <= c <= m + 1 for c, m in zip(o["bbox"], limit, strict=True)):
+            raise bad("scene_answer", f"boxes inside the image {size}", f"{o['id']} {o['bbox']}")
+        inside = [min(max(c, 0), m) for c, m in zip(o["bbox"], limit, strict=True)]
+        clipped |= inside != list(o["bbox"])
+        o["bbox"] = inside
+    if clipped:  # else the row's own text: written anew, it might not be the annotator's to the last digit
+        text = f"<scene>{json.dumps(scene)}</scene>\n<answer>{scene_answer}</answer>"
+    return text, clipped
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
@@ -328,7 +353,7 @@ def build_prompt(sample: Sample, template: str) -> list[dict]:
     """Chat messages for a sample: its images in order, then the text. Template "problem": the row's own."""
     own = template == "problem"
     text = sample.problem if own else build_prompt_text(template, sample.question, sample.size)
-    text = text.replace("<image>", "").lstrip()
+    text = text.replace("<image>", "").lstrip()  # the data set marks the image's place, which is the first
     if not text:
         raise ValueError(f"row {sample.id}: template 'problem' needs the column {COLUMNS['problem']}")
     images = [{"type": "image"} for _ in sample.encoded_images]
@@ -353,7 +378,7 @@ def resize(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample as the model reads it."""
+    """A sample as the model reads it: L tokens, of which an image takes a run of equal image tokens."""
 
     sample: Sample
     images: list[Image.Image]  # resized
@@ -390,7 +415,7 @@ class PromptEncoder:
         text = self.text(sample)
         images = self.images(sample)
         out = self.processor(text=[text], images=images or None, return_tensors="pt")
-        vllm_ids = self.processor.tokenizer(text)["input_ids"]
+        vllm_ids = self.processor.tokenizer(text)["input_ids"]  # the processor returns them expanded only
         ids = out["input_ids"][0].tolist()
         return Prompt(sample, images, vllm_ids, ids, out.get("pixel_values"), out.get("image_grid_thw"))
 
@@ -398,6 +423,7 @@ class PromptEncoder:
         """The Prompt without pixel values, which an inference engine computes itself."""
         images = self.images(sample)
         vllm_ids = self.processor.tokenizer(self.text(sample))["input_ids"]
+        # A cell of 28 x 28 pixels, 2 x 2 patches merged, is one token: the images are already such multiples.
         cells = iter([math.prod(image.size) // 28**2 for image in images])
         image_token = self.processor.image_token_id
         ids = [i for token in vllm_ids for i in [token] * (next(cells) if token == image_token else 1)]
@@ -422,153 +448,3 @@ def batch_at(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     at = range(step * batch_size, (step + 1) * batch_size)
     epochs = {e: np.random.default_rng([seed, e]).permutation(n) for e in {i // n for i in at}}
     return [int(epochs[i // n][i % n]) for i in at]
-
-
-def micro_batches(sequences: list[tuple[object, int, int]], max_tokens: int) -> list[list[int]]:
-    """Indices of sequences, in order, in groups of at most max_tokens (one that is longer stands alone).
-
-    Args: sequences: (key of the prompt, its tokens, the completion's tokens). Neighbours with the same key
-        share the prompt, which then counts once a group: `pack` runs it once.
-
-    >>> micro_batches([("a", 5, 2), ("a", 5, 2), ("b", 5, 1), ("c", 5, 1)], 15)
-    [[0, 1, 2], [3]]
-    """
-    groups, used, last = [], math.inf, None
-    for i, (key, prompt, completion) in enumerate(sequences):
-        cost = completion if groups and key == last else prompt + completion
-        if used + cost > max_tokens:
-            groups.append([])
-            used, cost = 0, prompt + completion
-        groups[-1].append(i)
-        used, last = used + cost, key
-    return groups
-
-
-def blank_prompt(config) -> Prompt:
-    """One image token of a grey patch, and nothing to learn from it."""
-    import torch
-
-    v = config.vision_config
-    patches = v.spatial_merge_size**2  # of one image token
-    pixels = torch.zeros(patches, v.in_channels * v.temporal_patch_size * v.patch_size**2)
-    grid = torch.tensor([[1, v.spatial_merge_size, v.spatial_merge_size]])
-    ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
-    return Prompt(None, [], [], ids, pixels, grid)
-
-
-def pack(prompts: list[tuple[Prompt, list[list[int]]]], model) -> dict:
-    """Lay prompts, each followed by its completions, end to end in one row, as a batch for the model.
-
-    Nothing is padded, and a prompt with its images is run once for all its completions: each of these attends
-    to the prompt and to itself (`packed_attention`), which is what it would see alone. A batch without an
-    image gets a blank one: sharded, the vision tower runs on all processes or hangs.
-
-    Returns: input_ids (1, T), position_ids (4, 1, T), pixel_values, image_grid_thw; segments: (start, end,
-        start of the prompt, its end) of every prompt (the last two 0) and completion; target_ids (N,), all
-        completion tokens, completion by completion, and predicted_at (N,), the position before each. Row 0
-        of position_ids counts from each prompt's beginning, rows 1-3 are the multi-dimensional rope's.
-    """
-    import torch
-
-    if all(prompt.pixel_values is None for prompt, _ in prompts):
-        prompts = [*prompts, (blank_prompt(model.config), [])]
-    ids, positions, segments, targets, before = [], [], [], [], []
-    for prompt, completions in prompts:
-        row, first, length = torch.tensor([prompt.ids]), len(ids), len(prompt.ids)
-        images = (row == model.config.image_token_id).int()
-        rope, _ = model.model.get_rope_index(row, images, prompt.image_grid_thw)  # (3, 1, L)
-        positions.append(torch.cat([torch.arange(length).view(1, 1, -1), rope]))  # (4, 1, L)
-        ids += prompt.ids
-        segments.append((first, len(ids), 0, 0))
-        for completion in completions:
-            start, steps = len(ids), torch.arange(len(completion))
-            # Text positions go on from the largest one of the prompt, in all three dimensions alike.
-            rope_steps = (steps + rope.max() + 1).expand(3, 1, -1)
-            positions.append(torch.cat([(steps + length).view(1, 1, -1), rope_steps]))
-            ids += completion
-            targets += completion
-            segments.append((start, len(ids), first, first + length))
-            before += [first + length - 1, *range(start, len(ids) - 1)]  # the prompt's end predicts the first
-    images = [prompt for prompt, _ in prompts if prompt.pixel_values is not None]
-    return {
-        "segments": tuple(segments),
-        "input_ids": torch.tensor([ids]),  # (1, T)
-        "position_ids": torch.cat(positions, dim=2),  # (4, 1, T)
-        "target_ids": torch.tensor(targets, dtype=torch.long),  # (N,)
-        "predicted_at": torch.tensor(before, dtype=torch.long),  # (N,)
-        "pixel_values": torch.cat([p.pixel_values for p in images]),
-        "image_grid_thw": torch.cat([p.image_grid_thw for p in images]),
-    }
-
-
-# ---- attention ---------------------------------------------------------------------------------------------
-def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
-    """Causal attention within the segments of a packed row, so that no T x T mask is ever built.
-
-    Args: query (1, H, T, D), key and value (1, H_kv, T, D); segments: from `pack`, which the model's forward
-        hands down; without them (generation) plain SDPA.
-    Returns: ((1, T, H, D), None), transformers' convention.
-    """
-    import torch
-    import torch.nn.functional as F
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if query.is_cuda and has_flash_attention():
-        return flash_attention(query, key, value, segments, scaling), None
-    pieces = []
-    for start, end, prompt_start, prompt_end in segments:
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        if prompt_end == prompt_start:
-            pieces.append(
-                F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-            )
-            continue
-        k = torch.cat([key[:, :, prompt_start:prompt_end], k], dim=2)
-        v = torch.cat([value[:, :, prompt_start:prompt_end], v], dim=2)
-        sees = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-        sees = sees.tril(prompt_end - prompt_start)  # the whole prompt, and itself up to the present
-        # A mask and grouped heads together would leave a GPU the slow kernel: repeat them instead.
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        pieces.append(F.scaled_dot_product_attention(q, k, v, sees, scale=scaling))
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
-
-
-def flash_attention(query, key, value, segments, scaling):
-    """The same in one call of flash-attn, whose causal mask is aligned at the end of the keys."""
-    from flash_attn import flash_attn_varlen_func
-
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rope leaves them in float32
-    keys, own, seen, longest, most = flash_layout(segments, query.device)
-    q, k, v = query[0].transpose(0, 1), key[0, :, keys].transpose(0, 1), value[0, :, keys].transpose(0, 1)
-    return flash_attn_varlen_func(q, k, v, own, seen, longest, most, softmax_scale=scaling, causal=True)[None]
-
-
-@functools.lru_cache(2)  # the layers of a forward pass share it
-def flash_layout(segments, device):
-    """Positions of the keys that each segment sees, its prompt's before its own; the bounds of queries and of
-    keys; the most queries and keys of a segment."""
-    import torch
-
-    own = [end - start for start, end, *_ in segments]
-    seen = [end - start + b - a for start, end, a, b in segments]
-    keys = np.concatenate([np.r_[a:b, start:end] for start, end, a, b in segments])
-    bounds = [torch.tensor([0, *np.cumsum(n)], dtype=torch.int32, device=device) for n in (own, seen)]
-    return torch.from_numpy(keys).to(device), *bounds, max(own), max(seen)
-
-
-def has_flash_attention() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-def attention_implementation() -> dict[str, str]:
-    """Register `packed_attention`; returns what `from_pretrained` takes as attn_implementation."""
-    import torch
-    from transformers import AttentionInterface
-
-    AttentionInterface.register("packed", packed_attention)
-    vision = "flash_attention_2" if torch.cuda.is_available() and has_flash_attention() else "sdpa"
-    return {"text_config": "packed", "vision_config": vision}

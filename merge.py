@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import pickle
-import re
 import shutil
 import sys
 import zlib
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import read_record, row_sums
+from checkpoint import checkpoints, read_record, row_sums
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHARDS = "model"  # folder of torch.distributed.checkpoint files in a checkpoint
@@ -33,11 +32,10 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the last one of a run's folder."""
     if (path / SHARDS).is_dir():
         return path
-    found = [p for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    if not found:
+    if not (found := checkpoints(path)):
         here = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such folder"
         raise ValueError(f"{path}: expected {SHARDS}/ or checkpoint-N folders, got {here}")
-    return max(found, key=lambda p: int(p.name.split("-")[1]))
+    return found[-1]
 
 
 def check_shards(folder: Path, shapes: dict[str, torch.Size], aliases: dict[str, str]):

@@ -6,8 +6,9 @@
     python evaluate.py ... --report       # results.html and results.png beside the results
 
 Writes curves.png and page.html into the folder, in seconds. `--before` and `--after` are results of
-evaluate.py on the same items, `--data` is where those came from. The page is one file, loads nothing and runs
-offline. What a model wrote is escaped, and the page's policy lets no script but its own run.
+evaluate.py on the same items, `--data` is where those came from. The page is one file (assets/page.html,
+filled in), loads nothing and runs offline. What a model wrote is escaped, and the page's policy lets no
+script but its own run.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import hashlib
 import html
 import io
 import json
-import os
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,27 +26,38 @@ from string import Template
 
 from PIL import Image
 
+from config import write_whole
 from data import Sample, load_samples, open_image, to_rgb
-from evaluate import label, load_items, percent, read_records, score, write_text
-from grading import summarise
+from results import Record, percent, read_records, run_name, summarise
 from rewards import Weights, parse_ground_truth, parse_scene
+from testsets import Selection, load_items, summarise_results
 
 PANELS = (  # title, key of the samples, key of the held-out set
     ("Reward", "reward", "val_reward"),
     ("Answer accuracy", "accuracy", "val_accuracy"),
+    ("Exact answer, letter and text", "exact", "val_exact"),
     ("IoU of matched boxes", "mean_iou", "val_mean_iou"),
     ("Spatial term", "spatial", "val_spatial"),
     ("Count term", "count", "val_count"),
     ("Format", "format", "val_format"),
 )
+TERM_NAMES = {"format": "format", "count": "count", "accuracy": "exact", "spatial": "spatial"}  # as shown
+PAGE = Path(__file__).parent / "assets" / "page.html"  # markup, style and script, with $placeholders
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#5f6368"
 OUTCOMES = {"fixed": "fixed", "broken": "broken", "wrong": "still wrong", "right": "right before and after"}
 
 
 # ---- curves ----
 def read_metrics(path) -> list[dict]:
+    """The lines of a metrics.jsonl. In older ones the samples' `accuracy` is what is now called `exact`."""
     with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+        lines = [json.loads(line) for line in f]
+    return [
+        {"exact" if key == "accuracy" else key: value for key, value in line.items()}
+        if "exact" not in line
+        else line
+        for line in lines
+    ]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -69,7 +81,7 @@ def draw_curves(metrics: list[dict], path: Path):
     panels = [p for p in PANELS if any(key in m for m in metrics for key in p[1:])]
     if not panels:
         raise ValueError(f"metrics: expected some of {[p[1] for p in PANELS]}, got none")
-    columns = min(3, len(panels))
+    columns = min(3, len(panels)) if len(panels) <= 6 else 4
     rows = -(-len(panels) // columns)
     style = {
         "font.size": 9,
@@ -87,19 +99,18 @@ def draw_curves(metrics: list[dict], path: Path):
         for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
             axis.set_xlabel("step")
         legends = [axis.get_legend_handles_labels() for axis in axes.flat]
-        legend = max(legends, key=lambda found: len(found[0]))
+        legend = max(legends, key=lambda handles_labels: len(handles_labels[0]))
         figure.legend(*legend, loc="upper center", ncols=2, frameon=False)
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()), h_pad=1.2, w_pad=1.6)
-        tmp = path.with_name(f".{path.name}.tmp")
-        figure.savefig(tmp, format="png", dpi=180)
+        with write_whole(path) as tmp:
+            figure.savefig(tmp, format="png", dpi=180)
         plt.close(figure)
-    os.replace(tmp, path)
 
 
 def series(metrics: list[dict], key: str) -> tuple[list, list]:
     """(steps, values) of the lines that have the key."""
-    found = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def draw_panel(axis, title: str, steps, values, val_steps, val_values):
@@ -205,13 +216,13 @@ def show_terms(record: dict) -> str:
     if "terms" not in record:
         return ""
     weights, rows = Weights(), []
-    for term in ("format", "count", "accuracy", "spatial"):
+    for term, name in TERM_NAMES.items():
         value, weight = record["terms"][term], getattr(weights, term)
         bar = f'<td class="bar"><i style="width:{100 * value:.0f}%"></i></td>'
-        rows.append(f"<tr><td>{term}</td>{bar}<td>{value:.2f}</td><td>&times; {weight:g}</td>"
+        rows.append(f"<tr><td>{name}</td>{bar}<td>{value:.2f}</td><td>&times; {weight:g}</td>"
                     f"<td>{value * weight:.3f}</td></tr>")  # fmt: skip
     note = "" if record["mean_iou"] is None else f"mean IoU {record['mean_iou']:.2f}"
-    note = f"refused: {e(record['reason'])}" if record["reason"] else note
+    note = f"rejected: {e(record['reason'])}" if record["reason"] else note
     total = f'<td>reward</td><td colspan="3">{note}</td><td>{record["terms"]["reward"]:.3f}</td>'
     return f'<table>{"".join(rows)}<tr class="total">{total}</tr></table>'
 
@@ -254,7 +265,7 @@ def show_summary(before: dict, after: dict) -> str:
         "reward": "reward",
         "format": "format",
         "count": "count term",
-        "exact": "right letter and text",
+        "exact": "exact answer, letter and text",
         "spatial": "spatial term",
         "mean_iou": "mean IoU of matched boxes",
         "recall50": "objects found at IoU 0.5",
@@ -275,13 +286,13 @@ def page(samples: Sequence[Sample], pairs: list[tuple[dict, dict]], chosen: list
     counts = Counter(outcome(b, a) for b, a in pairs)
     shown = Counter(outcome(*pairs[i]) for i in chosen)
     categories = sorted({pairs[i][0]["category"] for i in chosen})
-    tally = ", ".join(f"{counts[k]} {name}" for k, name in OUTCOMES.items())
-    parts = " + ".join(f"{getattr(Weights(), t):g} {t}" for t in ("format", "count", "accuracy", "spatial"))
+    outcomes = ", ".join(f"{counts[k]} {name}" for k, name in OUTCOMES.items())
+    parts = " + ".join(f"{getattr(Weights(), term):g} {name}" for term, name in TERM_NAMES.items())
     return whole_page(
         title=title,
         summary=show_summary(before, after),
-        note=f"{len(pairs)} held-out items: {tally}. {len(chosen)} of them are shown. reward = {parts}; a "
-        "malformed completion scores 0, a wrong answer earns no spatial term.",
+        note=f"{len(pairs)} held-out items: {outcomes}. {len(chosen)} of them are shown. reward = {parts}; a "
+        "malformed completion is rejected and scores 0, an answer that is not exact earns no spatial term.",
         selects={"category": categories},
         buttons={k: (name, shown[k]) for k, name in OUTCOMES.items()},
         items=[show_item(samples[i], *pairs[i]) for i in chosen],
@@ -296,20 +307,24 @@ def whole_page(
     buttons: dict[str, tuple[str, int]],
     items: list[str],
 ) -> str:
-    """One HTML file. selects: {data attribute of the articles: its values}; buttons: {outcome: (name, n)}."""
+    """One HTML file. selects: {data attribute of the articles: its values}; buttons: {outcome: (name, n)}.
+
+    The template's script and style have no placeholders: the script's hash, which the page's policy demands,
+    is that of the text between its tags.
+    """
+    template = PAGE.read_text(encoding="utf-8")
+    script = re.search("<script>(.*)</script>", template, re.S)[1]
 
     def select(name, values):
         options = "".join(f'<option value="{e(v)}">{e(v)}</option>' for v in values)
         return f'<select id="{name}"><option value="">{name}: all</option>{options}</select>'
 
-    return PAGE.substitute(
-        style=STYLE,
-        script=SCRIPT,
+    return Template(template).substitute(
         title=e(title),
         summary=summary,
         note=note,
         total=len(items),
-        policy=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        policy=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         selects="".join(select(name, values) for name, values in selects.items()),
         buttons="".join(
             f'<button data-outcome="{k}">{name} <small>{n}</small></button>'
@@ -325,51 +340,58 @@ def write_results(paths: Sequence[Path], out: Path, seed: int = 0, n: int = 48) 
     summaries, articles, names, categories, counts = [], [], [], set(), Counter()
     for path in paths:
         header, records = read_records(path)
-        summaries.append(score(header, records))
+        summaries.append(summarise_results(header, records))
         name = path.stem if summaries[-1]["dataset"] in names else summaries[-1]["dataset"]
         names.append(name)
-        loaded = load_items(header["config"]["dataset"], argparse.Namespace(**header["config"]))
-        items = loaded.items
-        if loaded.fingerprint != header["data"]["fingerprint"]:
-            raise ValueError(
-                f"{path}: its data set has changed since: expected fingerprint "
-                f"{header['data']['fingerprint']}, got {loaded.fingerprint}"
-            )
-        at = {items.id_of(i): i for i in range(len(items))}
-        for k in choose([(r["category"], r["correct"]) for r in records], n, seed):
-            record = records[k]
-            articles.append(show_result(name, items.shown(at[record["id"]]), record))
+        for sample, record in choose_items(path, header, records, n, seed):
+            articles.append(show_result(name, sample, record))
             categories.add(record["category"])
             counts["right" if record["correct"] else "wrong"] += 1
             counts["unparsed"] += record["parsed"] is None
-    titles = ("dataset", "n", "accuracy", "95 % interval", "paper")
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{e(cell)}</td>' for cell in cells)}</tr>"
-        for cells in [
-            titles,
-            *(
-                (
-                    name,
-                    str(s["n"]),
-                    percent(s["accuracy"]),
-                    " - ".join(map(percent, s["ci95"])),
-                    percent(s["paper"]),
-                )
-                for name, s in zip(names, summaries, strict=True)
-            ),
-        ]
-    )
-    page = whole_page(
+    text = whole_page(
         title=", ".join(dict.fromkeys(s["model"] for s in summaries)),
-        summary=f'<table class="results">{rows}</table>',
+        summary=show_accuracies(names, summaries),
         note=f"{len(articles)} items, drawn evenly over categories, right and wrong.",
         selects={"dataset": names, "category": sorted(categories)},
         buttons={k: (k, counts[k]) for k in ("right", "wrong", "unparsed")},
         items=articles,
     )
-    write_text(out / "results.html", page)
+    write_html(out / "results.html", text)
     draw_bars(summaries, out / "results.png")
     return [out / "results.html", out / "results.png"]
+
+
+def choose_items(
+    path: Path, header: dict, records: list[Record], n: int, seed: int
+) -> list[tuple[Sample, Record]]:
+    """At most n items of a results file with their images. Raises: ValueError if the data set is another."""
+    loaded = load_items(header["config"]["dataset"], Selection.of(header["config"]))
+    if loaded.fingerprint != header["data"]["fingerprint"]:
+        raise ValueError(
+            f"{path}: its data set has changed since: expected fingerprint "
+            f"{header['data']['fingerprint']}, got {loaded.fingerprint}"
+        )
+    items = loaded.items
+    places = {items.id_of(i): i for i in range(len(items))}
+    chosen = choose([(r["category"], r["correct"]) for r in records], n, seed)
+    return [(items.shown(places[records[k]["id"]]), records[k]) for k in chosen]
+
+
+def show_accuracies(names: Sequence[str], summaries: Sequence[dict]) -> str:
+    """A table with a line a results file."""
+    rows = [("dataset", "n", "accuracy", "95 % interval", "paper")]
+    for name, s in zip(names, summaries, strict=True):
+        interval = " - ".join(map(percent, s["ci95"]))
+        rows.append((name, str(s["n"]), percent(s["accuracy"]), interval, percent(s["paper"])))
+    lines = ("".join(f"<td>{e(cell)}</td>" for cell in row) for row in rows)
+    return f'<table class="results">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
+
+
+def write_html(path: Path, text: str):
+    with write_whole(path) as tmp:
+        tmp.write_text(
+            text, encoding="utf-8", errors="backslashreplace"
+        )  # a model may write half a surrogate
 
 
 def show_result(name: str, sample: Sample, record: dict) -> str:
@@ -398,14 +420,14 @@ def draw_bars(summaries: Sequence[dict], path: Path):
     from matplotlib import pyplot as plt
 
     sets = list(dict.fromkeys(s["dataset"] for s in summaries))
-    models = list(dict.fromkeys(label(s) for s in summaries))
+    models = list(dict.fromkeys(run_name(s) for s in summaries))
     figure, axis = plt.subplots(figsize=(7, 1.1 + 0.42 * len(sets) * max(1, 0.6 * len(models))))
     height = 0.8 / len(models)
     for s in summaries:
-        k = models.index(label(s))
+        k = models.index(run_name(s))
         y = sets.index(s["dataset"]) + (k - (len(models) - 1) / 2) * height
         low, high = s["ci95"]
-        first = next(t for t in summaries if label(t) == models[k]) is s
+        first = next(t for t in summaries if run_name(t) == models[k]) is s
         axis.barh(
             y,
             100 * s["accuracy"],
@@ -434,101 +456,9 @@ def draw_bars(summaries: Sequence[dict], path: Path):
     axis.set_axisbelow(True)
     figure.legend(loc="upper center", ncols=3, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight()))
-    tmp = path.with_name(f".{path.name}.tmp")
-    figure.savefig(tmp, format="png", dpi=160)
+    with write_whole(path) as tmp:
+        figure.savefig(tmp, format="png", dpi=160)
     plt.close(figure)
-    os.replace(tmp, path)
-
-
-PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-$policy'">
-<title>$title</title><style>$style</style></head><body>
-<h1>$title</h1>$summary
-<p class="note">$note
-<span class="key gold"></span> gold box <span class="key guess"></span> predicted box</p>
-<nav>$selects
-<button data-outcome="" class="on">all <small>$total</small></button>$buttons</nav>
-<main>$items</main><script>$script</script></body></html>
-""")
-
-SCRIPT = """
-const items = [...document.querySelectorAll("article")];
-const buttons = [...document.querySelectorAll("nav button")];
-const selects = [...document.querySelectorAll("nav select")];
-let outcome = "";
-function update() {
-  for (const a of items)
-    a.hidden = (outcome && !a.dataset.outcome.split(" ").includes(outcome)) ||
-      selects.some(s => s.value && s.value !== a.dataset[s.id]);
-  for (const b of buttons) b.classList.toggle("on", b.dataset.outcome === outcome);
-}
-for (const s of selects) s.onchange = update;
-for (const b of buttons) b.onclick = () => { outcome = b.dataset.outcome; update(); };
-"""
-
-STYLE = """
-:root { --ink: #1f2328; --soft: #656d76; --line: #dde1e6; --good: #1a7f37; --bad: #cf222e; --guess: #d6008f; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 28px 20px 60px; color: var(--ink); background: #f6f7f9;
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 26px; margin: 0 0 14px; }
-.figures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 10px; }
-.figures div { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 9px 13px; }
-.figures span { display: block; color: var(--soft); font-size: 13px; }
-.figures b { font-size: 18px; font-variant-numeric: tabular-nums; }
-.figures em { float: right; font-style: normal; font-size: 13px; line-height: 27px; color: var(--soft); }
-.figures .up { color: var(--good); } .figures .down { color: var(--bad); }
-.note { color: var(--soft); font-size: 13.5px; }
-.key { display: inline-block; width: 22px; height: 0; margin: 0 3px 4px 12px; border-top: 2.5px solid #111; }
-.key.guess { border-top: 2.5px dashed var(--guess); }
-nav { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 8px; padding: 10px 0;
-  background: #f6f7f9; }
-nav select, nav button { font: inherit; font-size: 14px; padding: 5px 12px; border-radius: 16px;
-  cursor: pointer; border: 1px solid var(--line); background: #fff; color: inherit; }
-nav button.on { background: var(--ink); color: #fff; border-color: var(--ink); }
-nav small { opacity: 0.6; margin-left: 3px; }
-article { background: #fff; border: 1px solid var(--line); border-radius: 10px; margin: 0 0 16px;
-  padding: 14px 18px; }
-article[hidden] { display: none; }
-article p { margin: 8px 0 0; font-size: 16px; }
-article p.answer { color: var(--good); font-weight: 600; margin: 0; }
-.tag { font-size: 12.5px; padding: 2px 10px; border-radius: 11px; background: #eceff2; margin-right: 6px; }
-.tag.fixed { background: #d5f2dc; color: var(--good); }
-.tag.broken { background: #ffe0e0; color: var(--bad); }
-.id { color: var(--soft); font-size: 12.5px; float: right; }
-.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 22px; margin-top: 6px; }
-section { min-width: 0; }
-h3 { font-size: 14px; margin: 8px 0; } h3 span { font-weight: 600; margin-left: 5px; }
-.right { color: var(--good); } .wrong { color: var(--bad); }
-.look { display: flex; gap: 14px; align-items: flex-start; }
-header img { max-width: 200px; margin: 6px 6px 0 0; }
-article p.question { white-space: pre-wrap; }
-table.results { width: auto; margin-bottom: 10px; } table.results td { padding: 3px 14px 3px 4px; }
-svg { flex: 0 0 250px; max-height: 330px; border-radius: 4px; }
-.crisp { image-rendering: pixelated; }
-rect { fill: none; vector-effect: non-scaling-stroke; }
-rect.halo { stroke: #fff; stroke-width: 4.5; stroke-opacity: 0.75; }
-rect.gold { stroke: #111; stroke-width: 2; }
-rect.guess { stroke: var(--guess); stroke-width: 2; stroke-dasharray: 6 4; }
-text { font-family: system-ui, sans-serif; font-weight: 600; paint-order: stroke; stroke: #fff;
-  stroke-width: 0.22em; stroke-opacity: 0.85; }
-text.gold { fill: #111; } text.guess { fill: var(--guess); }
-table { flex: 1 1 0; border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-td { padding: 2.5px 4px; color: var(--soft); white-space: nowrap; } td:first-child { color: var(--ink); }
-td:nth-child(n+3) { text-align: right; }
-.bar { width: 40%; } .bar i { display: block; height: 8px; border-radius: 4px; background: #4a8fd8; }
-.total td { border-top: 1px solid var(--line); font-weight: 600; color: var(--ink); }
-.total td:nth-child(2) { text-align: left; font-weight: 400; color: var(--soft); white-space: normal; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 190px; overflow-y: auto; margin: 12px 0 0;
-  padding: 9px 11px; background: #f6f7f9; border-radius: 6px; font: 12px/1.45 ui-monospace, monospace; }
-pre b { color: #8250df; font-weight: 600; }
-@media (max-width: 900px) {
-  .sides { grid-template-columns: 1fr; }
-  .figures { grid-template-columns: 1fr 1fr; }
-}
-"""
 
 
 # ---- main ----
@@ -545,7 +475,7 @@ def write_page(before_path, after_path, data: str, path: Path, n: int, seed: int
             raise ValueError(
                 f"{data}, row {record['row']}: expected item {record['meta']['item']}, got {sample.id}"
             )
-    write_text(path, page(samples, pairs, chosen, title))
+    write_html(path, page(samples, pairs, chosen, title))
 
 
 def main(argv=None):

@@ -122,6 +122,8 @@ def _split(text: str, names: Sequence[str]) -> list[str]:
         raise _Rejected("missing_tag", f"expected {missing[0]}, got {text[:40]!r}")
     if repeated := [tag for tag in tags if counts[tag] > 1]:
         raise _Rejected("repeated_tag", f"expected one {repeated[0]}, got {counts[repeated[0]]}")
+    # From here each tag stands once, so that finding it is one pass. One regular expression for it all, with
+    # `.*` between tags, would try every pair of tags in a text that is full of them.
     starts = [text.index(tag) for tag in tags]
     if starts != sorted(starts):
         raise _Rejected("tag_order", f"expected the order {' '.join(tags)}")
@@ -134,6 +136,7 @@ def _split(text: str, names: Sequence[str]) -> list[str]:
 
 def _last_block(text: str, name: str) -> str | None:
     """The text inside the last <name>..</name> that encloses neither of its own tags, or None. Linear."""
+    # Cut at the closing tags first: each piece is then searched once, for the last opening tag in it alone.
     for part in reversed(text.split(f"</{name}>")[:-1]):
         before, opening, inside = part.rpartition(f"<{name}>")
         if opening:
@@ -174,6 +177,7 @@ _BRACKET = re.compile(r"[\[\]{}]")
 
 
 def _load_json(text: str):
+    # Counted before the parser, which recurses, sees the text. Brackets inside strings are no nesting.
     depth = 0
     for bracket in _BRACKET.findall(_JSON_STRING.sub("", text)):
         depth += 1 if bracket in "[{" else -1
@@ -289,7 +293,7 @@ def _same_noun(a: str, b: str) -> bool:
     return a == b or _is_plural(a, b) or _is_plural(b, a)
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=65_536)  # a data set has few labels and pairs them M x K times a completion; ids are short
 def label_similarity(a: str, b: str) -> float:
     """How alike two object labels are by their letters, in [0, 1]. Symmetric.
 
@@ -382,6 +386,8 @@ def _match(predicted: _Objects, gold: _Objects, similarity) -> tuple[tuple[int, 
     from scipy.optimize import linear_sum_assignment  # here, because it takes longer to import than all else
 
     iou, quality = _iou_ciou(predicted.boxes01, gold.boxes01)  # (M, K)
+    # An unlike label costs up to 2, a distant box about 1 (CIoU = -1): objects meet under their names first,
+    # and of equal names the nearest. No pair is forbidden: all min(M, K) are matched, however badly.
     alike = [[similarity(p, g) for g in gold.labels] for p in predicted.labels]
     alike = np.nan_to_num(np.array(alike, dtype=float), nan=0, posinf=0, neginf=0)  # of a made-up word, say
     pairs = zip(*linear_sum_assignment(LABEL_COST * (1 - alike) + BOX_COST * (1 - quality) / 2), strict=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from config import Config, opt
+from config import Config, opt, write_whole
 from data import TEMPLATES, build_prompt_text
 
 COLORS = {
@@ -470,9 +470,8 @@ def build_processor(seed):
 def write_parquet(path, rows, features):
     from datasets import Dataset
 
-    tmp = path.with_suffix(".tmp")
-    Dataset.from_list(list(rows), features=features).to_parquet(tmp)
-    tmp.replace(path)
+    with write_whole(path) as tmp:
+        Dataset.from_list(list(rows), features=features).to_parquet(tmp)
     print(f"wrote {path}")
 
 

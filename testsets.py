@@ -1,111 +1,42 @@
-"""The benchmarks of the paper as a table of data: where they lie, how their rows read, how they are scored.
+"""The benchmarks of the paper as a table: where they lie, how rows become items, how they are scored.
 
-    DATASETS["cv-bench"].sources[0].hub, benchmark_sample(row, index, source)
+    DATASETS["cv-bench"].sources[0].hub
+    load_items("cv-bench", Selection(limit=100)).items[0]      # a data.Sample
 
 Each has plain accuracy, which the paper reports, and where there is one its official score beside it. Columns
 of the mirrors under hunarbatra/ are known from the paper's evaluator alone: what is found is checked, and how
-an answer is graded (letter, yes or no, number, word, point, sequence) follows from the row.
+an answer is graded (letter, yes or no, number, word, point, sequence) follows from the row. To add a
+benchmark, add its line to DATASETS.
 """
 
 import ast
+import functools
+import hashlib
+import json
+import random
 import re
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
 
-from data import COLUMNS, Sample, open_image, row_to_sample
-from grading import LETTERS, parse_polygon, read_number, tally
+from tqdm import tqdm
 
-
-# ---- official scores: records of all items, in order -> {name: value}, the headline first ----
-def accuracy(records: Sequence[dict]) -> float | None:
-    return tally(records)["accuracy"] if records else None
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    return sum(values) / len(values) if values and None not in values else None
-
-
-def grouped(records: Sequence[dict], key: Callable[[dict], object]) -> dict:
-    """Records by what `key` gives of them, in order."""
-    groups = defaultdict(list)
-    for r in records:
-        groups[key(r)].append(r)
-    return groups
-
-
-def by_meta(records: Sequence[dict], *keys: str) -> dict:
-    """Records grouped by the named values of their rows."""
-    return grouped(records, lambda r: tuple(r["meta"].get(key) for key in keys))
-
-
-def all_right(groups) -> float | None:
-    """Share of the groups in which every record is right."""
-    return mean([float(all(r["correct"] for r in group)) for group in groups])
-
-
-def cv_bench(records):
-    two_d = mean([accuracy([r for r in records if r["meta"]["source"] == s]) for s in ("ADE20K", "COCO")])
-    three_d = accuracy([r for r in records if r["meta"]["source"] == "Omni3D"])
-    return {"mean of 2D and 3D": mean([two_d, three_d]), "2D": two_d, "3D": three_d}
-
-
-def mmvp_pairs(records):
-    pairs = [pair for pair in grouped(records, lambda r: r["cluster"]).values() if len(pair) == 2]
-    return {"pairs": all_right(pairs)} if 2 * len(pairs) == len(records) else {}
-
-
-def spatialbench(records):
-    """Pairs of opposite questions about one image; counting by its mean relative error, at most 1 an item."""
-    scores = {}
-    for task, group in grouped(records, lambda r: r["category"]).items():
-        if task in ("existence", "reach", "size"):
-            images = grouped(group, lambda r: r["cluster"])
-            pairs = [image[i : i + 2] for image in images.values() for i in range(0, len(image), 2)]
-            scores[f"{task} pairs"] = all_right(pairs)
-        elif task == "counting":
-            counts = [(float(r["gold"]), r["parsed"]) for r in group if r["kind"] == "number"]
-            errors = [1.0 if said is None else abs(said - gold) / max(gold, 1) for gold, said in counts]
-            scores["counting, 1 - error"] = 1 - mean([min(1.0, x) for x in errors]) if errors else None
-        else:
-            scores[task] = accuracy(group)
-    return {"mean": mean(list(scores.values())), **scores}
-
-
-def three_d_sr(records):
-    """Where the file has them: all rotations of the options, and the mirrored image as well."""
-    turns, flips = defaultdict(list), defaultdict(list)
-    for r in records:
-        if found := re.fullmatch(r"(.+?)(-flip)?(?:-(\d+))?", str(r["meta"].get("qid") or "")):
-            turns[found[1], found[2]].append(r)
-            flips[found[1]].append(r)
-    scores = {"circular and flip": all_right(flips.values()), "circular": all_right(turns.values())}
-    return scores if len(flips) < len(records) and turns else {}
-
-
-def hallusionbench(records):
-    shown = [r for r in records if (r["meta"]["category"], str(r["meta"]["figure_id"])) != ("VS", "0")]
-    figures = by_meta(shown, "category", "subcategory", "set_id", "figure_id")
-    questions = by_meta(records, "category", "subcategory", "set_id", "question_id")
-    return {
-        "aAcc": accuracy(records),
-        "qAcc": all_right(questions.values()),
-        "fAcc": all_right(figures.values()),
-    }
-
-
-def mmstar(records):
-    groups = by_meta(records, "l2_category").values()
-    return {"mean over l2 categories": mean([accuracy(group) for group in groups])}
-
-
-def robospatial(records):
-    kinds = {"yes_no": "yes/no", "point": "points"}
-    return {
-        name: accuracy(found)
-        for kind, name in kinds.items()
-        if (found := [r for r in records if r["kind"] == kind])
-    }
+from answers import LETTERS, parse_polygon, read_number
+from data import COLUMNS, Sample, open_image, read_table, row_to_sample
+from results import (
+    cv_bench,
+    cv_bench_2d,
+    hallusionbench,
+    mmstar,
+    mmvp_pairs,
+    robospatial,
+    short_hash,
+    spatialbench,
+    summarise_run,
+    three_d_sr,
+)
 
 
 # ---- the benchmarks ----
@@ -148,7 +79,7 @@ class Benchmark:
     scored_by: str = "accuracy"  # the official score, in words
     tables: tuple[str, ...] = ()  # meta columns that get a table of their own
     pair: bool = False  # rows 2k and 2k + 1 ask the same about two images
-    released: bool = True  # whether the paper's evaluator reads letters as `grading.released_letter` does
+    released: bool = True  # whether the paper's evaluator reads letters as `answers.released_letter` does
     part_of: str = ""  # the benchmark that holds the same questions
     note: str = ""
 
@@ -189,7 +120,7 @@ def blink(config: str, rows: int) -> Benchmark:
 DATASETS = {
     "cv-bench": Benchmark((CV,), 2638, cv_bench, "means over sources", ("type", "source")),
     "cv-bench-2D": Benchmark((replace(CV, keep=("type", "2D")),), 1438,
-                             lambda records: {"2D": cv_bench(records)["2D"]}, "mean over sources",
+                             cv_bench_2d, "mean over sources",
                              ("source",), part_of="cv-bench"),
     "cv-bench-3D": Benchmark((replace(CV, keep=("type", "3D")),), 1200, part_of="cv-bench"),
     "blink-spatial": blink("Spatial_Relation", 143),
@@ -230,6 +161,8 @@ DATASETS = {
                         ("l2_category",)),
 }  # fmt: skip
 
+OWN_FILE = Benchmark((STVQA,), 0, tables=("level",))  # a file with STVQA-7K's columns
+
 # Accuracy in % that the paper reports (arXiv 2511.07403): greedy, zero-shot, at most 2,048 new tokens.
 PAPER_COLUMNS = (
     "3dsrbench cv-bench-2D cv-bench-3D cv-bench blink-spatial blink-depth mmvp spatialreasoner "
@@ -252,6 +185,12 @@ def paper_figure(model_path: str, dataset: str) -> float | None:
     return None if percent is None else percent / 100
 
 
+def summarise_results(header: dict, records: list[dict]) -> dict:
+    """The summary of a results file, with the official score and the paper's figure of its benchmark."""
+    name, model = header["config"]["dataset"], header["config"]["model_path"]
+    return summarise_run(header, records, DATASETS.get(name), paper_figure(model, name))
+
+
 # ---- rows -> items ----
 _MARK = re.compile(  # (A) left  A) left  A: left  A. left, and at the head of a line A.left and B left
     r"(?<!\w)(?:(?P<round>\()(?P<a>[A-Ja-j])\)|(?P<b>[A-Ja-j])(?:[):]|\.(?=\s)|(?<=\n.)\.))\s*"
@@ -269,6 +208,9 @@ def find_options(text: str) -> list[tuple[int, int]]:
     >>> [text[start:end] for start, end in find_options(text)]
     ['a cup', 'a plate']
     """
+    # The last chain A, B, C ... wins, since a question may speak of points "A." and "B." before it lists its
+    # options. All marks of a chain are of one dress: in "(A) B: near (B) C: far" the "B:" is text. Only
+    # the last 100 marks are looked at, so that a long question costs no more than that squared.
     marks = [
         (m.start(), m.end(), (m["a"] or m["b"] or m["c"]).upper(), bool(m["round"]))
         for m in _MARK.finditer(text)
@@ -292,6 +234,8 @@ def find_options(text: str) -> list[tuple[int, int]]:
 
 def gold_letter(answer: str, options: Sequence[str]) -> str | None:
     """The letter of a gold answer written as B, (b), B. or (B) text, or as the text of one option."""
+    # "B is closer" may be the text of option A: a letter counts only alone or with the very text of its
+    # option behind it; else the whole has to be the text of exactly one option.
     answer, letters = answer.strip(), LETTERS[: len(options)]
     same = [letter for letter, o in zip(letters, options, strict=True) if same_texts([o], [answer])]
     found = re.fullmatch(r"\(?([A-Ja-j])(?:[).:]|\)[.:])?(?:\s+(.+))?", answer, re.S)
@@ -316,6 +260,7 @@ def kind_of(answer: str, shown: bool = False) -> str:
         return "point"
     if shown and re.fullmatch(r"[A-H]{2,8}", answer) and len(set(answer)) == len(answer):
         return "sequence"
+    # One word, as "three cups" may be read as 3 but asks for the cups as well.
     return "number" if len(answer.split()) == 1 and read_number(answer)[0] is not None else "word"
 
 
@@ -329,6 +274,32 @@ def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
     images = [e for image in images for e in (image if isinstance(image, list) else [image]) if e is not None]
     if not images:
         raise bad(source.images[0], "an image", None)
+    question, answer = read_question(row, source, bad)
+    question, options = show_options(question, answer, read_options(row, source, bad), source, bad)
+    kind, answer, meta = settle_gold(question, answer, options, source, bad)
+    hint = _HINTS.get(kind)
+    if hint and not re.search(r"\b(?:answer|respond) with\b", question, re.I):
+        question += f"\n{hint}"
+    try:
+        size = open_image(images[0]).size
+    except OSError as error:
+        raise bad(source.images[0], "a readable image", error) from None
+    return Sample(
+        str(index),
+        tuple(images),
+        size,
+        question,
+        tuple(options) if kind == "choice" else (),
+        answer,
+        answer,
+        category=str(row[source.task]) if source.task else "",
+        kind=kind,
+        meta={key: row[key] for key in source.meta} | meta,
+    )
+
+
+def read_question(row: dict, source: Source, bad: Callable) -> tuple[str, str]:
+    """(question without its closing instruction, gold answer as written) of a row."""
     question, answer = row[source.question], str(row[source.answer]).strip()
     if not isinstance(question, str) or not question.strip():
         raise bad(source.question, "a question", question)
@@ -339,12 +310,23 @@ def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
             raise bad(source.answer, f"one of {[written for written, _ in source.gold]}", answer)
         answer = dict(source.gold)[answer]
     question = question.replace("<image>", "").strip()
-    question = _DIRECT.sub("", question).strip()  # the template says how to answer
+    # "Please answer directly with the letter and nothing else." would contradict a template that asks for
+    # thoughts and tags: how to answer is the template's to say.
+    return _DIRECT.sub("", question).strip(), answer
 
-    options = read_options(row, source, bad)
-    if len(options) == 1 and find_options(options[0]):
-        question, options = f"{question}\n{options[0]}", []  # one text with all of them
+
+def show_options(
+    question: str, answer: str, options: list[str], source: Source, bad: Callable
+) -> tuple[str, list[str]]:
+    """(question with its options and their letters, the options), whichever of the two the row has them in.
+
+    Options come from a column, from the question, or from both, and then have to be the same: a letter that
+    is graded by another list than the one shown is the worst of errors, since every score looks plausible.
+    """
+    if len(options) == 1 and find_options(options[0]):  # "(a) Open (b) Closed": one text with all of them
+        question, options = f"{question}\n{options[0]}", []
     shown = [question[start:end] for start, end in find_options(question)]
+    # Options yes and no without letters, and gold yes or no: a yes/no question, which needs no letters.
     plain = {o.strip().lower() for o in options} == {"yes", "no"} and answer.lower() in ("yes", "no")
     if options and not shown and not plain:
         question += "\n" + "\n".join(f"({letter}) {o}" for letter, o in zip(LETTERS, options, strict=False))
@@ -353,59 +335,49 @@ def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
     options = [] if plain and not shown else options or shown
     if len(options) == 1 or len(options) > len(LETTERS):
         raise bad(source.choices, f"2 to {len(LETTERS)} options", options)
+    return question, options
 
-    kind, meta = "choice", {key: row[key] for key in source.meta}
+
+def settle_gold(
+    question: str, answer: str, options: list[str], source: Source, bad: Callable
+) -> tuple[str, str, dict]:
+    """(kind, gold answer as a Sample has it, what grading has to know beside it).
+
+    In this order: an option named by letter or text makes a choice; whatever else is among options must be
+    an order of their letters; without options the answer itself says what it is. A lone letter without
+    options is refused, as its question lost them on the way: graded as a word it would never be right.
+    """
     if options and (letter := gold_letter(answer, options)):
-        answer = f"({letter}) {options[LETTERS.index(letter)]}"
-    else:
-        kind = kind_of(answer, shown=bool(options))
-        if options and not (kind == "sequence" and max(answer) <= LETTERS[len(options) - 1]):
-            raise bad(source.answer, f"one of the {len(options)} options", answer)
-        if kind == "word" and re.fullmatch(r"\(?[A-Ja-j][).:]*", answer):
-            raise bad(source.question, f"lettered options, since the answer is {answer!r}", question)
-        options = []
+        return "choice", f"({letter}) {options[LETTERS.index(letter)]}", {}
+    kind = kind_of(answer, shown=bool(options))
+    if options and not (kind == "sequence" and max(answer) <= LETTERS[len(options) - 1]):
+        raise bad(source.answer, f"one of the {len(options)} options", answer)
+    if kind == "word" and re.fullmatch(r"\(?[A-Ja-j][).:]*", answer):
+        raise bad(source.question, f"lettered options, since the answer is {answer!r}", question)
     if kind == "point":
-        meta["frame"] = source.frame
         try:
             parse_polygon(answer)
         except ValueError as error:
             raise bad(source.answer, "a polygon", error) from None
+        return kind, answer, {"frame": source.frame}
     if kind == "number":
-        answer = str(read_number(answer)[0])
-    if kind == "yes_no":
-        answer = answer.rstrip(".")
-    hint = _HINTS.get(kind, "")
-    question += f"\n{hint}" if hint and not re.search(r"\b(?:answer|respond) with\b", question, re.I) else ""
-    try:
-        size = open_image(images[0]).size
-    except OSError as error:
-        raise bad(source.images[0], "a readable image", error) from None
-    return Sample(
-        str(index),
-        tuple(images),
-        size,
-        question,
-        tuple(options),
-        answer,
-        answer,
-        category=str(row[source.task]) if source.task else "",
-        kind=kind,
-        meta=meta,
-    )
+        return kind, str(read_number(answer)[0]), {}
+    return kind, answer.rstrip(".") if kind == "yes_no" else answer, {}
 
 
-def read_options(row: dict, source: Source, bad) -> list[str]:
+def read_options(row: dict, source: Source, bad: Callable) -> list[str]:
     """The options of a row, from a list, a list written as text, several columns, or nowhere."""
     if isinstance(source.choices, tuple):
         return [str(row[c]).strip() for c in source.choices if row.get(c) is not None and str(row[c]).strip()]
     options = row.get(source.choices) if source.choices else None
     if isinstance(options, str) and options.strip().startswith("["):
         try:
-            commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", options.strip())  # numpy writes none
+            commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", options.strip())  # numpy: "['lamp' 'chair']"
             options = ast.literal_eval(commas)
         except (ValueError, SyntaxError):
             raise bad(source.choices, "a list", options) from None
     options = [options] if isinstance(options, str) and options.strip() else options or []
+    # "(A) lamp" -> "lamp"; not where this would make two of them equal: then the letter is part of the text.
     bare = [re.sub(r"^\(([A-J])\)\s+", "", str(o)).strip() for o in options]
     return bare if len(set(bare)) == len(bare) else [str(o).strip() for o in options]
 
@@ -425,6 +397,7 @@ def permuted(sample: Sample, order: Sequence[int]) -> Sample:
             f"expected {list(sample.options)}, got {shown}"
         )
     question = sample.question
+    # Texts change places, letters and all else stay; from the end, so that the spans before still hold.
     for (start, end), i in reversed(list(zip(spans, order, strict=True))):
         question = question[:start] + shown[i] + question[end:]
     options = tuple(sample.options[i] for i in order)
@@ -439,3 +412,191 @@ def permuted(sample: Sample, order: Sequence[int]) -> Sample:
         answer=answer,
         ground_truth=scene if "<scene>" in scene else answer,
     )
+
+
+# ---- items ----
+@dataclass(frozen=True)
+class Selection:
+    """What is asked of a benchmark: which rows, and how they are changed."""
+
+    local_path: str | None = None  # file or folder (with NAME.parquet) to read instead of the Hub
+    revision: str | None = None  # of the Hub's data
+    skip_bad_rows: bool = False
+    limit: int | None = None  # that many rows, drawn by category
+    seed: int = 0  # of the drawing and of shuffled options
+    circular: bool = False  # all rotations of the options
+    shuffle_options: bool = False
+    blind: bool = False  # without the image
+
+    @classmethod
+    def of(cls, config: Mapping) -> "Selection":
+        """Of flags or of a results header's config, which hold other keys as well; older ones lack some."""
+        return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A benchmark, read and checked."""
+
+    items: "Items"
+    rows: int  # before --limit
+    fingerprint: str  # of all that is asked
+    clusters: dict[int, str]  # row -> what it shares with rows that are not independent of it: image or pair
+    questions: dict[int, str]  # row -> hash of first image, question and answer
+    skipped: int  # bad rows left out
+
+
+class Items(Sequence):
+    """The items of a benchmark, read one at a time: a row, with --circular in a rotation of its options."""
+
+    def __init__(
+        self, table, convert: Callable[[dict, int], Sample], keys: list[tuple[int, int]], selection: Selection
+    ):
+        self.table, self.convert, self.selection = table, convert, selection
+        self.keys = keys  # (row, turn) of every item
+        self.turns = Counter(row for row, _ in keys)  # of every row
+
+    def __len__(self):
+        return len(self.keys)
+
+    def id_of(self, i: int) -> str:
+        row, turn = self.keys[i]
+        return f"{row}@{turn}" if self.selection.circular else f"{row}"
+
+    def __getitem__(self, i):
+        return replace(self.shown(i), encoded_images=()) if self.selection.blind else self.shown(i)
+
+    def shown(self, i: int) -> Sample:
+        """The item with its images, also where --blind hides them from the model."""
+        row, turn = self.keys[i]
+        sample = self.convert(self.table[row], row)
+        n = len(sample.options)
+        if sample.kind == "choice" and self.selection.shuffle_options:
+            order = random.Random(f"{self.selection.seed} {row}").sample(range(n), n)
+            sample = permuted(sample, order)
+        if turn:
+            sample = permuted(sample, [(j + turn) % n for j in range(n)])
+        return replace(sample, id=self.id_of(i))
+
+
+def load_items(name: str, selection: Selection) -> Loaded:
+    """Read every row once, before a model is loaded. Raises: ValueError with what was expected and found."""
+    benchmark = DATASETS.get(name, OWN_FILE)
+    table, source = open_table(name, benchmark, selection)
+    rows = list(range(len(table)))
+    if source.keep:
+        rows = [i for i, value in enumerate(table[source.keep[0]]) if str(value) == source.keep[1]]
+    if source is STVQA:
+        convert = functools.partial(stvqa_sample, need_scene=COLUMNS["scene_answer"] in table.column_names)
+    else:
+        convert = functools.partial(benchmark_sample, source=source)
+    checked, fingerprint = check_rows(name, table, rows, convert, source, selection)
+    skipped = len(rows) - len(checked)
+    if not checked:
+        raise ValueError(f"{name} ({source.hub}): no rows" + (f" with {source.keep}" if source.keep else ""))
+    if name in DATASETS and len(rows) != benchmark.rows:
+        print(f"warning: {name} has {len(rows)} rows here, {benchmark.rows} were expected")
+    clusters = {row: c.images_hash for row, c in checked.items()}
+    if benchmark.pair and not skipped:  # a row left out would shift the pairs behind it
+        clusters = pair_clusters(name, checked) or clusters
+    chosen = list(checked)
+    if selection.limit and selection.limit < len(rows):
+        categories = [c.category for c in checked.values()]
+        chosen = [chosen[i] for i in stratified(categories, selection.limit, selection.seed)]
+    keys = [(row, turn) for row in chosen for turn in range(checked[row].turns)]
+    return Loaded(
+        items=Items(table, convert, keys, selection),
+        rows=len(rows),
+        fingerprint=fingerprint,
+        clusters=clusters,
+        questions={row: c.question_hash for row, c in checked.items()},
+        skipped=skipped,
+    )
+
+
+class CheckedRow(NamedTuple):
+    """What is kept of a row that can be asked."""
+
+    question: str  # lower case, runs of blanks as one
+    images_hash: str  # of all images
+    question_hash: str  # of first image, question and answer
+    category: str
+    turns: int  # items to make of it
+
+
+def check_rows(
+    name: str, table, rows: Sequence[int], convert: Callable, source: Source, selection: Selection
+) -> tuple[dict[int, CheckedRow], str]:
+    """({row: what is kept of it}, fingerprint of all). Raises: ValueError at a bad row, unless skipped."""
+    digest, checked = hashlib.sha256(), {}
+    for row in tqdm(rows, desc=f"checking {name}", disable=None, leave=False):
+        try:
+            sample = convert(table[row], row)
+            if sample.kind == "choice" and (selection.circular or selection.shuffle_options):
+                permuted(sample, range(len(sample.options)))  # raises if it cannot be reordered
+        except ValueError as error:
+            if not selection.skip_bad_rows:
+                raise ValueError(f"{name} ({source.hub}): {error} (--skip_bad_rows leaves it out)") from None
+            print(f"{name}: left out: {error}")
+            continue
+        images = [short_hash(e.get("bytes") or Path(e["path"]).read_bytes()) for e in sample.encoded_images]
+        asked = [row, sample.question, sample.options, sample.ground_truth, sample.problem, images]
+        digest.update(json.dumps(asked).encode())
+        checked[row] = CheckedRow(
+            question=" ".join(sample.question.lower().split()),
+            images_hash=short_hash("".join(images)),
+            question_hash=short_hash(images[0] + sample.question + sample.answer),
+            category=sample.category,
+            turns=len(sample.options) if sample.kind == "choice" and selection.circular else 1,
+        )
+    return checked, digest.hexdigest()[:16]
+
+
+def pair_clusters(name: str, checked: dict[int, CheckedRow]) -> dict[int, str] | None:
+    """{row: its pair} of a benchmark whose rows 2k and 2k + 1 ask the same, or None where they do not."""
+    questions = [c.question for c in checked.values()]
+    if any(a != b for a, b in zip(questions[::2], questions[1::2], strict=False)):
+        print(f"warning: rows 2k and 2k + 1 of {name} ask different things: no score of pairs")
+        return None
+    return {row: f"pair {place // 2}" for place, row in enumerate(checked)}
+
+
+def open_table(name: str, benchmark: Benchmark, selection: Selection):
+    """The rows and the Source that fits their columns: --local_path, or the first source that can be had."""
+    local = selection.local_path or (name if name not in DATASETS else None)
+    misses = []
+    for source in benchmark.sources:
+        if local:
+            inside = [Path(local, f"{name}.parquet"), Path(local, name), Path(local, source.config or "-")]
+            where, config = str(next((p for p in inside if p.exists()), local)), None
+        else:
+            where, config = source.hub, source.config
+        try:
+            table = read_table(where, source.split, selection.revision, source.images, config)
+        except (ValueError, OSError, RuntimeError) as error:  # not there, no such split, no network
+            misses.append(f"{where}: {str(error).removeprefix(f'{where}: ').splitlines()[0][:300]}")
+            continue
+        if not (missing := [c for c in source.columns if c not in table.column_names]):
+            return table, source
+        misses.append(
+            f"{where}: expected columns {list(source.columns)}, missing {missing}, got {table.column_names}"
+        )
+    unique = list(dict.fromkeys(misses))
+    raise ValueError(
+        f"{name} cannot be read"
+        + "".join(f"\n  {miss}" for miss in unique)
+        + ("" if local else "\n  --local_path reads a file or folder instead of the Hub")
+    )
+
+
+def stratified(categories: Sequence[str], limit: int, seed: int) -> list[int]:
+    """Indices in order of `limit` items drawn at random, each category by its share (largest remainder)."""
+    groups = defaultdict(list)
+    for i, category in enumerate(categories):
+        groups[category].append(i)
+    share = {c: limit * len(members) / len(categories) for c, members in groups.items()}
+    take = {c: int(share[c]) for c in groups}
+    for c in sorted(groups, key=lambda c: (take[c] - share[c], c))[: limit - sum(take.values())]:
+        take[c] += 1
+    rng = random.Random(seed)
+    return sorted(i for c in sorted(groups) for i in rng.sample(groups[c], take[c]))

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 
-from checkpoint import CheckpointError, gather, leave, refuse_another_run, resume, save
+from checkpoint import CheckpointError, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
-from data import PromptEncoder, attention_implementation, batch_at, load_samples, micro_batches, pack
+from data import PromptEncoder, batch_at, load_samples
+from distributed import gather, leave
+from packing import attention_implementation, micro_batches, pack
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume save_every log_every val_every val_data val_split val_limit max_tokens_per_micro_batch "
@@ -100,9 +102,9 @@ def parameter_groups(model, cfg):
 def completion_loss_sum(model, batch):
     """Summed negative log-likelihood of the packed completion tokens (nats), number predicted right."""
     batch = dict(batch)
-    labels, at = batch.pop("target_ids"), batch.pop("predicted_at")  # (N,), (N,)
+    labels, at = batch.pop("target_ids"), batch.pop("predicted_at")  # (C,), (C,)
     # Only positions that predict a completion token go through the head: at 152k entries it is the largest.
-    logits = model(**batch, use_cache=False, logits_to_keep=at).logits[0]  # (N, V)
+    logits = model(**batch, use_cache=False, logits_to_keep=at).logits[0]  # (C, V)
     return F.cross_entropy(logits.float(), labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
 
 
@@ -149,11 +151,11 @@ def train(cfg: SFTConfig):
     # ---- data ----
     with plain_errors():
         processor = AutoProcessor.from_pretrained(cfg.model)
-    encode = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
+    encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
     load = dict(
         revision=cfg.revision,
         need_scene=cfg.target == "scene_answer",
-        prompt_length=encode.length,
+        prompt_length=encoder.length,
         max_prompt_length=cfg.max_length,
     )
     with plain_errors():
@@ -163,13 +165,13 @@ def train(cfg: SFTConfig):
             if cfg.val_split
             else []
         )
-    eos = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def sequence(sample):
         text = getattr(sample, {"scene_answer": "ground_truth"}.get(cfg.target, cfg.target))
         if not text:
             raise ValueError(f"row {sample.id}: no text in the column of target={cfg.target}")
-        return encode(sample), [*processor.tokenizer(text)["input_ids"], eos]
+        # The sampler ends a reply at this token, so a completion has to end with it.
+        return encoder(sample), [*processor.tokenizer(text)["input_ids"], processor.tokenizer.eos_token_id]
 
     # ---- model ----
     torch.manual_seed(cfg.seed)

@@ -34,25 +34,25 @@ class Timed(PromptEncoder):
         return super().images(sample)
 
 
-def plain_loop(model_path, samples, encode, how):
+def plain_loop(model_path, samples, encoder, decoding):
     """Replies of four items at a time."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encode.processor.tokenizer.padding_side = "left"
+    encoder.processor.tokenizer.padding_side = "left"
     dtype = "auto" if device == "cuda" else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype).to(device).eval()
     for start in range(0, len(samples), 4):
         batch = samples[start : start + 4]
-        images = [image for s in batch for image in encode.images(s)]
-        inputs = encode.processor(
-            text=[encode.text(s) for s in batch], images=images, padding=True, return_tensors="pt"
+        images = [image for s in batch for image in encoder.images(s)]
+        inputs = encoder.processor(
+            text=[encoder.text(s) for s in batch], images=images, padding=True, return_tensors="pt"
         ).to(device)
         with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=how.max_new_tokens, do_sample=False)
+            out = model.generate(**inputs, max_new_tokens=decoding.max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
-        yield from enumerate(encode.processor.batch_decode(new, skip_special_tokens=True), start)
+        yield from enumerate(encoder.processor.batch_decode(new, skip_special_tokens=True), start)
 
 
 def time_path(path: str, model_path: str, data: str, n: int, tokens: int):
@@ -62,18 +62,19 @@ def time_path(path: str, model_path: str, data: str, n: int, tokens: int):
     from backends import PROVIDERS, Decoding
 
     samples = load_samples(data, "val")[:n]
-    encode = Timed(AutoProcessor.from_pretrained(model_path), "spatial_thinker", *PIXELS)
-    how = Decoding(tokens, batch_size=256 if path == "vllm" else 8)
-    replies = (PROVIDERS | {"plain": plain_loop})[path](model_path, samples, encode, how)
+    encoder = Timed(AutoProcessor.from_pretrained(model_path), "spatial_thinker", *PIXELS)
+    decoding = Decoding(tokens, batch_size=256 if path == "vllm" else 8)
+    replies = (PROVIDERS | {"plain": plain_loop})[path](model_path, samples, encoder, decoding)
     done = sum(1 for _ in replies)
-    seconds = time.time() - encode.started
+    seconds = time.time() - encoder.started
     assert done == n
     print(json.dumps({"items_per_s": n / seconds}))
 
 
 def grade_speed(data: str):
     """(replies read, replies graded with their scenes) in a second."""
-    from grading import grade, parse_choice
+    from answers import parse_choice
+    from results import grade
 
     samples = load_samples(data, "val")[:]
     work = []

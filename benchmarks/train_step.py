@@ -94,13 +94,13 @@ def ours(folder, sampler, budget=None, rounds=WARM + TIMED, lengths=None):
     from transformers import AutoProcessor
 
     from data import PromptEncoder, load_samples
+    from distributed import make_accelerator
     from train_grpo import (
         GRPOConfig,
         HFSampler,
         Rollout,
         VLLMSampler,
-        make_accelerator,
-        make_policy,
+        make_learner,
         plan_updates,
         sample_everywhere,
         update,
@@ -126,17 +126,17 @@ def ours(folder, sampler, budget=None, rounds=WARM + TIMED, lengths=None):
         out=f"{folder}/out",
         max_tokens_per_micro_batch=budget or 8 * (50 + LONGEST),
     )
-    accelerator = make_accelerator(cfg, ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"])
+    accelerator = make_accelerator(["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"])
     processor = AutoProcessor.from_pretrained(folder)
     encoder = PromptEncoder(processor, cfg.template, 784, cfg.max_pixels)
     prompts = [encoder(s) for s in samples]
     pads = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    policy, optimizer, _ = make_policy(accelerator, cfg, pads)
+    learner = make_learner(accelerator, cfg, pads, prompts.__getitem__)
     if sampler != "given":
         sampler = (
             VLLMSampler(cfg, processor, pads, 1) if sampler == "vllm" else HFSampler(cfg, processor, pads)
         )
-        sampler.sync(policy)
+        sampler.sync(learner.base)
     given = given_completions(n_prompts) if lengths is None else [[400] * n for n in lengths]
     results = []
     with Memory() as memory:
@@ -150,35 +150,18 @@ def ours(folder, sampler, budget=None, rounds=WARM + TIMED, lengths=None):
                 for r in rollouts:
                     r.prompt_length = len(prompts[r.row].ids)
             else:
-                groups = sample_everywhere(
-                    accelerator,
-                    sampler,
-                    prompts.__getitem__,
-                    [*range(n_prompts)],
-                    GROUP,
-                    1.0,
-                    [*range(n_prompts)],
-                )
+                rows = [*range(n_prompts)]
+                groups = sample_everywhere(accelerator, sampler, prompts.__getitem__, rows, GROUP, 1.0, rows)
                 rollouts = [r for group in groups for r in group]
             t1 = time.perf_counter()
             one_group = cfg.model_copy(update={"group_size": len(rollouts) // n_prompts})
             (shares,) = plan_updates(rollouts, one_group, 1)
-            update(
-                accelerator,
-                policy,
-                optimizer,
-                rollouts,
-                shares,
-                prompts.__getitem__,
-                [(-1.0) ** k for k in range(len(rollouts))],
-                None,
-                None,
-                cfg,
-                1e-6,
-            )
+            for k, r in enumerate(rollouts):
+                r.advantage = (-1.0) ** k
+            update(learner, rollouts, shares, cfg, 1e-6)
             t2 = time.perf_counter()
             if sampler != "given":
-                sampler.sync(policy)
+                sampler.sync(learner.base)
             results.append(
                 {
                     "gen_s": t1 - t0,

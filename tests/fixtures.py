@@ -1,4 +1,4 @@
-"""A few rows of every benchmark in its schema, features included, on drawn images; and right replies.
+"""A few rows of every benchmark in its schema, features included, on drawn images; right replies; flags.
 
     python tests/fixtures.py FOLDER        # FOLDER/cv-bench.parquet ... for --dataset all --local_path FOLDER
 
@@ -447,6 +447,64 @@ def right_reply(sample) -> str:
         (x, y), (u, v), *_ = json.loads(answer.replace("(", "[").replace(")", "]"))
         answer = f"[({(x + u) / 2:.3f}, {max(y, v) + 0.01:.3f})]"
     return f"<think>so</think><answer>{answer}</answer>"
+
+
+def flags(model, data, out, *extra) -> list[str]:
+    """Of an evaluation of the drawn set's held-out rows."""
+    return [
+        *("--dataset", str(data / "val.parquet"), "--model_path", str(model), "--out", str(out)),
+        *("--min_pixels", "784", "--max_pixels", "802816", *extra),
+    ]
+
+
+def served(url, data, out, *extra) -> list[str]:
+    """The same by an OpenAI-compatible server, into OUT/x.jsonl."""
+    named = ("--provider", "openai", "--base_url", url, "--custom_filename", "x", "--concurrency", "2")
+    return flags("tiny", data, out, *named, *extra)
+
+
+def records_of(name, folder, right) -> list[dict]:
+    """Records of a benchmark in which right(i, sample) items are answered rightly, the rest not at all."""
+    from results import grade
+    from testsets import Selection, load_items
+
+    loaded, records = load_items(name, Selection(local_path=str(folder))), []
+    for i, (sample, (row, _)) in enumerate(zip(loaded.items, loaded.items.keys, strict=True)):
+        reply = right_reply(sample) if right(i, sample) else "I cannot tell."
+        records.append(
+            {
+                "id": sample.id,
+                "row": row,
+                "category": sample.category,
+                "kind": sample.kind,
+                "gold": sample.answer,
+                "meta": sample.meta,
+                "cluster": loaded.clusters[row],
+                "finish_reason": "stop",
+                **grade(sample, reply),
+            }
+        )
+    return records
+
+
+def write_results(path, correct, clusters=None, seed=0):
+    """A results file of made-up records, with as many keys as comparisons need."""
+    config = {"dataset": "x", "model_path": "m", "template": "t", "provider": "hf"}
+    clusters = list(range(len(correct))) if clusters is None else clusters
+    lines = [{"header": {"config": config, "data": {"n": len(correct)}}}]
+    lines += [
+        {
+            "id": str(i),
+            "row": i,
+            "correct": bool(right),
+            "cluster": str(clusters[i]),
+            "finish_reason": "stop",
+            "question_hash": f"{i} {seed}",
+        }
+        for i, right in enumerate(correct)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoint import CheckpointError, leave, load, save  # noqa: E402
+from checkpoint import CheckpointError, load, save  # noqa: E402
 from data import PromptEncoder, load_samples  # noqa: E402
-from train_grpo import GRPOConfig, Rollout, make_accelerator, make_policy, plan_updates, rollout_logps, update  # noqa: E402
+from distributed import leave, make_accelerator  # noqa: E402
+from train_grpo import GRPOConfig, Rollout, make_learner, plan_updates, rollout_logps, update  # noqa: E402
 
 LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 
@@ -29,10 +30,10 @@ def noise(width, height, seed):
     return {"bytes": file.getvalue(), "path": None}
 
 
-def make_rollouts(encode, samples, group_size):
+def make_rollouts(encoder, samples, group_size):
     """Prompts with one image of different sizes, two images, none; completions of 1 to 40 tokens."""
     images = [(noise(84, 84, 0),), (noise(140, 56, 1),), (), (noise(28, 56, 2), noise(84, 28, 3)), (), ()]
-    prompts = [encode(dataclasses.replace(samples[i], encoded_images=some)) for i, some in enumerate(images)]
+    prompts = [encoder(dataclasses.replace(samples[i], encoded_images=some)) for i, some in enumerate(images)]
     rng, rollouts = random.Random(0), []
     for row, prompt in enumerate(prompts):
         for _ in range(group_size):
@@ -72,16 +73,16 @@ def main(model, data, out):
         logit_chunk=16,
         tracker="none",
     )
-    accelerator = make_accelerator(cfg, LAYERS)
+    accelerator = make_accelerator(LAYERS)
     processor = AutoProcessor.from_pretrained(model)
     samples = load_samples(data)
-    rollouts, encode = make_rollouts(PromptEncoder(processor, "spatial_thinker", 784, 802816), samples, 4)
+    rollouts, prompt_of = make_rollouts(PromptEncoder(processor, "spatial_thinker", 784, 802816), samples, 4)
     torch.manual_seed(0)
-    policy, optimizer, reference = make_policy(accelerator, cfg, [5, 6])
+    learner = make_learner(accelerator, cfg, [5, 6], prompt_of)
+    policy, optimizer = learner.policy, learner.optimizer
     with torch.no_grad():  # a start that is not the reference, so that there is a KL
         for p in policy.parameters():
             p.mul_(1.01)
-    base, rank = accelerator.unwrap_model(policy), accelerator.process_index
     gradients, clip = [], accelerator.clip_grad_norm_
 
     def clip_and_keep(parameters, norm):
@@ -91,23 +92,22 @@ def main(model, data, out):
 
     accelerator.clip_grad_norm_ = clip_and_keep
     rng = random.Random(1)
-    advantages = [rng.uniform(-1, 1) for _ in rollouts]
+    for r in rollouts:
+        r.advantage = rng.uniform(-1, 1)
     plans = plan_updates(rollouts, cfg, accelerator.num_processes)
     one_group = [list(range(4))] + [[]] * (accelerator.num_processes - 1)  # the others have nothing to do
-    plans = [plans[0], plans[1], one_group]
-    logps_old = rollout_logps(policy, rollouts, plans[:2], rank, encode, base, cfg, accelerator.device)
-    logps_old = {k: v + 0.1 for k, v in logps_old.items()}  # as if the policy had moved
-    logps_ref = rollout_logps(reference, rollouts, plans[:2], rank, encode, base, cfg, accelerator.device)
+    for k, logp in rollout_logps(learner, policy, rollouts, plans, cfg).items():
+        rollouts[k].logp_old = logp + 0.1  # as if the policy had moved
+    for k, logp in rollout_logps(learner, learner.reference, rollouts, plans, cfg).items():
+        rollouts[k].logp_ref = logp
+    fresh = [dataclasses.replace(r, logp_old=None, logp_ref=None) for r in rollouts]
     keep = {"weights": [], "norms": [], "sums": []}
-    for number, shares in enumerate(plans):
-        old, ref = (logps_old, logps_ref) if number < 2 else (None, None)
-        sums = update(
-            accelerator, policy, optimizer, rollouts, shares, encode, advantages, old, ref, cfg, 1e-3
-        )
+    for number, shares in enumerate([*plans, one_group]):
+        stats = update(learner, rollouts if number < 2 else fresh, shares, cfg, 1e-3)
         keep["weights"].append({n: whole(p) for n, p in policy.named_parameters()})
-        keep["norms"].append(sums["grad_norm"])
-        totals = accelerator.reduce(torch.tensor([float(sums[k]) for k in ("loss", "kl", "tokens")]), "sum")
-        keep["sums"].append(totals.tolist())
+        keep["norms"].append(stats.grad_norm)
+        totals = torch.tensor([stats.loss, stats.kl, float(stats.tokens)], dtype=torch.float64)
+        keep["sums"].append(accelerator.reduce(totals, "sum").tolist())
         if number == 1:  # what one world size wrote, the other reads
             save(accelerator, policy, optimizer, processor, Path(out), 2, {}, keep_last=1)
     # Continue from the checkpoint of this world size and of the other one, if that is there.
@@ -115,7 +115,7 @@ def main(model, data, out):
     other = Path(out).with_name(f"world-{3 - accelerator.num_processes}")
     for folder in [Path(out), other] if other.exists() else [Path(out)]:
         load(accelerator, policy, optimizer, folder / "checkpoint-2")
-        update(accelerator, policy, optimizer, rollouts, plans[2], encode, advantages, None, None, cfg, 1e-3)
+        update(learner, fresh, one_group, cfg, 1e-3)
         keep["continued"].append({n: whole(p) for n, p in policy.named_parameters()})
     keep["full_disk"] = try_to_save(
         lambda: save(accelerator, policy, optimizer, processor, Path(out), 3, {}, keep_last=1)

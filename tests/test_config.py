@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError, model_validator
 
 import config as config_module
-from config import Config, ConfigError, describe_run, opt, to_yaml, write_run_record
+from config import Config, ConfigError, describe_run, opt, to_yaml, write_run_record, write_whole
 
 ROOT = Path(config_module.__file__).parent
 
@@ -277,6 +278,20 @@ def test_dump_loads_back_equal(tmp_path_factory, **values):
     assert Tiny.load([path]) == config
 
 
+def test_write_whole_replaces_at_the_end_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with write_whole(str(path)) as tmp:
+        tmp.write_text("new")
+        assert path.read_text() == "old" and tmp.parent == tmp_path  # a rename between disks is none
+    assert path.read_text() == "new"
+    with pytest.raises(RuntimeError):
+        with write_whole(path) as tmp:
+            tmp.write_text("half")
+            raise RuntimeError
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
 def test_run_record(tmp_path):
     folder = tmp_path / "runs" / "a"
     config = Tiny(learning_rate=3e-7)
@@ -288,14 +303,16 @@ def test_run_record(tmp_path):
     assert record == json.loads(json.dumps(describe_run(config)))
     assert record["config"] == config.model_dump(mode="json")
     assert {"torch", "transformers", "accelerate", "datasets", "numpy", "scipy"} <= set(record["packages"])
-    assert record["packages"]["numpy"] == pytest.importorskip("numpy").__version__
+    assert record["packages"]["numpy"] == np.__version__
     assert "pytest" in record["command"]
 
 
-def testgit_revision_marks_changes(tmp_path, monkeypatch):
+def test_git_revision_marks_changes(tmp_path, monkeypatch):
     def git(*command):
         identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
-        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(
+            ["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True, timeout=60
+        )
 
     monkeypatch.setattr(config_module, "__file__", str(tmp_path / "config.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

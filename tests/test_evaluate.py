@@ -1,108 +1,41 @@
-"""evaluate.py: whole runs on every benchmark's schema, runs that are killed, scores, comparisons, pages."""
+"""evaluate.py: whole runs on every benchmark's schema, runs that are killed, scores, tables and pages."""
 
-import doctest
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
-from pathlib import Path
 
 import fixtures
-import numpy as np
 import pytest
-from scipy.stats import binomtest
+from fixtures import flags, served, write_results
+from runs import run_script, start_script, wait_until
 from servers import openai_answer, serve, text_of
 
-import evaluate
 from backends import png
 from data import PromptEncoder, load_samples
-from evaluate import (
-    compare,
-    dataset_names,
-    grid,
-    load_items,
-    main,
-    parse_args,
-    read_records,
-    regrade,
-    stratified,
-    write_tables,
-)
-from grading import grade
-from testsets import DATASETS
+from evaluate import dataset_names, main, parse_args
+from results import Record, compare, grade, locked, read_records, regrade, write_tables
+from testsets import DATASETS, Selection, load_items
 
-REPO = Path(evaluate.__file__).parent
-
-
-def flags(model, data, out, *extra):
-    return [
-        "--dataset",
-        str(data / "val.parquet"),
-        "--model_path",
-        str(model),
-        "--min_pixels",
-        "784",
-        "--max_pixels",
-        "802816",
-        "--out",
-        str(out),
-        "--provider",
-        "hf",
-        "--max_new_tokens",
-        "12",
-        *extra,
-    ]
-
-
-def asked(url, data, out, *extra):
-    return [
-        "--dataset",
-        str(data / "val.parquet"),
-        "--model_path",
-        "tiny",
-        "--provider",
-        "openai",
-        "--base_url",
-        url,
-        "--min_pixels",
-        "784",
-        "--out",
-        str(out),
-        "--custom_filename",
-        "x",
-        "--concurrency",
-        "2",
-        *extra,
-    ]
+HF = ("--provider", "hf", "--max_new_tokens", "12")
 
 
 def right(data):
     """respond() of a server whose replies are right for the even rows of a file and A for the others."""
-    items = load_items(str(data), parse_args(["--dataset", str(data)])).items
+    items = load_items(str(data), Selection()).items
     gold = {item.question: item.answer for i, item in enumerate(items) if i % 2 == 0}
     return lambda body, nth: (200, openai_answer(gold.get(text_of(body).split("\n\n")[-1], "A")), {})
 
 
-# ---- items ----
-def test_stratified_keeps_the_shares_and_the_seed():
-    categories = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
-    chosen = stratified(categories, 20, seed=1)
-    assert [sum(categories[i] == c for i in chosen) for c in "abc"] == [12, 6, 2]
-    assert chosen == sorted(set(chosen)) == stratified(categories, 20, seed=1)
-    assert chosen != stratified(categories, 20, seed=2)
-    assert len(stratified(categories, 7, seed=0)) == 7  # shares 4.2, 2.1, 0.7
-
-
+# ---- the command ----
 def test_import_is_light():
     heavy = "{'torch', 'vllm', 'transformers', 'datasets', 'openai', 'matplotlib'}"
     code = f"import sys, evaluate; print({heavy} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO)
-    assert done.stdout == "set()\n"
+    assert run_script("-c", code).stdout == "set()\n"
 
 
 def test_names():
@@ -126,22 +59,9 @@ def test_impossible_flags(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_fingerprint_and_questions_tell_data_apart(tiny_data, tmp_path):
-    fixtures.write_all(tmp_path)
-    args = parse_args(["--local_path", str(tmp_path)])
-    whole, part = load_items("cv-bench", args), load_items("cv-bench-2D", args)
-    shared = set(whole.questions.values()) & set(part.questions.values())
-    assert len(shared) == 4 and whole.fingerprint != part.fingerprint
-    assert not shared & set(load_items("stvqa", args).questions.values())
-    assert load_items("cv-bench", args).fingerprint == whole.fingerprint
-    rgb, depth = load_items("robospatial_rgb", args), load_items("robospatial", args)
-    assert rgb.questions == depth.questions and rgb.fingerprint != depth.fingerprint
-    assert set(load_items("mmvp", args).clusters.values()) == {"pair 0", "pair 1", "pair 2"}
-
-
 # ---- the whole program ----
 def test_records_and_summary_on_disk(tiny_base, tiny_data, tmp_path, capsys):
-    main(flags(tiny_base, tiny_data, tmp_path, "--custom_filename", "mine", "--limit", "9"))
+    main(flags(tiny_base, tiny_data, tmp_path, *HF, "--custom_filename", "mine", "--limit", "9"))
     header, records = read_records(tmp_path / "mine.jsonl")
     assert header["config"]["provider"] == "hf" and header["config"]["limit"] == 9
     assert header["data"]["n"] == len(records) == 9 and len(header["data"]["fingerprint"]) == 16
@@ -168,25 +88,40 @@ def test_records_and_summary_on_disk(tiny_base, tiny_data, tmp_path, capsys):
     ]
 
 
+def test_records_have_the_keys_that_are_declared(tiny_data, tmp_path):
+    """All of them, and each absent only where it may be: scenes, open answers, a failure."""
+    fixtures.write(tmp_path / "robospatial.parquet", *fixtures.robospatial_home())
+
+    def respond(body, nth):
+        if "Pinpoint" in text_of(body):
+            return 400, {"error": {"type": "x", "message": "no"}}, {}
+        return 200, openai_answer("<answer>(A)</answer>"), {}
+
+    with serve(respond) as (url, _):
+        main(served(url, tiny_data, tmp_path / "scenes"))
+        own = ["--dataset", "robospatial", "--local_path", str(tmp_path), "--max_failures", "1"]
+        main([*served(url, tiny_data, tmp_path / "open"), *own])
+    scenes, others = (read_records(tmp_path / name / "x.jsonl")[1] for name in ("scenes", "open"))
+    seen = set()
+    for record in [*scenes, *others]:
+        assert Record.__required_keys__ <= record.keys() <= Record.__annotations__.keys()
+        seen |= record.keys()
+    assert seen == Record.__annotations__.keys()
+    in_scenes = Record.__annotations__.keys() - {"error"}
+    assert all(record.keys() == in_scenes for record in scenes)
+    read, failed = others
+    assert read.keys() == Record.__required_keys__ and failed.keys() == Record.__required_keys__ | {"error"}
+    assert (failed["kind"], failed["finish_reason"], failed["parsed"]) == ("point", "failed", None)
+
+
 def test_every_benchmark_runs_from_its_rows_to_its_table(tiny_base, tmp_path, capsys):
     """All 21 names, the real model class, one load of it."""
     fixtures.write_all(tmp_path / "data")
     main(
         [
-            "--dataset",
-            *DATASETS,
-            "--local_path",
-            str(tmp_path / "data"),
-            "--model_path",
-            str(tiny_base),
-            "--min_pixels",
-            "784",
-            "--provider",
-            "hf",
-            "--max_new_tokens",
-            "8",
-            "--out",
-            str(tmp_path / "out"),
+            *("--dataset", *DATASETS, "--local_path", str(tmp_path / "data")),
+            *("--model_path", str(tiny_base), "--min_pixels", "784", "--provider", "hf"),
+            *("--max_new_tokens", "8", "--out", str(tmp_path / "out")),
         ]
     )
     printed = capsys.readouterr().out
@@ -206,11 +141,11 @@ def test_every_benchmark_runs_from_its_rows_to_its_table(tiny_base, tmp_path, ca
 def test_right_replies_score_1_on_every_benchmark(tmp_path):
     """Through the client, the grader and the official scores."""
     fixtures.write_all(tmp_path / "data")
-    encode, answers = PromptEncoder(None, "spatial_thinker", 784, 784), {}
+    encoder, answers = PromptEncoder(None, "spatial_thinker", 784, 784), {}
     for name in DATASETS:
-        for item in load_items(name, parse_args(["--local_path", str(tmp_path / "data")])).items:
-            text = encode.messages(item)[0]["content"][-1]["text"]
-            answers[text, *map(png, encode.images(item))] = fixtures.right_reply(item)
+        for item in load_items(name, Selection(local_path=str(tmp_path / "data"))).items:
+            text = encoder.messages(item)[0]["content"][-1]["text"]
+            answers[text, *map(png, encoder.images(item))] = fixtures.right_reply(item)
 
     def respond(body, nth):
         *images, text = body["messages"][0]["content"]
@@ -220,22 +155,9 @@ def test_right_replies_score_1_on_every_benchmark(tmp_path):
     with serve(respond) as (url, _):
         main(
             [
-                "--dataset",
-                *DATASETS,
-                "--local_path",
-                str(tmp_path / "data"),
-                "--model_path",
-                "m",
-                "--provider",
-                "openai",
-                "--base_url",
-                url,
-                "--out",
-                str(tmp_path),
-                "--min_pixels",
-                "784",
-                "--max_pixels",
-                "784",
+                *("--dataset", *DATASETS, "--local_path", str(tmp_path / "data"), "--model_path", "m"),
+                *("--provider", "openai", "--base_url", url, "--out", str(tmp_path)),
+                *("--min_pixels", "784", "--max_pixels", "784"),
             ]
         )
     for s in json.loads((tmp_path / "summary.json").read_text()):
@@ -251,21 +173,18 @@ def test_dry_run_and_list_load_no_model(tiny_data, tmp_path, capsys):
     assert all(re.search(rf"^{re.escape(name)} ", listed, re.M) for name in DATASETS)
     main(
         [
-            "--dataset",
-            str(tiny_data / "val.parquet"),
-            "--model_path",
-            "no/model",
-            "--provider",
-            "openai",
-            "--dry_run",
-            "--out",
-            str(tmp_path / "none"),
+            *("--dataset", str(tiny_data / "val.parquet"), "--model_path", "no/model"),
+            *("--provider", "openai", "--dry_run", "--out", str(tmp_path / "none")),
         ]
     )
     assert "first prompt" in capsys.readouterr().out and not (tmp_path / "none").exists()
 
 
 # ---- runs that survive ----
+def lines_of(path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def test_killed_at_any_time_and_continued(tiny_data, tmp_path):
     """kill -9 three times; nothing is lost, nothing that has an answer is asked again."""
 
@@ -275,20 +194,18 @@ def test_killed_at_any_time_and_continued(tiny_data, tmp_path):
 
     path = tmp_path / "x.jsonl"
     with serve(respond) as (url, api):
-        command = [sys.executable, str(REPO / "evaluate.py"), *asked(url, tiny_data, tmp_path)]
+        arguments = ["evaluate.py", *served(url, tiny_data, tmp_path)]
         for kill in range(3):
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = start_script(*arguments)
             before = len(read_records(path)[1]) if path.exists() else 0
-            while not path.exists() or path.read_text().count("\n") < before + 3 + kill:
-                assert process.poll() is None
-                time.sleep(0.01)
+            wait_until(lambda n=before + 3 + kill: lines_of(path) >= n, process)
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.wait(60)
         with open(path, "a") as f:
             f.write('{"id": "5", "reply": "half a li')  # as a kill in the middle of a write leaves it
         known = read_records(path)[1]
         counts = dict(api.counts)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run_script(*arguments)
     records = read_records(path)[1]
     assert len(known) < len(records) == 24
     lines = path.read_text().splitlines()
@@ -301,7 +218,7 @@ def test_killed_at_any_time_and_continued(tiny_data, tmp_path):
 
 def test_another_configuration_refuses_to_append(tiny_data, tmp_path):
     with serve(right(tiny_data / "val.parquet")) as (url, api):
-        main(asked(url, tiny_data, tmp_path))
+        main(served(url, tiny_data, tmp_path))
         before = (tmp_path / "x.jsonl").read_text()
         for change in (
             ["--seed", "1"],
@@ -312,9 +229,9 @@ def test_another_configuration_refuses_to_append(tiny_data, tmp_path):
             ["--temperature", "1"],
         ):
             with pytest.raises(SystemExit, match=f"another configuration.*{change[0][2:]}: "):
-                main(asked(url, tiny_data, tmp_path, *change))
+                main(served(url, tiny_data, tmp_path, *change))
         assert (tmp_path / "x.jsonl").read_text() == before
-        main(asked(url, tiny_data, tmp_path, "--concurrency", "7", "--timeout", "9"))  # of no meaning
+        main(served(url, tiny_data, tmp_path, "--concurrency", "7", "--timeout", "9"))  # of no meaning
         assert (tmp_path / "x.jsonl").read_text() == before
     assert sum(api.counts.values()) == 24
 
@@ -322,30 +239,30 @@ def test_another_configuration_refuses_to_append(tiny_data, tmp_path):
 def test_other_data_refuses_to_append(tiny_data, tmp_path):
     shutil.copy(tiny_data / "val.parquet", tmp_path / "val.parquet")
     with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, _):
-        main(asked(url, tmp_path, tmp_path))
+        main(served(url, tmp_path, tmp_path))
         shutil.copy(tiny_data / "train.parquet", tmp_path / "val.parquet")
         with pytest.raises(SystemExit, match="another configuration.*fingerprint: "):
-            main(asked(url, tmp_path, tmp_path))
+            main(served(url, tmp_path, tmp_path))
 
 
 def test_two_processes_do_not_write_one_file(tiny_data, tmp_path):
     path = tmp_path / "x.jsonl"
-    with evaluate.locked(path, "a+b"):
+    with locked(path, "a+b"):
         with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, api):
             with pytest.raises(SystemExit, match="another process is writing it"):
-                main(asked(url, tiny_data, tmp_path))
+                main(served(url, tiny_data, tmp_path))
     assert not api.bodies
 
 
 def test_another_server_or_other_weights_are_another_run(tiny_base, tiny_data, tmp_path):
     answer = right(tiny_data / "val.parquet")
     with serve(answer) as (url, _), serve(answer) as (other, api):
-        main(asked(url, tiny_data, tmp_path, "--limit", "2"))
+        main(served(url, tiny_data, tmp_path, "--limit", "2"))
         with pytest.raises(SystemExit, match="another configuration.*base_url: "):
-            main(asked(other, tiny_data, tmp_path, "--limit", "2"))
+            main(served(other, tiny_data, tmp_path, "--limit", "2"))
     assert not api.bodies
     model = shutil.copytree(tiny_base, tmp_path / "model")
-    run = flags(model, tiny_data, tmp_path, "--limit", "1", "--custom_filename", "y")
+    run = flags(model, tiny_data, tmp_path, *HF, "--limit", "1", "--custom_filename", "y")
     main(run)
     os.utime(model / "model.safetensors", (1, 1))
     with pytest.raises(SystemExit, match="another configuration.*weights: "):
@@ -357,7 +274,7 @@ def test_a_file_that_is_not_ours_stays_as_it_is(tiny_data, tmp_path):
         (tmp_path / "x.jsonl").write_text(text)
         with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, _):
             with pytest.raises(SystemExit, match="expected results of evaluate.py"):
-                main(asked(url, tiny_data, tmp_path))
+                main(served(url, tiny_data, tmp_path))
         assert (tmp_path / "x.jsonl").read_text() == text
     for command in (["--rescore", str(tmp_path / "x.jsonl")], ["--report", str(tmp_path / "x.jsonl")]):
         with pytest.raises(SystemExit, match="x.jsonl: expected results of evaluate.py"):
@@ -366,8 +283,8 @@ def test_a_file_that_is_not_ours_stays_as_it_is(tiny_data, tmp_path):
 
 def test_rescoring_waits_for_no_run(tiny_data, tmp_path):
     with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, _):
-        main(asked(url, tiny_data, tmp_path, "--limit", "2"))
-    with evaluate.locked(tmp_path / "x.jsonl", "rb"):
+        main(served(url, tiny_data, tmp_path, "--limit", "2"))
+    with locked(tmp_path / "x.jsonl", "rb"):
         with pytest.raises(SystemExit, match="another process is writing it"):
             main(["--rescore", str(tmp_path / "x.jsonl")])
 
@@ -375,7 +292,7 @@ def test_rescoring_waits_for_no_run(tiny_data, tmp_path):
 # ---- scores ----
 def test_rescoring_grades_what_was_said(tiny_data, tmp_path, capsys):
     with serve(right(tiny_data / "val.parquet")) as (url, api):
-        main(asked(url, tiny_data, tmp_path))
+        main(served(url, tiny_data, tmp_path))
     path = tmp_path / "x.jsonl"
     honest = path.read_text()
     lines = [json.loads(line) for line in honest.splitlines()]
@@ -397,7 +314,7 @@ def test_rescoring_grades_what_was_said(tiny_data, tmp_path, capsys):
 def test_circular_needs_every_rotation_right(tiny_data, tmp_path):
     """A model that always says A is right in one rotation of each item, hence in none."""
     with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, api):
-        main(asked(url, tiny_data, tmp_path, "--circular", "--limit", "6"))
+        main(served(url, tiny_data, tmp_path, "--circular", "--limit", "6"))
     header, records = read_records(tmp_path / "x.jsonl")
     summary = json.loads((tmp_path / "x.summary.json").read_text())
     assert summary["n"] == 6 and summary["correct"] == 0
@@ -413,7 +330,7 @@ def test_circular_needs_every_rotation_right(tiny_data, tmp_path):
 
 def test_rotations_that_are_missing_are_no_right_item(tiny_data, tmp_path):
     with serve(right(tiny_data / "val.parquet")) as (url, api):
-        main(asked(url, tiny_data, tmp_path, "--circular", "--limit", "4"))
+        main(served(url, tiny_data, tmp_path, "--circular", "--limit", "4"))
     path = tmp_path / "x.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(line for line in lines if '@1"' not in line) + "\n")
@@ -422,14 +339,14 @@ def test_rotations_that_are_missing_are_no_right_item(tiny_data, tmp_path):
     summary = json.loads((tmp_path / "x.summary.json").read_text())
     assert (summary["n"], summary["missing"], summary["variant"]) == (0, 4, "circular, limit 4")
     with pytest.raises(ValueError, match="expected --circular in both or in none"):
-        compare(path, results(tmp_path / "y", [1, 0]))
+        compare(path, write_results(tmp_path / "y", [1, 0]))
 
 
 def test_shuffled_and_blind(tiny_data, tmp_path):
     with serve(lambda body, nth: (200, openai_answer("A"), {})) as (url, api):
-        main(asked(url, tiny_data, tmp_path / "s", "--shuffle_options"))
-        main(asked(url, tiny_data, tmp_path / "b", "--blind"))
-        main(asked(url, tiny_data, tmp_path / "p"))
+        main(served(url, tiny_data, tmp_path / "s", "--shuffle_options"))
+        main(served(url, tiny_data, tmp_path / "b", "--blind"))
+        main(served(url, tiny_data, tmp_path / "p"))
     shuffled, plain = (read_records(tmp_path / d / "x.jsonl")[1] for d in "sp")
     assert any(a["choices"] != b["choices"] for a, b in zip(shuffled, plain, strict=True))
     assert all(a["gold"][4:] == b["gold"][4:] for a, b in zip(shuffled, plain, strict=True))
@@ -437,84 +354,22 @@ def test_shuffled_and_blind(tiny_data, tmp_path):
     assert images == [1] * 24 + [0] * 24 + [1] * 24
 
 
-# ---- comparisons ----
-def results(path, correct, clusters=None, seed=0):
-    header = {
-        "config": {"dataset": "x", "model_path": "m", "template": "t", "provider": "hf"},
-        "data": {"n": len(correct)},
-    }
-    clusters = list(range(len(correct))) if clusters is None else clusters
-    lines = [{"header": header}] + [
-        {
-            "id": str(i),
-            "row": i,
-            "correct": bool(c),
-            "cluster": str(clusters[i]),
-            "finish_reason": "stop",
-            "question_hash": f"{i} {seed}",
-        }
-        for i, c in enumerate(correct)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_comparison_of_independent_items_is_mcnemars(tmp_path):
-    a = [1] * 50 + [0] * 50
-    b = [1] * 45 + [0] * 5 + [1] * 20 + [0] * 30
-    got = compare(results(tmp_path / "a", a), results(tmp_path / "b", b))
-    assert (got["n"], got["clusters"], got["a"], got["b"]) == (100, 100, 0.5, 0.65)
-    assert (got["only_a"], got["only_b"], got["test"]) == (5, 20, "McNemar, exact")
-    assert got["p"] == pytest.approx(binomtest(5, 25).pvalue)
-    # the normal approximation of a paired difference: 0.15 +- 1.96 * sqrt((25 - 15^2/100) / 100^2)
-    half = 1.96 * np.sqrt(25 - 15**2 / 100) / 100
-    assert got["ci95"] == pytest.approx([0.15 - half, 0.15 + half], abs=0.015)
-
-
-def test_items_about_one_image_are_one_observation(tmp_path):
-    gain = [i < 20 for i in range(30)]
-    a = [0 if g else 1 for g in gain for _ in range(10)]
-    b = [1 if g else 0 for g in gain for _ in range(10)]  # ten equal items an image
-    clusters = [i // 10 for i in range(300)]
-    alone = compare(results(tmp_path / "a", a), results(tmp_path / "b", b))
-    together = compare(results(tmp_path / "a", a, clusters), results(tmp_path / "b", b, clusters))
-    assert together["clusters"] == 30 and together["test"] == "sign flips of clusters"
-    assert together["p"] == pytest.approx(binomtest(20, 30).pvalue, abs=0.01)  # as if an image were one item
-    assert alone["p"] < 1e-6
-    width = [got["ci95"][1] - got["ci95"][0] for got in (alone, together)]
-    assert width[1] == pytest.approx(width[0] * np.sqrt(10), rel=0.15)
-
-
-def test_no_difference_has_p_1_and_other_items_are_refused(tmp_path):
-    same = compare(results(tmp_path / "a", [1, 0, 1]), results(tmp_path / "b", [1, 0, 1]))
-    assert (same["p"], same["difference"], same["ci95"]) == (1.0, 0.0, [0.0, 0.0])
-    with pytest.raises(ValueError, match="expected the same items, got others in rows"):
-        compare(tmp_path / "a", results(tmp_path / "b", [1, 0, 1], seed=1))
-
-
-def test_failed_requests_are_not_compared(tmp_path):
-    path = results(tmp_path / "a", [1, 0, 1, 0])
-    path.write_text(path.read_text().replace('"finish_reason": "stop"', '"finish_reason": "failed"', 1))
-    got = compare(path, results(tmp_path / "b", [0, 0, 1, 1]))
-    assert (got["n"], got["only_a"], got["only_b"]) == (3, 0, 1)
-
-
-def test_compare_prints(tmp_path, capsys):
-    main(["--compare", str(results(tmp_path / "a", [1, 0, 1])), str(results(tmp_path / "b", [1, 1, 1]))])
-    assert "only_b: 1" in capsys.readouterr().out
-
-
 # ---- tables and pages ----
-def test_tables_line_up():
-    rows = [["name", "n"], ["a", "10"], ["longer", "7"]]
-    assert grid(rows) == "name     n\na       10\nlonger   7"
-    assert grid(rows, markdown=True).splitlines()[1] == "| --- | ---: |"
+def test_compare_prints(tmp_path, capsys):
+    main(
+        [
+            "--compare",
+            str(write_results(tmp_path / "a", [1, 0, 1])),
+            str(write_results(tmp_path / "b", [1, 1, 1])),
+        ]
+    )
+    assert "only_b: 1" in capsys.readouterr().out
 
 
 def test_a_folder_of_results_has_one_table(tiny_data, tmp_path):
     with serve(right(tiny_data / "val.parquet")) as (url, _):
-        main(asked(url, tiny_data, tmp_path))
-        main([*asked(url, tiny_data, tmp_path), "--custom_filename", "y", "--template", "reasoning"])
+        main(served(url, tiny_data, tmp_path))
+        main([*served(url, tiny_data, tmp_path), "--custom_filename", "y", "--template", "reasoning"])
     write_tables(tmp_path)
     text = (tmp_path / "summary.md").read_text()
     assert "tiny, spatial_thinker" in text and "tiny, reasoning" in text
@@ -538,23 +393,10 @@ def test_report_is_one_page_and_one_picture(tmp_path, capsys):
     with serve(lambda body, nth: (200, openai_answer(evil), {})) as (url, _):
         main(
             [
-                "--dataset",
-                "stvqa",
-                "blink-jigsaw",
-                "hallusionbench",
-                "--local_path",
-                str(tmp_path / "data"),
-                "--model_path",
-                "SpatialThinker-7B",
-                "--provider",
-                "openai",
-                "--base_url",
-                url,
-                "--max_pixels",
-                "262144",
-                "--out",
-                str(tmp_path / "out"),
-                "--report",
+                *("--dataset", "stvqa", "blink-jigsaw", "hallusionbench"),
+                *("--local_path", str(tmp_path / "data"), "--model_path", "SpatialThinker-7B"),
+                *("--provider", "openai", "--base_url", url, "--max_pixels", "262144"),
+                *("--out", str(tmp_path / "out"), "--report"),
             ]
         )
     html = (tmp_path / "out" / "results.html").read_text()
@@ -578,27 +420,20 @@ def test_report_is_one_page_and_one_picture(tmp_path, capsys):
         main(["--report", str(again)])
 
 
-def test_doctests():
-    assert doctest.testmod(evaluate).failed == 0
-
-
 def test_ctrl_c_says_how_to_go_on(tiny_data, tmp_path):
     def respond(body, nth):
         time.sleep(0.1 if len(api.bodies) < 8 else 20)
         return 200, openai_answer("A"), {}
 
     with serve(respond) as (url, api):
-        command = [sys.executable, str(REPO / "evaluate.py"), *asked(url, tiny_data, tmp_path)]
-        process = subprocess.Popen(
-            command,
+        process = start_script(
+            "evaluate.py",
+            *served(url, tiny_data, tmp_path),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        while not (tmp_path / "x.jsonl").exists() or (tmp_path / "x.jsonl").read_text().count("\n") < 4:
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: lines_of(tmp_path / "x.jsonl") >= 4, process)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=10)  # without waiting for the slow server
+        out, _ = process.communicate(timeout=15)  # without waiting for the slow server, which takes 20 s
     assert process.returncode == 1 and "stopped; go on with: " in out and "Traceback" not in out

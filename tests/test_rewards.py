@@ -1,7 +1,6 @@
 """The reward: values by hand, every gate and rejection, parity with the released formula, hostile texts."""
 
 import copy
-import doctest
 import importlib.util
 import itertools
 import json
@@ -41,6 +40,21 @@ from rewards import (
 
 SIZE = (200, 100)  # W != H, so that swapping them shows
 
+# ---- float bounds ------------------------------------------------------------------------------------------
+# All of it is float64: an operation rounds by 2**-53 of its result.
+ROUNDING = 128 * 2.0**-53  # 1.4e-14: sums and quotients of some dozen numbers up to 1
+EPS = 1e-7  # the released code's; by its own value here, so that the bounds do not move with the formula's
+# EPS stands in three denominators, and values by hand leave it out. It moves IoU by at most EPS / union, the
+# distance term by EPS / diagonal**2 and an arctan by EPS / (2 height), thus v by 4 / pi * EPS / (2 height);
+# alpha v moves by no more than v and IoU do. Of the boxes in question no union is below 0.24, no squared
+# diagonal below 0.5 and no height below 0.5.
+CIOU_EPS = EPS * (2 / 0.24 + 1 / 0.5 + 0.64 / 0.5)  # 1.2e-6
+# Of boxes of any size: coordinates in [0, 1] carry 2**-53, no denominator is below EPS, CIoU has three terms.
+PARITY = 8 * 2.0**-53 / EPS  # 9e-9
+# Exchanged boxes: only the centres' distance d is summed in another order, hence off by e < 2**-50, and its
+# term by d e / (diagonal**2 + EPS) <= e / (2 sqrt(EPS)), as d <= diagonal.
+SYMMETRY = 2.0**-50 / math.sqrt(EPS)  # 2.8e-12
+
 
 # ---- building texts ----------------------------------------------------------------------------------------
 def obj(name, box):
@@ -55,6 +69,10 @@ def graph(objects=(), relationships=()):
     return {"objects": list(objects), "relationships": list(relationships)}
 
 
+def many(n, label="a"):
+    return [obj(f"{label}.{i}", (0, 0, 9 + i % 50, 9)) for i in range(n)]
+
+
 def gold_text(scene, answer="(B) left"):
     return f"<scene>{json.dumps(scene)}</scene>\n<answer>{answer}</answer>"
 
@@ -65,6 +83,7 @@ def reply(scene, answer="(B) left"):
 
 
 DOG, CAT = obj("dog.1", (20, 20, 100, 80)), obj("cat.1", (120, 10, 180, 90))
+MOVED, MOVED_SPATIAL = obj("dog.1", (40, 20, 120, 80)), (1 + 0.6 - 1 / 61) / 2  # see test_spatial_by_hand
 SCENE = graph([DOG, CAT], [rel("dog.1", "left of", "cat.1")])
 GOLD, GOOD = gold_text(SCENE), reply(SCENE)
 ZERO = {"reward": 0.0, "format": 0.0, "count": 0.0, "accuracy": 0.0, "spatial": 0.0}
@@ -82,30 +101,35 @@ def reason_of(completion, gold=GOLD, size=SIZE):
 
 # ---- CIoU by hand ------------------------------------------------------------------------------------------
 def test_ciou_equal_boxes():
-    assert ciou((0.1, 0.2, 0.5, 0.9), (0.1, 0.2, 0.5, 0.9)) == pytest.approx(1, abs=1e-5)
+    assert ciou((0.1, 0.2, 0.5, 0.9), (0.1, 0.2, 0.5, 0.9)) == pytest.approx(1, abs=CIOU_EPS)
 
 
 def test_ciou_shifted_squares():
     # Squares of side 2, one shifted by 1. Intersection 1*2 = 2, union 4 + 4 - 2 = 6, IoU 1/3.
     # Centres (1, 1), (2, 1): rho^2 = 1. Hull 3 x 2: c^2 = 9 + 4 = 13. Equal aspect: v = 0.
-    assert ciou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3 - 1 / 13, abs=1e-6)
+    assert ciou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3 - 1 / 13, abs=CIOU_EPS)
 
 
 def test_ciou_disjoint():
     # Unit squares at (0, 0) and (3, 4): IoU 0, rho^2 = 9 + 16 = 25, hull 4 x 5: c^2 = 41.
-    assert ciou((0, 0, 1, 1), (3, 4, 4, 5)) == pytest.approx(-25 / 41, abs=1e-6)
+    assert ciou((0, 0, 1, 1), (3, 4, 4, 5)) == pytest.approx(-25 / 41, abs=CIOU_EPS)
 
 
 def test_ciou_aspect():
     # 2 x 1 against 1 x 2 around the same centre: intersection 1 * 1, union 2 + 2 - 1 = 3, IoU 1/3, rho = 0.
-    # v = 4/pi^2 (atan 2 - atan 1/2)^2 = 0.405285 * 0.643501^2 = 0.167826;
-    # alpha = v / (1 - 1/3 + v) = 0.167826 / 0.834493 = 0.201111; CIoU = 1/3 - 0.201111 * 0.167826 = 0.299582.
-    assert ciou((-1, -0.5, 1, 0.5), (-0.5, -1, 0.5, 1)) == pytest.approx(0.299582, abs=2e-6)
+    # v = 4/pi^2 (atan 2 - atan 1/2)^2 = 0.405285 * 0.643501^2 = 0.16782585;
+    # alpha = v / (1 - 1/3 + v) = 0.167826 / 0.834493 = 0.201111; CIoU = 1/3 - alpha v.
+    assert ciou((-1, -0.5, 1, 0.5), (-0.5, -1, 0.5, 1)) == pytest.approx(0.29958166, abs=CIOU_EPS)
 
 
 def test_ciou_contained():
     # 4 x 4 in a corner of 8 x 8: IoU 16/64, centres (2, 2), (4, 4): rho^2 = 8, c^2 = 64 + 64 = 128, v = 0.
-    assert ciou((0, 0, 4, 4), (0, 0, 8, 8)) == pytest.approx(1 / 4 - 8 / 128, abs=1e-6)
+    assert ciou((0, 0, 4, 4), (0, 0, 8, 8)) == pytest.approx(1 / 4 - 8 / 128, abs=CIOU_EPS)
+
+
+def test_ciou_of_equal_boxes_in_pixels():
+    # EPS vanishes beside an area of 10^10: IoU is exactly 1 and v 0, and alpha is 0 / 0 but for its floor.
+    assert ciou((0, 0, 1e5, 1e5), (0, 0, 1e5, 1e5)) == 1
 
 
 def test_ciou_stops_at_minus_one():
@@ -121,11 +145,14 @@ def test_ciou_refuses(box):
         ciou(box, (0, 0, 1, 1))
 
 
-def test_ciou_of_degenerate_boxes_is_finite():
-    for a, b in itertools.product(
-        [(0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 0), (0, 0, 5e-324, 1), (0, 0, 1, 1)], repeat=2
-    ):
-        assert math.isfinite(ciou(a, b)) and -1 <= ciou(a, b) <= 1
+@np.errstate(divide="raise", invalid="raise")  # a NaN would come out of the cut at -1 as -1
+def test_ciou_of_degenerate_boxes():
+    boxes = [(0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 5e-324, 1), (0, 0, 1, 1)]
+    for a, b in itertools.product(boxes, repeat=2):
+        assert -1 <= ciou(a, b) <= 1
+    for box in boxes[:-2]:
+        assert ciou(box, box) == 0  # no area to share, no distance, one shape
+    assert ciou(boxes[0], boxes[1]) == pytest.approx(-1, abs=EPS)  # distance^2 and diagonal^2 are 2
 
 
 coordinate = st.floats(0, 1, allow_nan=False)
@@ -137,7 +164,7 @@ box01 = st.tuples(coordinate, coordinate, coordinate, coordinate).map(
 @given(box01, box01)
 def test_ciou_range_and_symmetry(a, b):
     assert -1 <= ciou(a, b) <= 1
-    assert ciou(a, b) == pytest.approx(ciou(b, a), abs=1e-12)
+    assert ciou(a, b) == pytest.approx(ciou(b, a), abs=SYMMETRY)
 
 
 # ---- reference: the released formula, straight down --------------------------------------------------------
@@ -228,23 +255,23 @@ def test_parity_with_the_released_formula(data, size):
         if expected["spatial"] < 0:  # deviation 8
             expected["reward"] -= 0.2 * expected["spatial"]
             expected["spatial"] = 0.0
-        assert got == pytest.approx(expected, abs=1e-6)
+        assert got == pytest.approx(expected, abs=PARITY)
         assert all(0 <= value <= 1 and type(value) is float for value in got.values())
 
 
 # ---- terms and gates by hand -------------------------------------------------------------------------------
 def test_perfect():
-    assert reward_of(GOOD) == pytest.approx({k: 1.0 for k in ZERO}, abs=1e-5)
+    assert reward_of(GOOD) == pytest.approx({k: 1.0 for k in ZERO}, abs=CIOU_EPS)
     assert list(reward_of(GOOD)) == list(ZERO)
 
 
 def test_wrong_answer_closes_the_spatial_gate():
     score = score_completion(reply(SCENE, "(A) right"), GOLD, SIZE)
     assert (score.format, score.count, score.accuracy, score.spatial) == (1, 1, 0, 0)
-    assert score.reward == pytest.approx(0.3)
+    assert score.reward == pytest.approx(0.3, abs=ROUNDING)
     assert score.reason is None
     assert [m[:2] for m in score.matches] == [(0, 0), (1, 1)]  # still there, for metrics
-    assert all(m[2] > 0.999 and m[3] > 0.999 for m in score.matches)
+    assert [v for m in score.matches for v in m[2:]] == pytest.approx([1, 1, 1, 1], abs=CIOU_EPS)
 
 
 def test_malformed_closes_every_gate():
@@ -272,14 +299,16 @@ def test_count_by_hand():
     six = graph([obj(f"a.{i}", (i, 0, i + 5, 5)) for i in range(6)])
     gold = gold_text(graph(six["objects"][:4]))
     for n, expected in [(0, 0), (1, 0.25), (3, 0.75), (4, 1), (5, 0.75), (6, 0.5)]:
-        assert reward_of(reply(graph(six["objects"][:n])), gold)["count"] == pytest.approx(expected)
+        assert reward_of(reply(graph(six["objects"][:n])), gold)["count"] == expected
     # Gold with 4 objects and 2 relationships; predicted 3 and 1: 0.7 * 0.75 + 0.3 * 0.5 = 0.675.
     r = rel("a.0", "on", "a.1")
     gold = gold_text(graph(six["objects"][:4], [r, r]))
-    assert reward_of(reply(graph(six["objects"][:3], [r])), gold)["count"] == pytest.approx(0.675)
-    # No relationship predicted, then five where two are right: 0.7 * 0.75 + 0.3 * max(0, 1 - 3/2) = 0.525.
-    assert reward_of(reply(graph(six["objects"][:3])), gold)["count"] == pytest.approx(0.525)
-    assert reward_of(reply(graph(six["objects"][:3], [r] * 5)), gold)["count"] == pytest.approx(0.525)
+    count = reward_of(reply(graph(six["objects"][:3], [r])), gold)["count"]
+    assert count == pytest.approx(0.675, abs=ROUNDING)
+    # No relationship, then five where two are right: 0.7 * 0.75 + 0.3 * max(0, 1 - 3/2) = 0.525.
+    for relationships in ([], [r] * 5):
+        count = reward_of(reply(graph(six["objects"][:3], relationships)), gold)["count"]
+        assert count == pytest.approx(0.525, abs=ROUNDING)
     # Gold without relationships: predicted ones do not count.
     gold = gold_text(graph(six["objects"][:4]))
     assert reward_of(reply(graph(six["objects"][:4], [r] * 5)), gold)["count"] == 1
@@ -290,13 +319,22 @@ def test_spatial_by_hand():
     # Intersection 0.3 * 0.6 = 0.18, union 0.24 + 0.24 - 0.18 = 0.30, IoU 0.6. rho^2 = 0.01.
     # Hull 0.5 x 0.6: c^2 = 0.61. CIoU = 0.6 - 0.01/0.61 = 0.583607, mapped 0.791803.
     # (In pixels the hull is 100 x 60 and the distance 20: 0.6 - 400/13600, mapped 0.785294, would be wrong.)
-    moved = graph([obj("dog.1", (40, 20, 120, 80))])
-    assert reward_of(reply(moved), gold_text(graph([DOG])))["spatial"] == pytest.approx(0.791803, abs=2e-6)
+    moved, right = graph([MOVED]), pytest.approx(MOVED_SPATIAL, abs=CIOU_EPS)
+    assert reward_of(reply(moved), gold_text(graph([DOG])))["spatial"] == right
     # A second gold object that is not predicted halves it, a superfluous prediction changes nothing.
     halved = reward_of(reply(moved), gold_text(graph([DOG, CAT])))
-    assert halved["spatial"] == pytest.approx(0.395902, abs=2e-6)
+    assert halved["spatial"] == pytest.approx(MOVED_SPATIAL / 2, abs=CIOU_EPS)
     extra = graph([*moved["objects"], obj("tree.1", (0, 0, 5, 5))])
-    assert reward_of(reply(extra), gold_text(graph([DOG])))["spatial"] == pytest.approx(0.791803, abs=2e-6)
+    assert reward_of(reply(extra), gold_text(graph([DOG])))["spatial"] == right
+
+
+def test_a_match_tells_iou_and_ciou():
+    # The left half of the dog: IoU 1/2; centres 0.1 apart, hull 0.4 x 0.6: c^2 = 0.52; w/h 1/3 and 2/3.
+    half = graph([obj("dog.1", (20, 20, 60, 80))])
+    ((i, j, iou, quality),) = score_completion(reply(half), gold_text(graph([DOG])), SIZE).matches
+    v = 4 / math.pi**2 * (math.atan(2 / 3) - math.atan(1 / 3)) ** 2
+    assert (i, j, iou) == (0, 0, pytest.approx(1 / 2, abs=CIOU_EPS))
+    assert quality == pytest.approx(1 / 2 - 0.01 / 0.52 - v * v / (1 / 2 + v), abs=CIOU_EPS)
 
 
 def test_labels_steer_the_matching_and_do_not_score():
@@ -306,7 +344,8 @@ def test_labels_steer_the_matching_and_do_not_score():
     assert [m[:2] for m in score.matches] == [(0, 0), (1, 1)] and score.spatial < 0.5
     # With labels that say nothing the boxes decide, and a wrong label costs nothing.
     score = score_completion(reply(swapped), gold_text(graph([DOG, CAT])), SIZE, similarity=lambda a, b: 0.0)
-    assert [m[:2] for m in score.matches] == [(0, 1), (1, 0)] and score.spatial == pytest.approx(1, abs=1e-5)
+    assert [m[:2] for m in score.matches] == [(0, 1), (1, 0)]
+    assert score.spatial == pytest.approx(1, abs=CIOU_EPS)
     # Sign of the box cost: of two equally named predictions the near one is taken.
     near_and_far = graph([obj("dog.1", (150, 60, 190, 90)), obj("dog.2", (22, 20, 100, 80))])
     assert score_completion(reply(near_and_far), gold_text(graph([DOG])), SIZE).matches[0][:2] == (1, 0)
@@ -333,7 +372,7 @@ def test_similarity_sees_clean_labels_predicted_first():
 def test_strange_similarities_change_no_single_match(value):
     one = graph([DOG])
     got = reward_of(reply(one), gold_text(one), similarity=lambda a, b: value)
-    assert got["spatial"] == pytest.approx(1, abs=1e-5)
+    assert got["spatial"] == pytest.approx(1, abs=CIOU_EPS)
 
 
 def test_one_unknown_label_does_not_disturb_the_others():
@@ -343,6 +382,15 @@ def test_one_unknown_label_does_not_disturb_the_others():
     pred = graph([obj("blorp.1", CAT["bbox"]), DOG])
     score = score_completion(reply(pred), gold_text(graph([DOG, CAT])), SIZE, similarity=similarity)
     assert [m[:2] for m in score.matches] == [(0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_unknown_label_takes_no_place_by_its_box(value):
+    # It counts as unlike: 2 for the right box, against 0.717 for the right label far away.
+    pred = graph([obj("blorp.1", DOG["bbox"]), obj("dog.1", (180, 90, 199, 99))])
+    alike = {("blorp", "dog"): value, ("dog", "dog"): 1.0}
+    score = score_completion(reply(pred), gold_text(graph([DOG])), SIZE, similarity=lambda *pair: alike[pair])
+    assert score.matches[0][:2] == (1, 0)
 
 
 def test_empty_scenes():
@@ -373,20 +421,34 @@ def test_weights_apply_and_terms_do_not_change():
     weights = Weights(format=0, count=0.4, accuracy=0, spatial=0.6, count_objects=1, count_relationships=0)
     pred = graph([DOG])
     got = reward_of(reply(pred), weights=weights)
-    assert got["count"] == pytest.approx(0.5) and got["format"] == got["accuracy"] == 1
-    assert got["reward"] == pytest.approx(0.4 * 0.5 + 0.6 * got["spatial"])
+    assert got["count"] == 0.5 and got["format"] == got["accuracy"] == 1
+    assert got["reward"] == pytest.approx(0.4 * 0.5 + 0.6 * got["spatial"], abs=ROUNDING)
 
 
 @pytest.mark.parametrize(
     "bad",
     [
         {"format": -0.1}, {"spatial": math.nan}, {"count": math.inf}, {"accuracy": "0.5"}, {"accuracy": None},
-        {"accuracy": 0.6}, {"count_objects": 0.8}, {"count_relationships": -1e-9},
+        {"count_relationships": -1e-9},
     ],
 )  # fmt: skip
 def test_weights_refuse(bad):
-    with pytest.raises(ValueError, match="expected"):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"weight {name}: expected a finite number >= 0, got"):
         Weights(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"accuracy": 0.5 + 1e-8}, {"spatial": 0.3}, {"count_objects": 0.7 + 1e-8}])
+def test_weights_refuse_sums_above_one(bad):
+    with pytest.raises(ValueError, match="<= 1, got 1."):
+        Weights(**bad)
+
+
+def test_a_hair_above_one_is_cut_off():
+    weights = Weights(count_objects=0.7 + 5e-10)  # within the tolerance of the sums
+    assert reward_of(GOOD, weights=weights)["count"] == 1
+    weights = Weights(format=0.3 + 5e-10, spatial=0)  # CIoU's EPS would take more than the hair
+    assert reward_of(GOOD, weights=weights)["reward"] == 1
 
 
 def test_weights_tolerate_float_sums_and_are_frozen():
@@ -524,24 +586,47 @@ def test_accepted(text):
     assert reason_of(text) is None
 
 
+def compact(scene):
+    return reply(json.dumps(scene, separators=(",", ":")))
+
+
+def nested(depth):
+    return reply('{"objects":[],"x":' + "[" * (depth - 1) + "]" * (depth - 1) + "}")
+
+
+@pytest.mark.parametrize(
+    "reason, text, limit",
+    [
+        ("too_long", GOOD.ljust, 65_536), ("too_deep", nested, 32),
+        ("too_many_objects", lambda n: compact(graph(many(n))), 256),
+        ("too_many_relationships", lambda n: compact(graph([DOG], [rel("dog.1", "", "dog.1")] * n)), 1024),
+        ("bad_id", lambda n: with_objects(obj("a" * n + ".1", (0, 0, 9, 9))), 80),
+        ("bad_id", lambda n: with_objects(obj("a." + "1" * n, (0, 0, 9, 9))), 9),
+    ],
+)  # fmt: skip
+def test_limits_are_where_they_are_said_to_be(reason, text, limit):
+    assert reason_of(text(limit)) is None
+    assert reason_of(text(limit + 1)) == reason
+
+
 def test_overhanging_boxes_are_clipped():
     # (-50, -50, 100, 80) cut to (0, 0, 100, 80) scores like the latter.
     over, cut = with_box("[-50, -50, 100, 80]"), with_box("[0, 0, 100, 80]")
-    assert reward_of(over) == pytest.approx(reward_of(cut), abs=1e-12)
+    assert reward_of(over) == reward_of(cut)
     full = gold_text(graph([obj("dog.1", (0, 0, 200, 100))]))
     huge = with_box(f"[-1e300, -5, 1e308, {10**300}]")
-    assert reward_of(huge, full)["spatial"] == pytest.approx(1, abs=1e-6)
+    assert reward_of(huge, full)["spatial"] == pytest.approx(1, abs=CIOU_EPS)
     # Gold stays as it is, as in the released code.
     gold = gold_text(graph([obj("dog.1", (-10, 0, 100, 100))]))
     expected = (reference_ciou((0, 0, 0.5, 1), (-0.05, 0, 0.5, 1)) + 1) / 2
-    assert reward_of(with_box("[0, 0, 100, 100]"), gold)["spatial"] == pytest.approx(expected, abs=1e-6)
+    assert reward_of(with_box("[0, 0, 100, 100]"), gold)["spatial"] == pytest.approx(expected, abs=PARITY)
 
 
 def test_slim_boxes_far_apart_end_at_zero():
     pred, gold = graph([obj("dog.1", (0, 0, 60, 0.01))]), graph([obj("dog.1", (199.99, 70, 200, 100))])
     assert reference(pred, gold, "a", "a", SIZE, label_similarity)["spatial"] < -0.1
     got = reward_of(reply(pred, "a"), gold_text(gold, "a"))
-    assert got["spatial"] == 0 and got["reward"] == pytest.approx(0.8)
+    assert got["spatial"] == 0 and got["reward"] == pytest.approx(0.8, abs=ROUNDING)
 
 
 # ---- ground truth and image size ---------------------------------------------------------------------------
@@ -581,8 +666,12 @@ def test_gold_box_outside_the_image_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "size", [None, 5, (200,), (200, 100, 3), (0, 100), (200, -1), (math.nan, 100), (200, math.inf), "ab", {}]
-)
+    "size",
+    [
+        None, 5, (200,), (200, 100, 3), (0, 100), (200, -1), (math.nan, 100), (200, math.inf),
+        (math.inf, 100), "ab", {},
+    ],
+)  # fmt: skip
 def test_bad_image_size_is_an_error(size):
     with pytest.raises(ValueError, match="image_size"):
         reward_of(GOOD, GOLD, size)
@@ -601,7 +690,7 @@ def test_image_sizes_of_other_types():
         (7, ""), ("<answer>A", ""), ("A</answer>", ""), ("</answer>A<answer>", ""), ("<answer></answer>", ""),
         ("<answer>A</answer><answer>B</answer>", "B"), ("<answer>A</answer> <answer>B", "A"),
         ("<answer>A</answer></answer>", "A"), ("<answer>A<answer>B</answer>", "B"),
-        ("x" * 10**6 + "<answer>A</answer>", "A"),
+        ("x" * 10**6 + "<answer>A</answer>", "A"), ("<answer>A</answer>" + "x" * 10**6, ""),
     ],
 )  # fmt: skip
 def test_extract_answer(text, answer):
@@ -634,7 +723,7 @@ def test_parse_scene():
     ],
 )  # fmt: skip
 def test_label_similarity(a, b, expected):
-    assert label_similarity(a, b) == pytest.approx(expected)
+    assert label_similarity(a, b) == expected
     assert label_similarity(b, a) == label_similarity(a, b)
 
 
@@ -663,7 +752,7 @@ def test_spacy_similarity_uses_the_vectors_of_the_named_model(monkeypatch):
     similarity = rewards.spacy_similarity("some_model")
     assert loaded == ["some_model"]
     assert similarity("Traffic_Light", "traffic light") == 0.25 and similarity("dog", "cat") == -0.5
-    assert reward_of(GOOD, similarity=similarity)["reward"] == pytest.approx(1, abs=1e-5)
+    assert reward_of(GOOD, similarity=similarity)["reward"] == pytest.approx(1, abs=CIOU_EPS)
 
 
 # ---- vanilla -----------------------------------------------------------------------------------------------
@@ -697,7 +786,7 @@ def test_order_of_objects_does_not_matter(pred, gold, rng):
     for scene in (pred, gold):
         rng.shuffle(scene["objects"])
         rng.shuffle(scene["relationships"])
-    assert reward_of(reply(pred), gold_text(gold)) == pytest.approx(before, abs=1e-9)
+    assert reward_of(reply(pred), gold_text(gold)) == pytest.approx(before, abs=PARITY)
 
 
 @settings(deadline=None)
@@ -711,7 +800,7 @@ def test_single_object_is_monotonic_in_iou(a, b, horizontal):
         return reward_of(reply(scene), gold_text(graph([DOG])))
 
     near, far = sorted((a, b))
-    assert slid(0)["reward"] >= slid(near)["reward"] >= slid(far)["reward"]
+    assert slid(0)["reward"] >= slid(near)["reward"] - ROUNDING >= slid(far)["reward"] - 2 * ROUNDING
     if far - near > 0.01:
         assert slid(near)["spatial"] > slid(far)["spatial"]
 
@@ -774,10 +863,6 @@ def test_any_json_in_any_place_is_scored(value, path):
 
 
 # ---- hostile texts -----------------------------------------------------------------------------------------
-def many(n, label="a"):
-    return [obj(f"{label}.{i}", (0, 0, 9 + i % 50, 9)) for i in range(n)]
-
-
 def long_label(i):
     return "_".join("abcdefgh"[(i >> (3 * k)) % 8] * (1 + k) for k in range(6))
 
@@ -819,6 +904,24 @@ HOSTILE = {
     "most relationships": reply(json.dumps(
         {"objects": [DOG], "relationships": [rel("dog.1", "", "dog.1")] * 1000}, separators=(",", ":"))),
 }  # fmt: skip
+YARD = "[" + ",".join(['[1, 2.5, "ab"]'] * 4300) + "]"  # 64,500 characters
+
+
+def yardstick():
+    """A fixed piece of work of the same kinds: a regular expression, JSON, plain Python over a long text."""
+    return sum(len(word) for word in re.findall(r"[a-z]+|\d+|,", YARD)) + len(json.loads(YARD))
+
+
+def cpu_time(work, rounds):
+    """The least CPU seconds of some rounds: what other processes take of the clock does not count."""
+    spent = []
+    for _ in range(rounds):
+        start = time.process_time()
+        work()
+        spent.append(time.process_time() - start)
+    return min(spent)
+
+
 CROWD = many(8, "light") + [obj(f"{long_label(7 * i)}.{i}", (i, 0, i + 9, 9)) for i in range(16)]
 CROWDED = gold_text(graph(CROWD))
 
@@ -826,17 +929,18 @@ CROWDED = gold_text(graph(CROWD))
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_texts_cost_little(name):
     text = HOSTILE[name]
-    score_completion(GOOD, CROWDED, SIZE)  # scipy is imported, gold is parsed
-    spent = []
-    for _ in range(3):
+
+    def work():
         label_similarity.cache_clear()
-        start = time.process_time()
         score_completion(text, CROWDED, SIZE)
         vanilla_reward(text, GOLD)
         extract_answer(text)
         parse_scene(text)
-        spent.append(time.process_time() - start)
-    assert min(spent) < 0.05, f"{min(spent):.3f} s"
+
+    work()  # scipy is imported, gold is parsed
+    # The dearest text takes 4.5 yardsticks, a scan of all pairs of characters hundreds.
+    spent, yard = cpu_time(work, 3), cpu_time(yardstick, 5)
+    assert spent < 20 * yard, f"{spent / yard:.1f} yardsticks"
     never_raises(text)
 
 
@@ -867,7 +971,7 @@ def test_trl_completions(wrap):
         answer_option_text=[GOLD] * 3, image_size=[SIZE] * 3, trainer_state=None, log_extra=print,
         category=["relation"] * 3,
     )  # fmt: skip
-    assert got == pytest.approx(EXPECTED, abs=1e-5) and all(type(r) is float for r in got)
+    assert got == pytest.approx(EXPECTED, abs=CIOU_EPS) and all(type(r) is float for r in got)
 
 
 STATED = "Image size: (200 x 100)\n\nWhere is the dog?"
@@ -887,10 +991,9 @@ STATED = "Image size: (200 x 100)\n\nWhere is the dog?"
     ],
 )  # fmt: skip
 def test_trl_image_size(columns):
-    moved = reply(graph([obj("dog.1", (40, 20, 120, 80))]))
     gold = gold_text(graph([DOG]))
-    got = trl_spatial_reward(completions=[moved], answer_option_text=[gold], **columns)
-    assert got == [pytest.approx(0.8 + 0.2 * 0.791803, abs=1e-6)]
+    got = trl_spatial_reward(completions=[reply(graph([MOVED]))], answer_option_text=[gold], **columns)
+    assert got == [pytest.approx(0.8 + 0.2 * MOVED_SPATIAL, abs=CIOU_EPS)]
 
 
 def test_trl_errors_name_what_is_missing():
@@ -904,14 +1007,13 @@ def test_trl_logs_the_terms():
     logged = {}
     trl_spatial_reward(completions=TEXTS, answer_option_text=[GOLD] * 3, image_size=[SIZE] * 3,
                        log_metric=logged.__setitem__)  # fmt: skip
-    assert logged["spatial_reward/format"] == pytest.approx(2 / 3)
-    assert logged["spatial_reward/accuracy"] == pytest.approx(1 / 3)
+    assert logged["spatial_reward/format"] == pytest.approx(2 / 3, abs=ROUNDING)
+    assert logged["spatial_reward/accuracy"] == pytest.approx(1 / 3, abs=ROUNDING)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_trl_calls_it():
     """Through the method of TRL's GRPOTrainer that calls reward functions; the rest of it is faked."""
-    pytest.importorskip("trl")
     from trl import GRPOTrainer
 
     logged = {}
@@ -925,8 +1027,8 @@ def test_trl_calls_it():
     prompts = [[{"role": "user", "content": STATED}]] * 3
     inputs = [{"prompt": p, "answer_option_text": GOLD, "category": "relation"} for p in prompts]
     got = GRPOTrainer._calculate_rewards(trainer, inputs, prompts, [chat(t) for t in TEXTS], [[1]] * 3)
-    assert got.flatten().tolist() == pytest.approx(EXPECTED, abs=1e-5)
-    assert logged["spatial_reward/format"] == pytest.approx(2 / 3)
+    assert got.flatten().tolist() == pytest.approx(EXPECTED, abs=CIOU_EPS + 2.0**-24)  # float32 there
+    assert logged["spatial_reward/format"] == pytest.approx(2 / 3, abs=ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -944,7 +1046,7 @@ def test_verl(extra, prefix):
             data_source="stvqa", solution_str=text, ground_truth=prefix + GOLD, extra_info=extra,
             reward_router_address=None, reward_model_tokenizer=None,
         )  # fmt: skip
-        assert got["score"] == pytest.approx(expected, abs=1e-5)
+        assert got["score"] == pytest.approx(expected, abs=CIOU_EPS)
         assert set(got) == {"score", "format", "count", "accuracy", "spatial"}
 
 
@@ -957,10 +1059,10 @@ def test_easyr1():
     """EasyR1's batch manager: a list of dicts in, a list of dicts with `overall` out."""
     gold = "Image size: (200 x 100)\n" + GOLD
     got = compute_score_batch([{"response": t, "response_length": 9, "ground_truth": gold} for t in TEXTS])
-    assert [g["overall"] for g in got] == pytest.approx(EXPECTED, abs=1e-5)
+    assert [g["overall"] for g in got] == pytest.approx(EXPECTED, abs=CIOU_EPS)
     assert all(set(g) == {"overall", "format", "count", "accuracy", "spatial"} for g in got)
     (got,) = compute_score_batch([{"response": GOOD, "ground_truth": GOLD, "image_size": SIZE}])
-    assert got["overall"] == pytest.approx(1, abs=1e-5)
+    assert got["overall"] == pytest.approx(1, abs=CIOU_EPS)
     with pytest.raises(ValueError, match="image_size"):
         compute_score_batch([{"response": GOOD, "response_length": 9, "ground_truth": GOLD}])
 
@@ -973,28 +1075,25 @@ def test_loads_by_path_as_verl_and_easyr1_do():
 
 
 # ---- the file ----------------------------------------------------------------------------------------------
-def test_doctests():
-    result = doctest.testmod(rewards)
-    assert result.attempted >= 10 and result.failed == 0
-
-
 def test_import_is_cheap_and_needs_only_numpy():
     code = (
-        "import sys, time, numpy; start = time.process_time(); import rewards; "
-        "print(time.process_time() - start, 'scipy' in sys.modules, 'torch' in sys.modules)"
+        "import time; start = time.process_time(); import numpy; middle = time.process_time(); import sys; "
+        "before = {*sys.modules}; import rewards; seconds = time.process_time() - middle; "
+        "new = {name.partition('.')[0] for name in {*sys.modules} - before}; "
+        "print(seconds < middle - start, *sorted(new - sys.stdlib_module_names))"
     )
     folder = Path(rewards.__file__).parent
-    out = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, check=True, text=True)
-    seconds, scipy, torch = out.stdout.split()
-    assert float(seconds) < 0.25 and scipy == torch == "False"
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, check=True, text=True, timeout=300
+    )
+    assert out.stdout == "True rewards\n"  # nothing else, and no slower than numpy (a tenth of it)
 
 
 def test_scoring_is_quick():
-    """A loose bound for the suite; benchmarks/bench_rewards.py measures."""
+    """A loose bound for the suite; benchmarks/bench_rewards.py measures. 50 completions take 1.5
+    yardsticks."""
     scene = graph([obj(f"{label}.{i}", (i, i, 90 + i, 50 + i)) for i, label in enumerate(LABELS[:4] * 2)])
     text, gold = reply(scene).replace(">t<", ">" + "t" * 1000 + "<"), gold_text(scene)
-    score_completion(text, gold, SIZE)
-    start = time.process_time()
-    for _ in range(200):
-        score_completion(text, gold, SIZE)
-    assert (time.process_time() - start) / 200 < 0.002
+    spent = cpu_time(lambda: [score_completion(text, gold, SIZE) for _ in range(50)], 4)
+    yard = cpu_time(yardstick, 5)
+    assert spent < 8 * yard, f"{spent / yard:.1f} yardsticks"

@@ -1,25 +1,24 @@
 """The supervised trainer: schedule and loss against plain ones; real runs, killed, resumed and merged."""
 
-import json
 import math
 import re
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import U64, gradient_bound, logp_bound, rounding
+from models import load_plain, plain_logits
+from runs import REPO, metrics, run_script, settings, start_script, wait_until
 
 import synthesize
-from data import PromptEncoder, attention_implementation, load_samples, pack
+from data import PromptEncoder, load_samples
+from packing import attention_implementation, pack
 from train_sft import SFTConfig, build_model, completion_loss_sum, parameter_groups, schedule
 
-REPO = Path(__file__).parent.parent
-TIMINGS = ("seconds", "tokens_per_s")
+LONGEST = 200  # tokens of a sequence, at most
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +29,8 @@ def warm(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["synthesize.py", f"out={folder / 'data'}", "worked=true", *sizes])
         synthesize.main()
-    run(*command(folder))
+    run_script(*command(folder))
     return folder
-
-
-def run(*arguments):
-    done = subprocess.run([sys.executable, *arguments], cwd=REPO, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def paths(warm):
@@ -51,21 +45,14 @@ def paths(warm):
 def command(warm, **overrides):
     """12 updates of 8 on the worked examples, from the untrained model."""
     small = dict(epochs=1.2, batch_size=8, log_every=1, val_every=6, save_every=2)
-    settings = paths(warm) | small | overrides
-    return ["train_sft.py", "configs/tiny_sft.yaml", *(f"{k}={v}" for k, v in settings.items())]
+    return ["train_sft.py", "configs/tiny_sft.yaml", *settings(**paths(warm) | small | overrides)]
 
 
-def metrics(out):
-    path = Path(out) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in m.items() if k not in TIMINGS} for m in lines]
-
-
-def load(folder, dtype=torch.float32, attention=None):
+def load(folder, dtype=torch.float32):
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention or attention_implementation()
+        folder, dtype=dtype, attn_implementation=attention_implementation()
     )
 
 
@@ -74,10 +61,10 @@ def worked_sequences(folder, parquet, n):
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
-    encode, tokenizer = PromptEncoder(processor, "spatial_thinker", 784, 802816), processor.tokenizer
+    encoder, tokenizer = PromptEncoder(processor, "spatial_thinker", 784, 802816), processor.tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     samples = load_samples(str(parquet), need_scene=False)[:n]
-    return [(encode(s), [*tokenizer(s.completion)["input_ids"], end]) for s in samples]
+    return [(encoder(s), [*tokenizer(s.completion)["input_ids"], end]) for s in samples]
 
 
 def packed(sequences, model):
@@ -88,11 +75,11 @@ def packed(sequences, model):
 def test_learning_rate_by_hand():
     # 10 updates, 2 of warm-up: 1/2, 2/2, then (1 + cos(pi * k / 8)) / 2 for k = 0..7
     got = [schedule(step, 10, warmup=0.2) for step in range(10)]
-    assert got[:3] == pytest.approx([0.5, 1, 1])
-    assert got[6] == pytest.approx(0.5)  # k = 4: cos(pi / 2) = 0
-    assert got[9] == pytest.approx(0.0380602, abs=1e-7)  # k = 7: cos(7 pi / 8) = -0.9238795
+    assert got[:3] == [0.5, 1, 1]
+    assert got[6] == pytest.approx(0.5, rel=rounding(3, u=U64))  # k = 4: cos(pi / 2) = 0
+    assert got[9] == pytest.approx(0.0380602, abs=1e-7)  # seven digits; k = 7: cos(7 pi / 8) = -0.9238795
     assert got[1:] == sorted(got[1:], reverse=True)
-    assert schedule(10, 10, warmup=0.2) == pytest.approx(0)
+    assert schedule(10, 10, warmup=0.2) == pytest.approx(0, abs=rounding(3, u=U64))
 
 
 def test_learning_rate_without_warm_up_and_of_a_single_update():
@@ -137,32 +124,23 @@ def tiny(warm):
 def plain_loss(model, sequence):
     """One sequence, an ordinary forward: (summed cross entropy of the completion, tokens predicted right)."""
     prompt, completion_ids = sequence
-    ids = torch.tensor([prompt.ids + completion_ids])
     with torch.no_grad():
-        logits = model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.image_grid_thw,
-            mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        ).logits[0]
-    labels = ids[0].clone()
-    labels[: len(prompt.ids)] = -100
-    loss = F.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
-    return loss.item(), int((logits[:-1].argmax(-1) == labels[1:]).sum())
+        logits, labels = plain_logits(model, prompt, completion_ids), torch.tensor(completion_ids)
+    return F.cross_entropy(logits, labels, reduction="sum").item(), int((logits.argmax(-1) == labels).sum())
 
 
 def test_packed_loss_equals_plain_cross_entropy(tiny, warm):
     model, sequences = tiny
-    eager = load(warm / "data" / "base_model", attention="eager")
+    eager = load_plain(warm / "data" / "base_model")
     want = np.sum([plain_loss(eager, s) for s in sequences], axis=0)
     with torch.no_grad():
         loss, right = completion_loss_sum(model, packed(sequences, model))
-    assert loss.item() == pytest.approx(want[0], rel=1e-5)
-    assert int(right) == want[1]
     n = sum(len(ids) for _, ids in sequences)
+    assert loss.item() / n == pytest.approx(want[0] / n, abs=logp_bound(model.config, LONGEST))
+    assert abs(int(right) - want[1]) <= 1  # a tie of two logits may fall either way
+    # Untrained logits have a standard deviation below 1, which adds less than half of its square.
     uniform = math.log(model.config.text_config.vocab_size)
-    assert loss.item() / n == pytest.approx(uniform, abs=0.5)  # untrained
+    assert loss.item() / n == pytest.approx(uniform, abs=0.5)
 
 
 def test_loss_and_gradient_do_not_depend_on_packing(tiny):
@@ -177,9 +155,11 @@ def test_loss_and_gradient_do_not_depend_on_packing(tiny):
             loss.backward()
             losses[-1] += loss.item()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    n = sum(len(ids) for _, ids in sequences)
+    assert losses[0] / n == pytest.approx(losses[1] / n, abs=logp_bound(model.config, LONGEST))
     assert gradients[0].norm() > 0
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+    gap = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert gap < gradient_bound(model.config, LONGEST)
 
 
 def test_only_completion_tokens_get_a_loss(tiny):
@@ -189,10 +169,10 @@ def test_only_completion_tokens_get_a_loss(tiny):
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
     loss, _ = completion_loss_sum(model, packed(sequences, model))
     hook.remove()
-    (gradient,) = torch.autograd.grad(loss, seen[0])  # (1, N, V)
+    (gradient,) = torch.autograd.grad(loss, seen[0])  # (1, C, V)
     labels = torch.tensor([i for _, ids in sequences for i in ids])
     want = seen[0][0].detach().softmax(-1) - F.one_hot(labels, seen[0].shape[-1])
-    np.testing.assert_allclose(gradient[0], want, atol=1e-6)
+    np.testing.assert_allclose(gradient[0], want, atol=rounding(want.shape[-1]), rtol=0)  # softmax's sum
 
 
 # ---- runs ----
@@ -211,24 +191,22 @@ def test_the_loss_falls_and_final_is_the_trained_model(warm):
     with torch.no_grad():
         loss, right = completion_loss_sum(model, packed(sequences, model))
     n = sum(len(ids) for _, ids in sequences)
-    assert loss.item() / n == pytest.approx(lines[-1]["val_loss"], rel=0.01)  # bf16 on disk
+    # On disk in bf16: every weight is off by up to 2^-9, a logit by about as much, and so is the loss (1 % is
+    # five times that); of some 500 tokens those change sides whose two best logits lie so close.
+    assert loss.item() / n == pytest.approx(lines[-1]["val_loss"], rel=0.01)
     assert right.item() / n == pytest.approx(lines[-1]["val_token_accuracy"], abs=0.02)
 
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(warm, tmp_path):
     out = tmp_path / "killed"
     arguments = command(warm, out=out)
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 240
-    while len(metrics(out)) < 5:  # the second checkpoint stands, and an update after it will be lost
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start_script(*arguments)
+    # the second checkpoint stands, and an update after it will be lost
+    wait_until(lambda: len(metrics(out)) >= 5, process, every=0.002)
+    process.kill()
+    process.wait(60)
     assert 5 <= len(metrics(out)) < 12 and not (out / "final").exists()
-    run(*arguments)
+    run_script(*arguments)
     undisturbed = Path(paths(warm)["out"])
     assert metrics(out) == metrics(undisturbed)
     want, got = (load(folder / "final").state_dict() for folder in (undisturbed, out))
@@ -248,18 +226,8 @@ def test_the_makefile_makes_the_warm_start_with_the_config(warm):
 def test_lora_trains_linear_layers_only_and_is_merged(warm, tmp_path):
     pytest.importorskip("peft")
     out = tmp_path / "lora"
-    run(
-        *command(
-            warm,
-            out=out,
-            lora_rank=4,
-            target="answer",
-            template="no_reasoning",
-            learning_rate=1e-2,
-            epochs=0.2,
-            weight_decay=0,
-        )
-    )
+    small = dict(lora_rank=4, target="answer", template="no_reasoning", epochs=0.2, weight_decay=0)
+    run_script(*command(warm, out=out, learning_rate=1e-2, **small))
     assert [m["step"] for m in metrics(out)] == [1, 2]
     start, end = load(warm / "data" / "base_model", torch.bfloat16), load(out / "final", torch.bfloat16)
     linear = {

@@ -61,5 +61,7 @@ def test_a_real_trl_run_earns_our_reward(tiny_data, tmp_path):
     assert len(earned) == 8
     for completion, gold, value in earned:
         assert value == spatial_reward(completion[0]["content"], gold, (84, 84))["reward"]
-    assert logged == pytest.approx(sum(value for *_, value in earned) / 8, abs=1e-6)
-    assert logged > 0.1
+    # TRL averages 8 numbers up to 1 in float32: each, and each partial sum, is off by 2**-24 of itself.
+    assert logged == pytest.approx(sum(value for *_, value in earned) / 8, abs=9 * 2.0**-24)
+    # All 8 are well formed here, which earns 0.3 or more; a CPU that rounds otherwise samples other texts.
+    assert logged > 0.1, earned

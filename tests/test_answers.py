@@ -1,22 +1,19 @@
-"""grading.py: what a reply says, what it is worth, and figures by hand."""
+"""answers.py: what a reply says, over the replies that models give and some that they should not."""
 
-import doctest
-import json
-import math
 import time
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import grading
-from data import Sample, load_samples
-from grading import (
-    grade,
+from answers import (
+    MAX_PHRASES,
+    MAX_STATEMENT,
     in_polygon,
+    is_right,
     parse_choice,
     parse_polygon,
+    read,
     read_choice,
     read_number,
     read_point,
@@ -24,10 +21,9 @@ from grading import (
     read_word,
     read_yes_no,
     released_letter,
-    summarise,
-    wilson,
     word_matches,
 )
+from rewards import MAX_CHARS
 
 SIDES = ("left of", "right of", "above", "below")
 CHAIRS = ("chair", "arm chair", "table", "bed")
@@ -332,8 +328,8 @@ HARD = [
     ("No obstacles are there, so yes.", YES_NO, "A"),
     ("Yes? No.", YES_NO, None),
     (
-        "Yes, the chair is to the left of the table. From the camera's viewpoint, the chair stands nearer to the"
-        " wall than the table does, which one can see from its shadow.",
+        "Yes, the chair is to the left of the table. From the camera's viewpoint, the chair stands nearer to "
+        "the wall than the table does, which one can see from its shadow.",
         YES_NO,
         "A",
     ),
@@ -450,7 +446,7 @@ LONG = (
 @pytest.mark.parametrize("text", [piece * (100_000 // len(piece)) for piece in LONG], ids=map(repr, LONG))
 def test_long_replies_cost_bounded_time(text):
     for long in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", f"The answer is {text}"):
-        for read in (
+        for reader in (
             lambda reply: parse_choice(reply, SIDES),
             lambda reply: released_letter(reply, SIDES),
             lambda reply: read_point(reply, "unit", (9, 9)),
@@ -460,8 +456,92 @@ def test_long_replies_cost_bounded_time(text):
             read_sequence,
         ):
             started = time.process_time()
-            read(long)
+            reader(long)
             assert time.process_time() - started < 1.0
+
+
+# ---- limits ----
+def test_a_text_names_an_option_up_to_its_limit():
+    """Of MAX_STATEMENT characters; what is longer and announces nothing is a thought."""
+    said = "It is right of the cup" + " z" * 49
+    assert (len(said), MAX_STATEMENT) == (120, 120)
+    assert parse_choice(said, SIDES) == "B" and parse_choice(said + "z", SIDES) is None
+    number = "There are 3 cups" + " z" * 52
+    assert len(number) == 120
+    assert read_number(number) == (3.0, "text") and read_number(number + "z") == (None, "none")
+    lines = "z" * 200 + "\n" + number  # the last line of a long reply
+    assert read_number(lines)[0] == 3.0 and read_number(lines + "z")[0] is None
+
+
+def test_an_announced_text_is_read_up_to_its_limit():
+    """Of twice as many characters behind the phrase."""
+    for dashes, letter in ((231, "B"), (232, None)):  # and 9 characters
+        assert parse_choice(f"The answer is:{'-' * dashes} right of", SIDES) == letter
+
+
+def test_the_last_phrases_are_read():
+    """MAX_PHRASES of them: an A before as many Bs is forgotten, with one B fewer it contradicts them."""
+    assert MAX_PHRASES == 16
+    for n, letter in ((16, "B"), (15, None)):
+        assert parse_choice("Answer: A\n" + "Answer: B\n" * n + "z" * 120, SIDES) == letter
+
+
+def test_the_end_of_a_very_long_reply_is_read():
+    """MAX_CHARS of it, as the reward has it."""
+    for n, letter in ((MAX_CHARS - 18, "B"), (MAX_CHARS - 17, None)):
+        assert len("<answer>B</answer>") == 18
+        assert parse_choice("<answer>B</answer>" + "." * n, SIDES) == letter
+    for n, letter in ((MAX_CHARS - 8, "B"), (MAX_CHARS - 7, "A")):
+        assert released_letter("Answer:B" + " " * n, ("A", "B")) == letter
+
+
+def test_letters_go_as_far_as_the_options():
+    ten = [f"no {i}" for i in range(10)]
+    assert parse_choice("J", ten) == "J" and parse_choice("(J) no 9", ten) == "J"
+    assert read_choice("J", ten[:9]) == (None, "outside") and read_choice("K", ten) == (None, "none")
+    with pytest.raises(ValueError, match="expected 2 to 10 options, got 11"):
+        parse_choice("A", [*ten, "no 10"])
+
+
+# ---- right and wrong ----
+def test_a_number_is_right_within_a_millionth():
+    for said, right in (
+        (3.0, True),
+        (3.000002, True),
+        (3.000004, False),
+        (2.999998, True),
+        (2.999996, False),
+    ):
+        assert is_right("number", said, "3.0") is right
+    assert is_right("number", 1e-10, "0.0") and not is_right("number", 1e-8, "0.0")
+
+
+def test_every_kind_is_right_in_its_own_way():
+    square = "[(0, 0), (1, 0), (1, 1), (0, 1)]"
+    for kind, parsed, gold, wrong in (
+        ("choice", "B", " (b) right of", "A"),
+        ("yes_no", "yes", "Yes", "no"),
+        ("sequence", "BDAC", "bdac", "BDCA"),
+        ("word", "it is red", "Red", "green"),
+        ("point", (0.5, 0.5), square, (1.5, 0.5)),
+        ("number", 2.0, "2", 3.0),
+    ):
+        assert is_right(kind, parsed, gold) and not is_right(kind, wrong, gold)
+        assert not is_right(kind, None, gold)
+
+
+def test_a_kind_chooses_its_reader():
+    assert read("choice", "right of", SIDES) == ("B", "text")
+    assert read("yes_no", "Yes.") == ("yes", "text")
+    assert read("number", "three") == (3.0, "text")
+    assert read("word", "Red.") == ("red", "text")
+    assert read("sequence", "B->A") == ("BA", "text")
+    assert read("point", "(25, 50)", frame="pixel", size=(100, 100)) == ((0.25, 0.5), "text")
+    assert read("point", "(250, 1000)", frame="per_mille", size=(100, 100)) == ((0.25, 1.0), "text")
+    assert read("point", "(0, 1)", frame="unit", size=(100, 100)) == (
+        (0.0, 1.0),
+        "text",
+    )  # the edge is inside
 
 
 def test_repeated_options_are_no_answer_by_text():
@@ -472,10 +552,6 @@ def test_repeated_options_are_no_answer_by_text():
 def test_choices_are_checked():
     with pytest.raises(ValueError, match="expected 2 to 10 options, got 1"):
         parse_choice("A", ["cup"])
-
-
-def test_doctests():
-    assert doctest.testmod(grading).failed == 0
 
 
 # ---- other answers ----
@@ -581,8 +657,8 @@ def test_sequences(reply, order):
 @settings(deadline=None)
 @given(st.text(st.sampled_from("AB0123456789.,-()[]{}<>/\\= \nanswerboxedthinkyesno"), max_size=300))
 def test_no_reader_raises(text):
-    for read in (read_number, read_yes_no, read_word, read_sequence):
-        read(text)
+    for reader in (read_number, read_yes_no, read_word, read_sequence):
+        reader(text)
     point, _ = read_point(text, "unit", (10, 10))
     assert point is None or all(0 <= c <= 1 for c in point)
 
@@ -613,7 +689,14 @@ def test_a_polygon_is_compared_with_matplotlib():
     points = [(x / 20 + 0.013, y / 20 + 0.017) for x in range(20) for y in range(20)]
     inside = Path(polygon).contains_points(points)
     assert [in_polygon(p, polygon) for p in points] == list(inside) and 0 < sum(inside) < 400
-    for bad in ("[(0.1, 0.2)]", "here", "[(0, 0), (1, 0), (1, float('inf'))]", "[[1, 2, 3]]", "(" * 5000):
+    for bad in (
+        "[(0.1, 0.2)]",
+        "[(0, 0), (1, 1)]",
+        "here",
+        "[(0, 0), (1, 0), (1, float('inf'))]",
+        "[[1, 2, 3]]",
+        "(" * 5000,
+    ):
         with pytest.raises(ValueError, match="expected at least three points"):
             parse_polygon(bad)
 
@@ -637,136 +720,3 @@ def test_what_style_costs_under_the_released_scoring():
         assert all(parse_choice(reply, SIDES) == x for reply, x in replies)
     assert sum(released_letter("I cannot tell.", SIDES) == x for x, _ in items) == 100
     assert parse_choice("I cannot tell.", SIDES) is None
-
-
-def item(kind, answer, options=(), **meta):
-    return Sample("1", (), (100, 100), "?", tuple(options), answer, answer, kind=kind, meta=meta)
-
-
-def test_every_kind_of_answer_is_graded():
-    square = "[(0.2, 0.2), (0.8, 0.2), (0.8, 0.8), (0.2, 0.8)]"
-    for sample, right, wrong in (
-        (item("choice", "(B) right of", SIDES), "B", "A"),
-        (item("yes_no", "Yes"), "yes", "no"),
-        (item("number", "3.0"), "three", "4"),
-        (item("word", "Red"), "It is red.", "blue"),
-        (item("sequence", "BDAC"), "B, D, A, C", "ABCD"),
-        (item("point", square, frame="unit"), "(0.5, 0.5)", "(0.1, 0.5)"),
-    ):
-        assert grade(sample, right)["correct"] and not grade(sample, wrong)["correct"]
-        assert grade(sample, wrong)["parsed"] is not None
-        unread = grade(sample, "<think>no end")
-        assert (unread["correct"], unread["parsed"]) == (False, None)
-        failed = grade(sample, right, finish_reason="failed")
-        assert (failed["correct"], failed["method"]) == (False, "failed")
-
-
-def test_a_reply_cut_off_counts_only_where_it_has_answered():
-    sample = item("choice", "(B) right of", SIDES)
-    for reply, read in (
-        ("<answer>B</answer> and", "B"),
-        ("B. Because", "B"),
-        ("\\boxed{B} so", "B"),
-        ("Is the answer B", None),
-        ("it is right of", None),
-    ):
-        assert grade(sample, reply, finish_reason="length")["parsed"] == read
-
-
-# ---- grading ----
-@pytest.fixture(scope="module")
-def sample(tiny_data):
-    """Two gold objects; one relationship; the answer is (B) right."""
-    drawn = load_samples(str(tiny_data / "val.parquet"), "val")[0]
-    objects = [{"id": "cup.1", "bbox": [0, 0, 20, 20]}, {"id": "plate.1", "bbox": [40, 40, 80, 80]}]
-    relationships = [{"subject": "cup.1", "predicate": "on", "object": "plate.1"}]
-    scene = {"objects": objects, "relationships": relationships}
-    gold = f"<scene>{json.dumps(scene)}</scene>\n<answer>(B) right</answer>"
-    return replace(drawn, size=(100, 100), options=("left", "right"), answer="(B) right", ground_truth=gold)
-
-
-def reply_of(boxes, answer="(B) right"):
-    objects = [{"id": label, "bbox": box} for label, box in boxes.items()]
-    scene = json.dumps({"objects": objects, "relationships": []})
-    return f"<observe>o</observe><scene>{scene}</scene><think>t</think><answer>{answer}</answer>"
-
-
-def test_grade_by_hand(sample):
-    # The cup is exact (IoU 1), the plate shifted by half its width: 20 * 40 / (2 * 1600 - 800) = 1/3.
-    got = grade(sample, reply_of({"cup.1": [0, 0, 20, 20], "plate.1": [60, 40, 100, 80]}))
-    assert (got["parsed"], got["method"], got["correct"], got["reason"]) == ("B", "answer_tag", True, None)
-    assert got["terms"]["format"] == 1 and got["terms"]["accuracy"] == 1
-    assert got["terms"]["count"] == pytest.approx(0.7)  # no relationship predicted
-    assert [m[:2] for m in got["matches"]] == [[0, 0], [1, 1]]
-    assert got["mean_iou"] == pytest.approx((1 + 1 / 3) / 2, abs=1e-4)
-    # CIoU of the plate: 1/3 less centre distance^2 20^2 over hull diagonal^2 60^2 + 40^2; equal aspects
-    assert got["mean_ciou"] == pytest.approx((1 + 1 / 3 - 400 / 5200) / 2, abs=1e-4)
-    assert (got["recall50"], got["gold_objects"]) == (0.5, 2)
-
-
-def test_grade_of_a_refused_reply(sample):
-    got = grade(sample, "(B) right")
-    assert got["correct"] and got["terms"] == dict.fromkeys(got["terms"], 0.0)
-    assert (got["reason"], got["matches"], got["mean_iou"], got["recall50"]) == ("missing_tag", [], None, 0.0)
-
-
-def test_grade_without_a_scene(sample):
-    got = grade(replace(sample, ground_truth="(B) right"), "A")
-    assert got == {"parsed": "A", "method": "letter", "correct": False, "released": False}
-
-
-def test_overlap_of_scenes_by_hand(sample):
-    # gold triplets {(cup, on, plate)}, labels {cup, plate}; predicted {(cup, on, plate), (cup, near, lamp)}
-    objects = [{"id": f"{name}.1", "bbox": [0, 0, 9, 9]} for name in ("cup", "plate", "lamp")]
-    pairs = [("cup.1", "on", "plate.1"), ("cup.1", "near", "lamp.1")]
-    relationships = [dict(zip(("subject", "predicate", "object"), p, strict=True)) for p in pairs]
-    scene = json.dumps({"objects": objects, "relationships": relationships})
-    got = grade(sample, f"<observe>o</observe><scene>{scene}</scene><think>t</think><answer>B</answer>")
-    assert (got["object_jaccard"], got["triplet_jaccard"]) == (2 / 3, 1 / 2)
-    none = grade(sample, "B")
-    assert (none["object_jaccard"], none["triplet_jaccard"]) == (0, 0)
-    figures = summarise([got, none, none | {"correct": False}])
-    assert (figures["right_scene"]["n"], figures["right_scene"]["accuracy"]) == (1, 1.0)
-    assert (figures["wrong_scene"]["n"], figures["wrong_scene"]["accuracy"]) == (2, 0.5)
-
-
-def test_wilson_equals_scipy():
-    from scipy.stats import binomtest
-
-    for k, n in ((0, 10), (8, 10), (10, 10), (357, 692)):
-        interval = binomtest(k, n).proportion_ci(0.95, "wilson")
-        assert wilson(k, n) == pytest.approx((interval.low, interval.high), abs=1e-9)
-    assert wilson(0, 0) == (0, 1)
-
-
-def test_summary_by_hand(sample):
-    exact = {"cup.1": [0, 0, 20, 20], "plate.1": [40, 40, 80, 80]}
-    replies = [
-        ("x", reply_of(exact), "stop"),
-        ("x", reply_of({"cup.1": [0, 0, 20, 20]}, "(A) left"), "stop"),
-        ("y", "(B) right", "stop"),
-        ("y", reply_of(exact)[:-26], "length"),
-        ("y", "", "failed"),
-    ]
-    records = [{"category": c, "finish_reason": why, **grade(sample, reply)} for c, reply, why in replies]
-    got = summarise(records)
-    assert (got["n"], got["correct"], got["accuracy"]) == (5, 2, 0.4)
-    assert (got["unparsed"], got["truncated"], got["failed"]) == (2, 1, 1)
-    assert got["ci95"] == list(wilson(2, 5))
-    assert {c: (t["n"], t["correct"]) for c, t in got["categories"].items()} == {"x": (2, 1), "y": (3, 1)}
-    assert (got["scenes"], got["format"], got["exact"]) == (5, 0.4, 0.2)
-    # count: 0.7 for the first; 0.7 * (1 - 1/2) for the second
-    assert got["count"] == pytest.approx((0.7 + 0.35) / 5)
-    assert got["reward"] == pytest.approx((0.1 + 0.2 * 0.7 + 0.5 + 0.2 + 0.1 + 0.2 * 0.35) / 5, abs=1e-5)
-    assert got["mean_iou"] == pytest.approx(1, abs=1e-4)  # three pairs, all exact
-    assert got["recall50"] == 3 / 10  # of all gold objects, those of refused replies too
-    assert got["reasons"] == {"missing_tag": 3}
-    assert got["methods"] == {"answer_tag": 2, "letter": 1, "none": 1, "empty": 1}
-    floats = [value for value in got.values() if isinstance(value, float)]
-    assert all(map(math.isfinite, floats))
-
-
-def test_summary_of_nothing_matched(sample):
-    got = summarise([grade(sample, "B")])
-    assert (got["mean_iou"], got["recall50"], got["accuracy"]) == (0.0, 0.0, 1.0)
-    assert "scenes" not in summarise([grade(replace(sample, ground_truth="(B) right"), "B")])

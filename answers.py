@@ -1,35 +1,26 @@
-"""Read a model's reply and say what it is worth: letters, yes or no, numbers, words, points, sequences.
+"""Read a model's reply: letters, yes or no, numbers, words, points, sequences. Text in, answer out.
 
-    from grading import parse_choice
+    from answers import parse_choice
     parse_choice("<think>A cup? No.</think><answer>(B) arm chair</answer>", ["chair", "arm chair"])   # "B"
 
 Pure functions of text, without a model or a judge: about 30,000 replies a second, and none of them raises.
+A wrong reading is a bug, an unread reply is not: the rules are few, and each is here because of replies that
+models do give. What they leave unread is counted, never guessed.
 
 What differs from the paper's evaluator: a reply that names no option is unparsed, never option A, and one
-that names two is a contradiction, never the first. Unparsed, truncated and failed replies stay in the
-denominator of the score and are counted beside it. `released_letter` reads as that evaluator does.
+that names two is a contradiction, never the first. `released_letter` reads as that evaluator does.
 """
 
 import ast
 import itertools
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from data import Sample
-from rewards import (
-    MAX_CHARS,
-    TERMS,
-    Weights,
-    extract_answer,
-    label_similarity,
-    parse_ground_truth,
-    parse_scene,
-    score_completion,
-)
+from rewards import MAX_CHARS, extract_answer
 
 LETTERS = "ABCDEFGHIJ"
 MAX_STATEMENT = 120  # characters; a longer reply that announces no answer is a thought, not an answer
@@ -37,6 +28,11 @@ MAX_PHRASES = 16  # final-answer phrases read, the last ones
 
 
 # ---- reading a choice out of a reply ----
+# What is hard is not to find a letter but to leave alone what only looks like one: an article (A cup), a list
+# of the options, a thought that is taken back, an option that is ruled out. So a reply is undressed first
+# (_TAGS to _FULL_WIDTH), then asked where it announces an answer (_BOXED to _VERDICT), then what it states
+# there (_LEAD to _ANOTHER), and whatever doubts, negates or refuses empties what was found (_DOUBT to
+# _CORRECTS). Replies in quotes below are in the tests.
 _TAGS = re.compile(
     r"</?(?:answer|b|i|em|strong|p|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$", re.I
 )
@@ -48,10 +44,10 @@ _EMPHASIS = re.compile(r"(?<!\w)([_'])(\(?\w[^_'\n]{0,60}?)\1(?!\w)")  # 'B', _B
 _FULL_WIDTH = str.maketrans("（）：．，’。！、【】−", "():.,'.!,()-")
 _BOXED = re.compile(r"\\boxed\s?\{((?:[^{}]|\{[^{}]*\})*)\}")
 _BELOW = r"(?:\s*(?:given |shown |as )?(?:below|above|follows)[:.])?"  # "the answer is below:"
-_FINAL = re.compile(
+_FINAL = re.compile(  # goes before _PHRASE: "Final answer: B. At first I thought the answer is A."
     rf"\bfinal (?:answer|choice)\s*(?:(?:is|would be)\b{_BELOW}:?|[:=]|\n|(?=[(\[]))"
     r"|最终答案[是为]?:?", re.I)  # fmt: skip
-_PHRASE = re.compile(
+_PHRASE = re.compile(  # in Chinese as well, which Qwen's models fall into
     r"\b(?:ans|answer|option|choice)(?:'s| to (?:the|this) question)?\s?"
     rf"(?:(?:(?:is|would be|should be|must be)\b|(?<='s)){_BELOW}(?:\s*:|\s+(?=\S)|(?=[(\[]))|:|=|->|→)"
     r"|(?:^|\n)(?:answer\s*\n|correct:)|\bit must be\b"
@@ -59,14 +55,14 @@ _PHRASE = re.compile(
     r"|答案[是为]?:?|应?选择?",
     re.I,
 )
-_HEDGED = re.compile(  # before an announcement, in its sentence
+_HEDGED = re.compile(  # before an announcement, in its sentence: "I don't think the answer is A."
     r"\b(?:wrong|incorrect|not|no|none|neither|doubt|whether|unsure|unclear|might|may|could|would|suppose"
     r"|assum\w+|unlikely|at first|if(?! i (?:had|have|must|were)))\b|n't\b", re.I)  # fmt: skip
-_VERDICT = re.compile(
+_VERDICT = re.compile(  # "Option B is correct.", but not "B is right next to the wall."
     r"(?:[(\[]([A-J])[)\]]|\b([A-J]))[.,]? (?:is|must be|seems) (?:the )?(?:most )?(?:correct|right|best)\b"
     r"(?= ?(?:$|[.,;!)\n]|answer|option|choice|one|here|because|since))"
 )
-_LEAD = re.compile(  # a letter in its dress; a bare one only where it can be no article
+_LEAD = re.compile(  # a letter in its dress; a bare one only where it can be no article: not "A cup"
     r"(?:(?:so|thus|hence|therefore|yes|sure)[,:]? )?"
     r"(?:(?:it's|it is|it must be|i think|most likely|likely|probably|definitely|clearly|actually) )*"
     r"(?:the )?(?:correct )?(?:(?:option|choice|answer|letter):? )?"
@@ -78,28 +74,32 @@ _ANNOUNCED_LETTER = re.compile(  # behind "the answer is" no B is an article, an
     r"(?:(?:most )?(?:likely|probably|definitely|clearly|actually) )?(?:(?:letter|option) )?"
     r"(?:([B-HJ])(?![\w'-])|(A)(?= ?[(—]| (?:as|based|but|given|due)\b))"
 )
+# The one line that counts in a reply that judges the options one by one.
 _ONLY_LETTER = re.compile(r"(?:(?:option|choice|answer):? )?[(\[]? ?[A-Ja-j] ?[)\].:!]{0,2}", re.I)
+# Letters behind these are reasons, not answers: "The answer is (B) because (A) left of is wrong."
 _BECAUSE = re.compile(r"\b(?:because|since|as|while|whereas|unlike|rather than|instead of)\b|,? not\b|\n")
-_ANOTHER = re.compile(
+_ANOTHER = re.compile(  # "A/B", "B or maybe C"
     r"(?:\b(?:or|and)|[/,&;+]) ?(?:(?:maybe|perhaps|possibly|also|even|option) )*"
     r"(?:[(\[]([A-J])[)\]]|([A-J])(?= ?(?:$|[).,;:/&?!]|or\b|and\b)))"
 )
-_DOUBT = re.compile(
+_DOUBT = re.compile(  # "B. Wait, actually C."
     r"\b(?:wait|actually|hmm|sorry|maybe|perhaps|possibly|no|instead(?! of)|rather(?! than))\b.*?"
     r"(?-i:\b([A-J])\b)(?!')", re.I)  # fmt: skip
-_REJECTED = re.compile(
+_RULED_OUT = re.compile(  # behind a letter: "(A) can be ruled out."
     r"[ :(–—-]*(?:(?:this|that|it|which) (?:option )?)?"
     r"(?:(?:is|are|was|seems|looks|would be|must be|can(?: safely)? be|could be) (?:\w+ly )?"
     r"(?:not|wrong|incorrect|false|ruled out|excluded|eliminated|unlikely|impossible)\b"
     r"|isn't\b|cannot be\b|can't be\b|(?:not|no|wrong|incorrect|false)\b)",
     re.I,
 )
-_NEGATION = re.compile(
-    r"\b(?:not|neither|nor|never|no|none|non|cannot|unable|wrong|incorrect|unlikely|whether|rather than"
-    r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me"
-    r"|which of)\b|n't\b|\?"
+_NEGATION = (
+    re.compile(  # turns a text round, or leaves it open: "It is not right of the cup.", "Is it the lamp?"
+        r"\b(?:not|neither|nor|never|no|none|non|cannot|unable|wrong|incorrect|unlikely|whether|rather than"
+        r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me"
+        r"|which of)\b|n't\b|\?"
+    )
 )
-_REFUSAL = re.compile(
+_REFUSAL = re.compile(  # names things without answering: "No, I can't see the image." is no "no"
     r"\b(?:cannot|can't|can not|unable to|not able to|don't have|do not have|no way to|no access)\b.{0,50}"
     r"\b(?:see|view|tell|determined?|answer|say|access|help|know|confirm|provide|identify|count|images?)\b"
     r"|\bno (?:way|access|clear|context|one can|image|picture|photo|visual|visible|comment|idea|clue|answer"
@@ -107,10 +107,13 @@ _REFUSAL = re.compile(
     r"|\b(?:i'm|i am) sorry\b|\bnothing can be\b|\bas an ai\b|\bi can only\b|^error\b"
     r"|\bnone of the (?:above|options|choices)\b"
 )
-_DISCOURSE = re.compile(
-    r"\b(?:the|image|picture|question|options?|choices?|as|described|mentioned|shown) (?:above|below)\b"
-    r"|\b(?:all|you're|you are|that's|that is) right\b"
+_DISCOURSE = (
+    re.compile(  # options' words that say nothing here: "Based on the above, I see.", "All right, ..."
+        r"\b(?:the|image|picture|question|options?|choices?|as|described|mentioned|shown) (?:above|below)\b"
+        r"|\b(?:all|you're|you are|that's|that is) right\b"
+    )
 )
+# Takes back all that was announced before it: "The answer is A. No, wait: the answer is B."
 _CORRECTS = re.compile(r"\b(?:wait|hmm|on second thought|misread|correction|scratch that)\b", re.I)
 _YES_OR_NO = re.compile(r"^\(?(?:yes|no)(?: or |/)(?:yes|no)\)?(?= ?[:?])")
 _YES_NO = re.compile(
@@ -118,7 +121,7 @@ _YES_NO = re.compile(
     r"(?!\w|/| (?:or|and|doubt|question|problems?|issues?|obstacles?|objects?)\b)"
 )
 _SO_YES_NO = re.compile(r"\b(?:so|thus|hence|therefore|is)[:,]? (yes|no)$")
-_SENTENCE_END = re.compile(r"(?<=\w\w)[.!](?:\s|$)")
+_SENTENCE_END = re.compile(r"(?<=\w\w)[.!](?:\s|$)")  # not behind "B."
 _NUMBER_WORDS = {w: i for i, w in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen".split())}  # fmt: skip
@@ -139,7 +142,7 @@ def _number_of(found: re.Match) -> str:
     return str(_TENS[tens] + _NUMBER_WORDS.get(unit, 0) if tens else _NUMBER_WORDS[word])
 
 
-def _normal(text: str) -> str:
+def normalised(text: str) -> str:
     """Plain text as it is compared: lower case, digits for number words, no hyphens, no full stop."""
     text = _WORDED.sub(_number_of, text.lower().replace("\n", " "))
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"(?<=[a-z])[-‐‑](?=[a-z])", " ", text))
@@ -162,8 +165,11 @@ def _options(choices: tuple[str, ...], lettered: bool = True) -> _Options:
     letters, plain = defaultdict(set), {}
     for letter, choice in zip(LETTERS, choices, strict=False):
         plain[letter] = _plain(choice)
-        letters[_normal(plain[letter])].add(letter)
-    readable = (t for t in letters if len(t) > 1 or t.isdigit())  # "a" is an article
+        letters[normalised(plain[letter])].add(letter)
+    # An option text of one letter cannot be told from an article or a name. A number must not be part of
+    # another (3 of 13, 3.5, 3-4, 3 hundred), nor the number of an option or image: "Option 2". Longest
+    # first, so that "arm chair" is not read as "chair".
+    readable = (t for t in letters if len(t) > 1 or t.isdigit())
     texts = sorted(readable, key=len, reverse=True)
     number = rf"(?<![-/:])(?<!option )(?<!choice )(?<!image )(?<!figure ){{}}(?![-/:]\d| \d| ?{_SCALE})"
     inside = "|".join(number.format(re.escape(t)) if t[0].isdigit() else re.escape(t) for t in texts)
@@ -173,6 +179,8 @@ def _options(choices: tuple[str, ...], lettered: bool = True) -> _Options:
 
 def _said_yes_no(statement: str, options: _Options) -> set[str]:
     """Letters of yes or no where a normalised statement begins with the word, or concludes with it."""
+    # The leading word counts, since explanations are full of no: "Yes, there is no doubt." In four words or
+    # fewer every yes and no counts, so that "Yes? No." is a contradiction. "There is no cup." says neither.
     first = re.split(r"[.!?] ", statement, maxsplit=1)[0]
     said = {m[1] for m in (_YES_NO.match(first), _SO_YES_NO.search(statement)) if m}
     if said and len(statement.split()) <= 4:  # "Yes? No."
@@ -186,15 +194,18 @@ def _said_yes_no(statement: str, options: _Options) -> set[str]:
 
 def _named_texts(statement: str, options: _Options) -> set[str]:
     """Letters of the options whose text a statement names; none where it refuses, doubts or negates."""
-    if _normal(statement) in options.letters:
-        return options.letters[_normal(statement)]
+    # The whole text of an option comes first, since options hold all that is looked for below: "not", "none
+    # of the above", "Cannot tell". Then yes and no, then refusals, then zero without a digit ("There are no
+    # cups."), and last the texts anywhere, if what remains around them does not negate.
+    if normalised(statement) in options.letters:
+        return options.letters[normalised(statement)]
     known = "|".join(options.letters)  # a compound that no option holds is one word: off-white is not white
     statement = re.sub(
         r"[A-Za-z]+(?:-[A-Za-z]+)+",
         lambda m: m[0] if m[0].lower().replace("-", " ") in known else m[0].replace("-", "_"),
         statement,
     )
-    statement = _normal(statement)
+    statement = normalised(statement)
     if options.yes_no and (said := _said_yes_no(statement, options)):
         return said
     if _REFUSAL.search(statement):
@@ -218,19 +229,19 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
         return set()
     found = _LEAD.match(statement) or (_ANNOUNCED_LETTER.match(statement) if announced else None)
     if not found:
-        if statement[1:2] == " " and options.letters.get(_normal(statement[2:])) == {statement[0]}:
+        if statement[1:2] == " " and options.letters.get(normalised(statement[2:])) == {statement[0]}:
             return {statement[0]}  # "B left"
         return set()
     letter, rest = found[found.lastindex].upper(), statement[found.end(found.lastindex) :]
     text = options.plain.get(letter)
     own = text and re.match(rf"[\s)\]}}.:,;!–—-]*{re.escape(text)}(?!\w)", rest, re.I)
-    if own:
+    if own:  # "(B) right of, which is ..."
         rest = rest[own.end() :]
-    else:
-        normal = re.sub(r"^(?:it is |it's |the |an? )+", "", _normal(rest.lstrip(" )]}.:,;!–—-")))
+    else:  # "(B) left of", where left of is A: a contradiction
+        normal = re.sub(r"^(?:it is |it's |the |an? )+", "", normalised(rest.lstrip(" )]}.:,;!–—-")))
         if (text := options.anywhere.match(normal)) and letter not in options.letters[text[0]]:
             return {letter} | options.letters[text[0]]
-    if _REJECTED.match(rest if own else rest.lstrip(")]}.:;! ")):
+    if _RULED_OUT.match(rest if own else rest.lstrip(")]}.:;! ")):
         return set()
     if lone := re.fullmatch(r"[)\]}.:,;+ ]*[(\[]?([A-J])[)\].:!]*", rest):  # "B C", "A: B"
         return {letter, lone[1]}
@@ -247,8 +258,10 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
 
 def _stated(statement: str, options: _Options, announced: bool = False) -> set[str]:
     """All options that a short statement names: none, one, or a contradiction."""
-    if len(statement) > 1 and _normal(statement) in options.letters:
-        return options.letters[_normal(statement)]  # an option may itself begin like a letter: "A is closer"
+    # An option may itself begin like a letter ("A is closer"); of one letter it is the letter: options A,
+    # B, C.
+    if len(statement) > 1 and normalised(statement) in options.letters:
+        return options.letters[normalised(statement)]
     return _named_letters(statement, options, announced) or _named_texts(statement, options)
 
 
@@ -259,6 +272,7 @@ def _hedged(text: str, at: int) -> bool:
 
 def _announcements(text: str, pattern: re.Pattern) -> list[str]:
     """The lines behind the last final-answer phrases that nothing before or behind them puts in doubt."""
+    # Only the last phrases: a long thought may announce hundreds, and each costs a look at its sentence.
     lines = []
     for phrase in list(pattern.finditer(text))[-MAX_PHRASES:]:
         line = text[phrase.end() : phrase.end() + 2 * MAX_STATEMENT].lstrip(" :\n").partition("\n")[0]
@@ -287,6 +301,9 @@ def _announced(text: str, options: _Options) -> tuple[set[str], str]:
 
 def _read(text: str, options: _Options) -> tuple[set[str], str]:
     """Options named by a text outside its thinking -> (letters, method)."""
+    # From the most to the least deliberate: an announcement; a letter at the head of the first or last line,
+    # around an explanation; the text of an option in a short reply, since a long one that announces nothing
+    # mentions options while it thinks; a yes or no that begins or ends it.
     found, method = _announced(text, options)
     if found:
         return found, method
@@ -294,17 +311,17 @@ def _read(text: str, options: _Options) -> tuple[set[str], str]:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     heads = [_named_letters(line[:MAX_STATEMENT], options) for line in lines[:32]]
     listing = len(set().union(*heads)) > 1  # the options repeated, or judged one by one
-    for line in {line[: 2 * MAX_STATEMENT] for line in lines[:1] + lines[-1:]}:  # around an explanation
+    for line in {line[: 2 * MAX_STATEMENT] for line in lines[:1] + lines[-1:]}:
         if listing and len(lines) > 1 and not _ONLY_LETTER.fullmatch(line):
             continue
         if letters := _named_letters(line, options):
             found, method = found | letters, "letter"
         else:
-            found = found | options.letters.get(_normal(line), set())
+            found = found | options.letters.get(normalised(line), set())
     if not found and len(text) <= MAX_STATEMENT:
         found = _named_texts(text, options)
     if not found and options.yes_no:
-        found = set().union(*(_said_yes_no(_normal(line), options) for line in lines[:1] + lines[-1:]))
+        found = set().union(*(_said_yes_no(normalised(line), options) for line in lines[:1] + lines[-1:]))
     return found, method
 
 
@@ -313,13 +330,17 @@ def _answer_block(reply: str) -> tuple[str, str, str]:
     reply = re.sub(r"(?:<|◁)(/?)think(?:ing)?(?:>|▷)", r"<\1think>", reply[-MAX_CHARS:])
     reply = re.sub(r"<\s*(/?)\s*answer\b[^<>]{0,40}>", lambda m: f"<{m[1]}answer>", reply, flags=re.I)
     reply = re.sub(r"<answer>([^<>]{1,200})<answer>", r"<answer>\1</answer>", reply)  # not closed properly
-    thought, closed, visible = reply.rpartition("</think>")
-    if not closed and "<think>" in reply:  # cut off while thinking, unless an answer ends it
+    _, closed, visible = reply.rpartition("</think>")
+    # Thoughts hold drafts ("Format: <answer>A</answer>. Hm, no."): what stands in them is no answer. A
+    # thought that never closes was cut off, unless an answer ends it.
+    if not closed and "<think>" in reply:
         ended = re.search(r"<answer>([^<]*)</answer>\s*$", reply[-4 * MAX_STATEMENT :])
         return (ended[1].strip() if ended else ""), "", ""
     if "<answer>" in visible:
         block, _, tail = visible.rpartition("<answer>")[2].partition("</answer>")
-        if not block.strip() and visible.count("<answer>") > 1 and not tail.strip():
+        if (
+            not block.strip() and visible.count("<answer>") > 1 and not tail.strip()
+        ):  # an empty one at the end
             block, _, tail = visible.split("<answer>")[-2].partition("</answer>")
         return block.strip(), tail, visible
     return "", "", visible
@@ -336,7 +357,7 @@ def read_choice(reply: str, choices: Sequence[str], lettered: bool = True) -> tu
     if not isinstance(reply, str) or not reply.strip():
         return None, "empty"
     block, tail, visible = _answer_block(reply)
-    if block:
+    if block:  # and what is announced behind it: "<answer>(B)</answer> Final Answer: (C)" is a contradiction
         found, method = _read(block, options)[0] | _announced(tail, options)[0], "answer_tag"
     else:
         found, method = _read(visible, options)
@@ -365,8 +386,11 @@ def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
 
 
 # ---- reading other answers ----
+# The same in another order: `_statements` lists the places that may hold the answer, the most deliberate
+# first, and a reader says of each what it holds. The first that holds anything decides; two values are a
+# conflict.
 _DECIMAL = r"-?(?:\d+(?:\.\d*)?|\.\d+)"
-_NUMBER = re.compile(
+_NUMBER = re.compile(  # with a unit or none; not COVID-19, 3rd, 3/4, 10:30, 3-4, two and a half
     rf"(?<![\w.,])(?<!\w-)-?\d+(?:,\d{{3}})*(?:\.\d+)?"
     rf"(?=(?:c?m|mm|km|ft|kg)?(?![\w]|[.,]\d|-\d| ?{_SCALE})|[^\x00-\u2fff])"
 )
@@ -380,6 +404,7 @@ _LINK = r"(?: ?(?:,|->|→|=>|>|-|;|&) ?(?:and |then )?| and | then | |(?=[(\[])
 _ORDER = re.compile(
     rf"(?<![A-Za-z]){_ONE}(?:{_LINK}{_ONE})+(?![A-Za-z])|(?:(?<=[:=] )|(?<=is )|^)[A-H]{{3,8}}(?=\W*$)"
 )
+# A limit or a time of day is no number of things.
 _BOUND = re.compile(r"\b(?:fewer|more|less|at least|at most|over|under|up to)(?: than)? -?\d|\d:\d")
 _NOT_COUNTED = re.compile(  # numbers of lists, steps and figures
     r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b"
@@ -401,7 +426,7 @@ def _statements(reply: str) -> list[tuple[str, str]]:
     text = _plain(visible)
     for pattern in (_FINAL, _PHRASE):
         found += [(line, "phrase") for line in reversed(_announcements(text, pattern))]
-    if len(text) <= MAX_STATEMENT:
+    if len(text) <= MAX_STATEMENT:  # a longer one that announces nothing thinks aloud
         return [*found, (text, "text")]
     lines = (text.rpartition("\n")[2], text.partition("\n")[0])  # behind or before the explanation
     return found + [
@@ -426,12 +451,14 @@ def _numbers(statement: str) -> set[float]:
     statement = re.sub(r"\b(?:minus|negative) (?=\d)", "-", statement.lower()).replace("–", "-")
     if _REFUSAL.search(statement) or _CORRECTS.search(statement) or _BOUND.search(statement):
         return set()
+    # Numbers that are not the answer go first: of lists and figures, the terms of a sum ("2 + 1 = 3", "2 on
+    # the left and 3 on the right, for a total of 5"), what a share is of ("3 of the 5 chairs").
     statement = _NOT_COUNTED.sub("", statement)
     if re.search(r"= ?-?[\d.,]+[\s.!]*$", statement):
         statement = statement.rpartition("=")[2]
     if total := re.search(r"\b(?:total(?: of| is)?|altogether|in all):? (.*)$", statement):
         statement = total[1]
-    statement = re.sub(r"(?<=\d) of (?:the |these |those )?\w+", "", statement)  # 3 of the 5
+    statement = re.sub(r"(?<=\d) of (?:the |these |those )?\w+", "", statement)
     for part in (re.split(r"[.!] (?=\w)|[:(;]| because | since ", statement, maxsplit=1)[0], statement):
         if _NOTHING.search(part.strip(" .!")):
             return {0.0}
@@ -465,7 +492,8 @@ def read_yes_no(reply: str) -> tuple[str | None, str]:
 def read_word(reply: str) -> tuple[str | None, str]:
     """The normalised statement that answers an open question: (text, method) or (None, why not)."""
     return _first(
-        reply, lambda statement: set() if _REFUSAL.search(_normal(statement)) else {_normal(statement)} - {""}
+        reply,
+        lambda statement: set() if _REFUSAL.search(normalised(statement)) else {normalised(statement)} - {""},
     )
 
 
@@ -475,7 +503,8 @@ def word_matches(said: str, gold: str) -> bool:
     >>> word_matches("it is on the left", "Left"), word_matches("left or right", "left")
     (True, False)
     """
-    gold = _normal(_plain(gold))
+    # What is left of the statement without the gold word must offer nothing else: "left or right" names both.
+    gold = normalised(_plain(gold))
     said = re.sub(r"^(?:yes|no), |[,(]? ?\bnot .*$", "", said)  # left, not right
     rest, n = re.subn(rf"(?<!\w){re.escape(gold)}(?!\w)", " ", said)
     alternatives = re.search(r"\b(?:or|either|and|but|thought)\b|[/,]", rest)
@@ -491,6 +520,8 @@ def read_point(reply: str, frame: str, size: tuple[int, int]) -> tuple[tuple[flo
 
     def find(statement):
         found = list(_POINT.finditer(statement)) or [m for m in [_BARE_POINT.fullmatch(statement[:200])] if m]
+        # A list of points is answered by its first, as the benchmark has it; points apart are a way of
+        # thinking: "From (0.1, 0.2) to (0.9, 0.4), so the centre is (0.5, 0.3)".
         between = (statement[a.end() : b.start()] for a, b in itertools.pairwise(found))
         listed = all(re.fullmatch(r"[\s,]*", text) for text in between)
         points = [tuple(float(x) for x in m.groups() if x is not None) for m in found]
@@ -509,7 +540,7 @@ def in_polygon(point: Sequence[float], polygon: Sequence[Sequence[float]]) -> bo
     >>> in_polygon((0.8, 0.5), [(0, 0), (1, 0), (1, 1)]), in_polygon((0.2, 0.5), [(0, 0), (1, 0), (1, 1)])
     (True, False)
     """
-    (x, y), inside = point, False
+    (x, y), inside = point, False  # crossings of the ray to the right
     for (x1, y1), (x2, y2) in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
         if (y1 > y) != (y2 > y) and x < x1 + (x2 - x1) * (y - y1) / (y2 - y1):
             inside = not inside
@@ -545,6 +576,7 @@ def read_sequence(reply: str) -> tuple[str | None, str]:
         )
         if re.fullmatch(r"[a-h]{2,8}|[A-H]{2}", statement):
             statement = " ".join(statement.upper())
+        # All letters must belong to one order: "B, followed by D, A, C" has three that the pattern misses.
         orders = [re.sub("[^A-H]", "", re.sub("and|then", "", found)) for found in _ORDER.findall(statement)]
         apart = len(re.findall(r"(?<![A-Za-z'])[A-H](?![A-Za-z'])", statement))  # "B, followed by D, A, C"
         if re.search(r"\bor\b|\.\.\.|…", statement) or apart > sum(map(len, orders)):
@@ -572,180 +604,34 @@ def released_letter(reply: str, choices: Sequence[str]) -> str:
     return "A"
 
 
-# ---- grading ----
-def read(sample: Sample, reply: str) -> tuple[object, str]:
-    """(what a reply answers to a sample, method) or (None, why not)."""
-    if sample.kind == "choice":
-        return read_choice(reply, sample.options)
-    if sample.kind == "point":
-        return read_point(reply, sample.meta["frame"], sample.size)
-    return {"yes_no": read_yes_no, "number": read_number, "word": read_word, "sequence": read_sequence}[
-        sample.kind
-    ](reply)
+# ---- every kind of answer ----
+def read(
+    kind: str, reply: str, options: Sequence[str] = (), frame: str = "unit", size: tuple[int, int] = (1, 1)
+) -> tuple[object, str]:
+    """(what a reply answers to a question of this kind, method) or (None, why not).
+
+    Args: kind: choice (of `options`), yes_no, number, word, sequence, or point (in `frame`, of an image of
+        `size`).
+    """
+    if kind == "choice":
+        return read_choice(reply, options)
+    if kind == "point":
+        return read_point(reply, frame, size)
+    readers = {"yes_no": read_yes_no, "number": read_number, "word": read_word, "sequence": read_sequence}
+    return readers[kind](reply)
 
 
-def is_right(sample: Sample, parsed) -> bool:
-    """Whether what `read` found is the gold answer."""
-    gold = sample.answer.strip()
+def is_right(kind: str, parsed, gold: str) -> bool:
+    """Whether what `read` found is the gold answer, which for a choice is written "(B) text"."""
+    gold = gold.strip()
     if parsed is None:
         return False
-    if sample.kind == "choice":
+    if kind == "choice":
         return parsed == gold[1].upper()
-    if sample.kind == "number":
+    if kind == "number":
         return math.isclose(parsed, float(gold), rel_tol=1e-6, abs_tol=1e-9)
-    if sample.kind == "point":
+    if kind == "point":
         return in_polygon(parsed, parse_polygon(gold))
-    if sample.kind == "word":
+    if kind == "word":
         return word_matches(parsed, gold)
-    return parsed == (gold.lower() if sample.kind == "yes_no" else gold.upper())
-
-
-def grade(
-    sample: Sample,
-    reply: str,
-    weights: Weights = Weights(),  # noqa: B008 frozen
-    similarity: Callable[[str, str], float] = label_similarity,
-    finish_reason: str = "stop",
-) -> dict:
-    """What a reply to a sample is worth.
-
-    Args: finish_reason: of a reply cut off ("length") only an answer block, a box or a leading letter counts;
-        of a failed request nothing.
-    Returns: parsed (what `read` found, or None), method, correct (bool), released (bool: right as the paper's
-        evaluator reads it; choices only); and if the sample has a gold scene:
-        terms         reward, format, count, accuracy, spatial of `rewards.score_completion`
-        reason        why the format was refused, or None
-        matches       (predicted index, gold index, IoU, CIoU) of matched objects; none if the format is wrong
-        gold_objects  number of gold objects
-        mean_iou, mean_ciou  over `matches`, None without any
-        recall50      share of the gold objects matched with IoU >= 0.5, None without gold objects
-        object_jaccard, triplet_jaccard  overlap of the predicted and the gold sets of labels, and of
-                      (subject label, predicate, object label); 1 if both are empty
-    """
-    parsed, method = read(sample, reply)
-    if finish_reason == "failed":
-        parsed, method = None, "failed"
-    elif finish_reason == "length" and method in ("phrase", "text"):
-        parsed, method = None, "unfinished"
-    graded = {"parsed": parsed, "method": method, "correct": is_right(sample, parsed)}
-    if sample.kind == "choice":
-        graded["released"] = released_letter(reply, sample.options) == sample.answer.strip()[1].upper()
-    if "<scene>" not in sample.ground_truth:
-        return graded
-    score = score_completion(reply, sample.ground_truth, sample.size, weights=weights, similarity=similarity)
-    gold_objects, gold_triplets, n_gold = _gold_scene(sample.ground_truth)
-    objects, triplets = _names(parse_scene(reply))
-    ious, cious = [m[2] for m in score.matches], [m[3] for m in score.matches]
-    return graded | {
-        "terms": {term: getattr(score, term) for term in TERMS},
-        "reason": score.reason,
-        "matches": [list(m) for m in score.matches],
-        "gold_objects": n_gold,
-        "mean_iou": _mean(ious),
-        "mean_ciou": _mean(cious),
-        "recall50": sum(iou >= 0.5 for iou in ious) / n_gold if n_gold else None,
-        "object_jaccard": _jaccard(objects, gold_objects),
-        "triplet_jaccard": _jaccard(triplets, gold_triplets),
-    }
-
-
-def _names(scene: dict | None) -> tuple[frozenset, frozenset]:
-    """(labels, triplets of labels) of a scene, without the numbers of the instances."""
-    if scene is None:
-        return frozenset(), frozenset()
-
-    def label(name):
-        return _normal(name.rpartition(".")[0].replace("_", " ") or name)
-
-    triplets = frozenset(
-        (label(r["subject"]), _normal(r["predicate"]), label(r["object"])) for r in scene["relationships"]
-    )
-    return frozenset(label(o["id"]) for o in scene["objects"]), triplets
-
-
-def _jaccard(a: frozenset, b: frozenset) -> float:
-    return len(a & b) / len(a | b) if a | b else 1.0
-
-
-@lru_cache(maxsize=4096)
-def _gold_scene(ground_truth: str) -> tuple[frozenset, frozenset, int]:
-    scene = parse_ground_truth(ground_truth)[0]
-    return *_names(scene), len(scene["objects"])
-
-
-def _mean(values) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
-def wilson(k: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a proportion k / n; (0, 1) for n = 0. Default z: 95 %.
-
-    >>> [round(end, 3) for end in wilson(8, 10)]
-    [0.49, 0.943]
-    """
-    if n == 0:
-        return 0.0, 1.0
-    p, shrink = k / n, 1 + z * z / n
-    middle = (p + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def tally(records: Sequence[dict]) -> dict:
-    """n, correct, accuracy and its Wilson interval ci95."""
-    n, correct = len(records), sum(r["correct"] for r in records)
-    accuracy = correct / n if n else 0.0
-    return {"n": n, "correct": correct, "accuracy": accuracy, "ci95": list(wilson(correct, n))}
-
-
-def summarise(records: Sequence[dict]) -> dict:
-    """Figures over the results of `grade`, each optionally with category and finish_reason.
-
-    Returns: n, correct, accuracy = correct / n, ci95 (Wilson); unparsed, truncated, failed (counts, part
-        of n); methods {method: n}; categories {name: n, correct, accuracy, ci95}; released (accuracy as the
-        paper's evaluator reads the replies, over the multiple-choice items); and over the items with a gold
-        scene:
-        scenes        their number
-        reward, format, count, spatial  means of these reward terms
-        exact         mean of the reward's accuracy term, which compares letter and text
-        reasons       {why a format was refused: n}
-        mean_iou, mean_ciou  over all matched pairs of all items with the right format, each pair counting
-                      once; 0.0 without any pair
-        recall50      gold objects matched with IoU >= 0.5 / all gold objects; refused replies count
-        object_jaccard, triplet_jaccard  means
-        right_scene, wrong_scene  n and accuracy of the items whose triplet Jaccard is >= 0.5, and of the rest
-    """
-    by_category = defaultdict(list)
-    for r in records:
-        by_category[r.get("category") or ""].append(r)
-    lettered = [r["released"] for r in records if "released" in r]
-    summary = (
-        tally(records)
-        | {
-            "unparsed": sum(r["parsed"] is None for r in records),
-            "truncated": sum(r.get("finish_reason") == "length" for r in records),
-            "failed": sum(r.get("finish_reason") == "failed" for r in records),
-            "methods": dict(Counter(r["method"] for r in records).most_common()),
-            "categories": {name: tally(by_category[name]) for name in sorted(by_category)},
-        }
-        | ({"released": sum(lettered) / len(lettered)} if lettered else {})
-    )
-    scenes = [r for r in records if r.get("terms")]
-    if not scenes:
-        return summary
-    pairs = [pair for r in scenes for pair in r["matches"]]
-    n_gold = sum(r["gold_objects"] for r in scenes)
-    terms = {term: _mean(r["terms"][term] for r in scenes) for term in TERMS}
-    return summary | {
-        "scenes": len(scenes),
-        **{"exact" if term == "accuracy" else term: mean for term, mean in terms.items()},
-        "reasons": dict(Counter(r["reason"] for r in scenes if r["reason"]).most_common()),
-        "mean_iou": _mean(iou for *_, iou, _ in pairs) or 0.0,
-        "mean_ciou": _mean(quality for *_, quality in pairs) or 0.0,
-        "recall50": sum(iou >= 0.5 for *_, iou, _ in pairs) / n_gold if n_gold else 1.0,
-        "object_jaccard": _mean(r["object_jaccard"] for r in scenes),
-        "triplet_jaccard": _mean(r["triplet_jaccard"] for r in scenes),
-        "right_scene": tally([r for r in scenes if r["triplet_jaccard"] >= 0.5]),
-        "wrong_scene": tally([r for r in scenes if r["triplet_jaccard"] < 0.5]),
-    }
+    return parsed == (gold.lower() if kind == "yes_no" else gold.upper())

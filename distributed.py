@@ -1,0 +1,126 @@
+"""Processes: how they are set up, what they tell each other, and how they stop.
+
+Nothing here is about reinforcement learning; both trainers use it. Multi-node runs are accelerate's
+launcher's.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+
+# ---- set-up ------------------------------------------------------------------------------------------------
+def make_accelerator(layers: list[str], **options):
+    """FSDP2 over all processes: fp32 masters sharded, bf16 compute on a GPU, fp32 gradient reduction.
+
+    A single GPU is a mesh of one. A single process on a CPU shards nothing: the copies would cost the tiny
+    model half of its speed.
+
+    Args: layers: names of the module classes that are gathered one at a time; options: of the Accelerator.
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    on_gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
+    if on_gpu:
+        launch_alone()
+    # accelerate's own bf16 policy would reduce gradients and return log-probs in bf16 as well.
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        mixed_precision_policy=precision,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=layers,
+        cpu_ram_efficient_loading=False,
+    )
+    fsdp_plugin = plugin if on_gpu else None
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", fsdp_plugin=fsdp_plugin, **options)
+    torch.set_num_threads(threads)  # accelerate counts physical cores, hence half of them in most containers
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate shards on GPUs only; gloo can
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def launch_alone():
+    """Set what a launcher would have set for a single process, unless one has."""
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (alone | {"MASTER_PORT": free_port()}).items():
+        os.environ.setdefault(name, str(value))
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launched() -> bool:
+    """Whether torchrun or `accelerate launch` started this process, as one of several or alone."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+# ---- exchange ----------------------------------------------------------------------------------------------
+def gather(items: list) -> list:
+    """The items of all processes, in order of rank, on every process. Collective; they are pickled."""
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
+
+
+def whole_weights(model):
+    """Yield (name, whole tensor) one at a time. Collective: a sharded weight is gathered by all processes."""
+    # state_dict, not named_parameters: a tied head is listed in it, and would go stale in vLLM otherwise.
+    for name, p in model.state_dict().items():
+        if hasattr(p, "full_tensor"):
+            p = (p.bfloat16() if p.is_cuda else p).full_tensor()  # bf16: what vLLM holds, half the traffic
+        yield name, p
+
+
+def remove_stale_shared_memory():
+    """Remove what an earlier, killed run has left behind. Collective.
+
+    On CPUs the processes of one vLLM engine share memory under one name for all runs, and only an orderly
+    exit removes it. Whoever still has it mapped keeps it.
+    """
+    if os.environ["LOCAL_RANK"] == "0":
+        for left in Path("/dev/shm").glob("*tp:*cpushm*"):
+            left.unlink(missing_ok=True)
+    torch.distributed.barrier()
+
+
+# ---- the end -----------------------------------------------------------------------------------------------
+class Stop:
+    """Ctrl-C and SIGTERM ask for a stop at the next safe point; a second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.signal = 0
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self) -> int:
+        """The signal that any process got, or 0. Collective: all stop at the same point, or none does."""
+        return max(gather([self.signal]))
+
+
+def leave():
+    """End one of several processes at once, when all is written.
+
+    Python's own exit can meet a thread of gloo that lets go of its last tensor, wants the interpreter's lock
+    for that, and aborts the process.
+    """
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -1,0 +1,296 @@
+"""Packed rows: what lies in one, who attends to whom, and the log-probs of its completion tokens.
+
+    packed = pack([(prompt, [completion_ids, ...]), ...], model)
+    logp, entropy = token_logps(model, packed)  # (C,), (C,): all completion tokens, in order
+
+A micro-batch is one row without padding. A prompt with its images is run once for all its completions, each
+of which sees the prompt and itself, exactly what it would see alone: with 750 prompt and 400 completion
+tokens and eight completions a prompt, 43 % of the tokens are left. Log-probs come from a head that never
+holds the logits of more than a few hundred tokens.
+
+Three places count differently, and a mistake between them is silent:
+  row position      0 .. T-1, where a token lies in the packed row; segments and `predicted_at` are these;
+  text position     0 .. L-1 from the beginning of the token's own prompt: what the causal order means;
+  rope position     three numbers (time, height, width): equal for text, the patch's place for an image.
+"""
+
+import functools
+import importlib.util
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import Prompt
+
+FORBIDDEN_BIAS = -100.0  # on the logits of image and video tokens: a sampled one would break the next forward
+
+
+# ---- who computes what -------------------------------------------------------------------------------------
+def balance(groups: list[list[int]], tokens: list[int], processes: int) -> list[list[int]]:
+    """Deal groups out, the largest first, each to the process with the fewest tokens so far.
+
+    Whole groups, since they share their prompt. Returns: each process's members of groups, in order.
+
+    >>> balance([[0, 1], [2, 3], [4, 5]], [2, 4, 6], 2)
+    [[4, 5], [0, 1, 2, 3]]
+    """
+    shares, load = [[] for _ in range(processes)], [0] * processes
+    for size, group in sorted(zip(tokens, groups, strict=True), key=lambda pair: -pair[0]):
+        least = load.index(min(load))
+        shares[least] += group
+        load[least] += size
+    # In the order of sampling again, so that neighbours still share their prompt in `micro_batches`.
+    return [sorted(share) for share in shares]
+
+
+def micro_batches(sequences: list[tuple[object, int, int]], max_tokens: int) -> list[list[int]]:
+    """Indices of sequences, in order, in groups of at most max_tokens (one that is longer stands alone).
+
+    Args: sequences: (key of the prompt, its tokens, the completion's tokens). Neighbours with the same key
+        share the prompt, which then counts once a group: `pack` runs it once.
+
+    >>> micro_batches([("a", 5, 2), ("a", 5, 2), ("b", 5, 1), ("c", 5, 1)], 15)
+    [[0, 1, 2], [3]]
+    """
+    groups, used, last = [], math.inf, None  # inf: the first sequence opens the first group
+    for i, (key, prompt, completion) in enumerate(sequences):
+        cost = completion if groups and key == last else prompt + completion
+        if used + cost > max_tokens:
+            groups.append([])
+            used, cost = 0, prompt + completion  # a group that is cut in two pays for its prompt twice
+        groups[-1].append(i)
+        used, last = used + cost, key
+    return groups
+
+
+# ---- the row -----------------------------------------------------------------------------------------------
+def blank_prompt(config) -> Prompt:
+    """One image token of a grey patch, and nothing to learn from it."""
+    v = config.vision_config
+    patches = v.spatial_merge_size**2  # of one image token
+    pixels = torch.zeros(patches, v.in_channels * v.temporal_patch_size * v.patch_size**2)
+    grid = torch.tensor([[1, v.spatial_merge_size, v.spatial_merge_size]])
+    ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+    return Prompt(None, [], [], ids, pixels, grid)
+
+
+def pack(prompts: list[tuple[Prompt, list[list[int]]]], model) -> dict:
+    """Lay prompts, each followed by its completions, end to end in one row, as a batch for the model.
+
+    Returns: input_ids (1, T), position_ids (4, 1, T), pixel_values, image_grid_thw; segments: (start, end,
+        start of the prompt, its end) in row positions, of every prompt (the last two 0) and completion;
+        target_ids (C,), all completion tokens, completion by completion, and predicted_at (C,), the row
+        position whose hidden state predicts each. Row 0 of position_ids holds text positions, rows 1-3 the
+        rope's.
+    """
+    # FSDP gathers the vision tower's weights when it is called, by all processes or none. A process whose
+    # prompts have no image, or that has no prompt at all, calls it for a blank one, or the others hang.
+    if all(prompt.pixel_values is None for prompt, _ in prompts):
+        prompts = [*prompts, (blank_prompt(model.config), [])]
+    ids, positions, segments, targets, predicted_at = [], [], [], [], []
+    for prompt, completions in prompts:
+        prompt_ids, first, length = torch.tensor([prompt.ids]), len(ids), len(prompt.ids)
+        is_image = (prompt_ids == model.config.image_token_id).int()
+        rope, _ = model.model.get_rope_index(prompt_ids, is_image, prompt.image_grid_thw)  # (3, 1, L)
+        positions.append(torch.cat([torch.arange(length).view(1, 1, -1), rope]))  # (4, 1, L)
+        ids += prompt.ids
+        segments.append((first, len(ids), 0, 0))
+        for completion in completions:
+            start, steps = len(ids), torch.arange(len(completion))
+            # An image of 3 x 3 tokens takes nine text positions but only three rope positions, so the rope of
+            # a completion goes on from the prompt's largest one, in all three dimensions alike. Every
+            # completion of the group starts there again: none lies behind another, though it does in the row.
+            rope_steps = (steps + rope.max() + 1).expand(3, 1, -1)
+            positions.append(torch.cat([(steps + length).view(1, 1, -1), rope_steps]))
+            ids += completion
+            targets += completion
+            segments.append((start, len(ids), first, first + length))
+            # A token is predicted by the one before it. Before a completion's first token that is the
+            # prompt's last one, which lies next to it in the row for the first completion only.
+            predicted_at += [first + length - 1, *range(start, len(ids) - 1)]
+    with_images = [prompt for prompt, _ in prompts if prompt.pixel_values is not None]
+    return {
+        "segments": tuple(segments),  # a tuple: `flash_layout` remembers it by its value
+        "input_ids": torch.tensor([ids]),  # (1, T)
+        "position_ids": torch.cat(positions, dim=2),  # (4, 1, T)
+        "target_ids": torch.tensor(targets, dtype=torch.long),  # (C,)
+        "predicted_at": torch.tensor(predicted_at, dtype=torch.long),  # (C,)
+        # The model puts features in the place of image tokens in this very order, prompt by prompt.
+        "pixel_values": torch.cat([p.pixel_values for p in with_images]),
+        "image_grid_thw": torch.cat([p.image_grid_thw for p in with_images]),
+    }
+
+
+# ---- attention ---------------------------------------------------------------------------------------------
+def attention_implementation() -> dict[str, str]:
+    """Register `packed_attention`; returns what `from_pretrained` takes as attn_implementation."""
+    from transformers import AttentionInterface
+
+    # For a name of ours transformers builds no mask: the segments, which forward hands down, say it all.
+    AttentionInterface.register("packed", packed_attention)
+    vision = "flash_attention_2" if torch.cuda.is_available() and has_flash_attention() else "sdpa"
+    return {"text_config": "packed", "vision_config": vision}
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
+    """Causal attention within the segments of a packed row, so that no T x T mask is ever built.
+
+    Args: query (1, H, T, D), key and value (1, H_kv, T, D); segments: from `pack`, which the model's forward
+        hands down; without them (generation) plain SDPA.
+    Returns: ((1, T, H, D), None), transformers' convention.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if query.is_cuda and has_flash_attention():
+        return flash_attention(query, key, value, segments, scaling), None
+    pieces = []
+    for start, end, prompt_start, prompt_end in segments:
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        if prompt_end == prompt_start:  # a prompt, which sees itself alone
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            pieces.append(attended)
+            continue
+        # The prompt's keys lie elsewhere in the row, perhaps behind other completions: they are fetched.
+        k = torch.cat([key[:, :, prompt_start:prompt_end], k], dim=2)
+        v = torch.cat([value[:, :, prompt_start:prompt_end], v], dim=2)
+        sees = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        # is_causal would align the triangle at the first key. Token t sees the prompt and t + 1 tokens of its
+        # own.
+        sees = sees.tril(prompt_end - prompt_start)
+        # A mask and grouped heads together would leave a GPU the slow kernel: repeat them instead.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        pieces.append(F.scaled_dot_product_attention(q, k, v, sees, scale=scaling))
+    return torch.cat(pieces, dim=2).transpose(1, 2), None  # segments cover the row in order
+
+
+def flash_attention(query, key, value, segments, scaling):
+    """The same in one call of flash-attn, whose causal mask is aligned at the end of the keys."""
+    from flash_attn import flash_attn_varlen_func
+
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rope leaves them in float32
+    seen_at, query_bounds, key_bounds, most_queries, most_keys = flash_layout(segments, query.device)
+    q = query[0].transpose(0, 1)  # (T, H, D)
+    k, v = (x[0, :, seen_at].transpose(0, 1) for x in (key, value))  # (keys of all segments, H_kv, D)
+    bounds = query_bounds, key_bounds, most_queries, most_keys
+    return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True)[None]
+
+
+@functools.lru_cache(2)  # the layers of a forward pass share it; gradient checkpointing asks once more
+def flash_layout(segments, device):
+    """The segments as flash-attn takes them: each a sequence of queries with the keys that it sees.
+
+    Returns: row positions of the keys, segment by segment, the prompt's before the completion's own, so that
+        a mask aligned at the end lets token t see the prompt and t + 1 of its own; bounds of the segments
+        among the queries and among these keys, each (segments + 1,) int32; the most queries and keys of a
+        segment.
+
+    >>> at, query_bounds, key_bounds, *most = flash_layout(((0, 3, 0, 0), (3, 4, 0, 3), (4, 6, 0, 3)), "cpu")
+    >>> at.tolist(), query_bounds.tolist(), key_bounds.tolist(), most
+    ([0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 4, 5], [0, 3, 4, 6], [0, 3, 7, 12], [3, 5])
+    """
+    n_queries = [end - start for start, end, *_ in segments]
+    n_keys = [end - start + prompt_end - prompt_start for start, end, prompt_start, prompt_end in segments]
+    seen_at = np.concatenate([np.r_[a:b, start:end] for start, end, a, b in segments])
+    bounds = [torch.tensor([0, *np.cumsum(n)], dtype=torch.int32, device=device) for n in (n_queries, n_keys)]
+    return torch.from_numpy(seen_at).to(device), *bounds, max(n_queries), max(n_keys)
+
+
+def has_flash_attention() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+# ---- log-probs ---------------------------------------------------------------------------------------------
+class ChunkedLogProbs(torch.autograd.Function):
+    """log p(target) and entropy under softmax((h W^T + bias) / temperature), `chunk` tokens at a time.
+
+    The logits of a 152k vocabulary take 0.6 MB a token; here those of at most `chunk` tokens exist at a time,
+    in two copies, in the backward pass as well, which computes them again. The weight's gradient is summed up
+    in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, temperature, chunk):  # (C, D), (V, D), (C,), (V,)
+        ctx.save_for_backward(hidden, weight, targets, bias)
+        ctx.temperature, ctx.chunk, pieces = temperature, chunk, []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = ChunkedLogProbs.logits(h, weight, bias, temperature)  # (chunk, V) float32
+            logits.sub_(logits.amax(-1, keepdim=True))  # exp cannot overflow
+            p = logits.exp()  # not yet divided by its sum
+            norm = p.sum(-1)  # (chunk,)
+            logp = logits.gather(1, t[:, None])[:, 0] - norm.log()
+            # -sum p/norm (logits - log norm) = log norm - sum p logits / norm. bmm, since (p * logits) would
+            # be a third copy of the logits.
+            entropy = norm.log() - torch.bmm(p[:, None], logits[..., None])[:, 0, 0] / norm
+            pieces.append(torch.stack([logp, entropy]))
+        return torch.cat(pieces, dim=1)  # (2, C)
+
+    @staticmethod
+    def backward(ctx, grad):  # (2, C); the entropy is measured, not trained on
+        hidden, weight, targets, bias = ctx.saved_tensors
+        grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        # d logp / d logits = (1[target] - p) / temperature: the bias is a constant, the temperature a factor.
+        pieces = (x.split(ctx.chunk) for x in (hidden, targets, grad[0] / ctx.temperature))
+        for h, t, g in zip(*pieces, strict=True):
+            logits = ChunkedLogProbs.logits(h, weight, bias, ctx.temperature)
+            p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+            d = p.mul_((-g / p.sum(-1))[:, None])  # g (1[target] - p), first its second half
+            d.scatter_add_(1, t[:, None], g[:, None].to(d.dtype))  # and its first, in place
+            d = d.to(weight.dtype)
+            grad_hidden.append(d @ weight)
+            if d.dtype == grad_weight.dtype:
+                grad_weight.addmm_(d.T, h)  # without a second (V, D)
+            else:  # bf16 products of thousands of chunks: in a bf16 sum the late ones would be rounded away
+                grad_weight += d.T @ h
+        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None, None, None
+
+    @staticmethod
+    def logits(hidden, weight, bias, temperature):
+        return F.linear(hidden, weight).float().add_(bias).div_(temperature)  # (chunk, V)
+
+
+def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk: int):
+    """Let `model.lm_head` return log-probs and entropies (1, C, 2) while `lm_head.targets` is set.
+
+    They are of the tokens `targets`, each predicted by the hidden state at `predicted_at`, at the sampler's
+    temperature and with its FORBIDDEN_BIAS. Without targets (generation) the head is the usual one.
+    """
+    # The head stays the module that the model's forward calls, once: under FSDP its weight is gathered and
+    # its gradient reduced there and nowhere else. A second call, or a use of the weight outside, would see a
+    # shard. What it needs beside the hidden states cannot come through forward, so it waits on the module.
+    head = model.lm_head
+    bias = torch.zeros(head.weight.shape[0])  # (V,); the shape of the whole, which sharding keeps
+    bias[forbidden_ids] = FORBIDDEN_BIAS
+
+    def forward(hidden):
+        if head.targets is None:
+            return F.linear(hidden, head.weight)
+        # Completions share the end of their prompt. index_select sums its gradients up in order; the indexing
+        # of transformers' logits_to_keep does not, and a resumed run would differ in the last bits.
+        hidden = hidden[0].index_select(0, head.predicted_at)  # (C, D)
+        out = ChunkedLogProbs.apply(
+            hidden, head.weight, head.targets, bias.to(hidden.device), temperature, chunk
+        )  # (2, C)
+        return out.T[None]
+
+    head.targets = None
+    head.forward = forward
+
+
+def token_logps(model, packed: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies (nats) of a packed row's completion tokens: (C,), (C,), sequence by sequence.
+
+    One function for policy, old policy and reference; at the sampler's temperature, with its token biases.
+    `packed` comes from `pack`; `model` went through `use_logprob_head`.
+    """
+    inputs = dict(packed)
+    head = getattr(model, "module", model).lm_head  # accelerate may wrap a model
+    head.targets, head.predicted_at = inputs.pop("target_ids"), inputs.pop("predicted_at")  # (C,), (C,)
+    try:
+        out = model(**inputs, use_cache=False).logits[0]  # (C, 2)
+    finally:
+        head.targets = None  # the next caller may be `generate`
+    return out[:, 0], out[:, 1].detach()

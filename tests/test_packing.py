@@ -1,0 +1,316 @@
+"""Packed rows: who is packed with whom, what attends to what, and log-probs equal to every sequence alone."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from bounds import gradient_bound, logp_bound, rounding
+from models import load_plain, plain_logits
+from pictures import noise
+
+from data import PromptEncoder, load_samples
+from packing import (
+    FORBIDDEN_BIAS,
+    ChunkedLogProbs,
+    attention_implementation,
+    balance,
+    blank_prompt,
+    flash_layout,
+    micro_batches,
+    pack,
+    packed_attention,
+    token_logps,
+    use_logprob_head,
+)
+
+LONGEST = 160  # tokens: no sequence here is longer
+
+
+# ---- who computes what ----
+def test_micro_batches_count_a_shared_prompt_once():
+    same = [("a", 10, 5)] * 4
+    assert micro_batches(same, 30) == [[0, 1, 2, 3]]
+    assert micro_batches(same, 29) == [[0, 1, 2], [3]]
+    assert micro_batches(same, 20) == [[0, 1], [2, 3]]
+    assert micro_batches(same, 3) == [[0], [1], [2], [3]]  # longer than the budget: alone
+    assert micro_batches([("a", 10, 5), ("b", 10, 5), ("a", 10, 5)], 30) == [[0, 1], [2]]
+    assert micro_batches([], 30) == []
+
+
+def test_a_group_that_is_cut_in_two_pays_for_its_prompt_twice():
+    # 10 + 5 + 5 = 20 fills the first; the third opens another with its prompt, 15, and only 5 more fit
+    assert micro_batches([("a", 10, 5)] * 5, 20) == [[0, 1], [2, 3], [4]]
+    assert micro_batches([("a", 10, 5), ("a", 10, 5), ("a", 10, 1), ("b", 3, 1)], 20) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_balance_deals_every_group_once_and_evenly(processes):
+    """The greedy rule's guarantee: the fullest process has at most the mean plus one group (Graham, 1969)."""
+    rng = random.Random(processes)
+    for _ in range(20):
+        tokens = [rng.randrange(1, 1000) for _ in range(rng.randrange(0, 30))]
+        groups = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(len(tokens))]
+        shares = balance(groups, tokens, processes)
+        assert len(shares) == processes
+        assert sorted(k for share in shares for k in share) == list(range(3 * len(tokens)))
+        assert all(share == sorted(share) for share in shares)
+        loads = [sum(tokens[k // 3] for k in share[::3]) for share in shares]
+        assert max(loads) <= sum(tokens) / processes + max(tokens, default=0)
+
+
+def test_balance_by_hand():
+    # largest first: 9 to the first process, 8 to the second, 7 to the second (8 < 9), 2 to the first
+    assert balance([[0], [1], [2], [3]], [7, 9, 2, 8], 2) == [[1, 2], [0, 3]]
+
+
+# ---- log-probs of the real model ----
+@pytest.fixture(scope="module")
+def tiny(tiny_base, tiny_data):
+    """Model, and prompts with completions: images of three sizes, two in one prompt, none in another."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(tiny_base)
+    encoder = PromptEncoder(processor, "spatial_thinker", 784, 802816)
+    samples = load_samples(str(tiny_data))
+    model = AutoModelForImageTextToText.from_pretrained(
+        tiny_base, dtype=torch.float32, attn_implementation=attention_implementation()
+    )
+    rng = np.random.default_rng(0)
+    image, wide, tall = (noise(*size) for size in ((84, 84), (140, 56), (28, 84)))
+    kinds = [samples[0].encoded_images, (), (wide,), (tall, image), samples[1].encoded_images]
+    prompts = [encoder(dataclasses.replace(samples[i], encoded_images=k)) for i, k in enumerate(kinds)]
+    return model, [
+        (p, [rng.integers(300, 600, n).tolist() for n in (1, 5 + 9 * i, 30)[: 1 + i % 3]])
+        for i, p in enumerate(prompts)
+    ]
+
+
+def plain_logps(model_folder, prompt, completion, forbidden, temperature):
+    """(log-probs, entropies, gradients of their sum) of one sequence alone, by log_softmax and autograd."""
+    assert len(prompt.ids) + len(completion) <= LONGEST
+    model = load_plain(model_folder)
+    logits = plain_logits(model, prompt, completion)
+    bias = torch.zeros(logits.shape[-1])
+    bias[forbidden] = FORBIDDEN_BIAS
+    logps = ((logits + bias) / temperature).log_softmax(-1)
+    entropy = -(logps.exp() * logps).sum(-1)
+    logps = logps.gather(1, torch.tensor(completion)[:, None])[:, 0]
+    logps.sum().backward()
+    return logps.detach(), entropy.detach(), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_packed_with_shared_prompts_equals_every_sequence_alone(tiny, tiny_base, chunk):
+    """Log-probs, entropies and gradients: padding, packing, sharing and chunking change none of them."""
+    model, prompts = tiny
+    forbidden = [model.config.image_token_id, model.config.video_token_id]
+    use_logprob_head(model, forbidden, 0.7, chunk)
+    model.zero_grad()
+    logp, entropy = token_logps(model, pack(prompts, model))
+    logp.sum().backward()
+    want = [plain_logps(tiny_base, p, c, forbidden, 0.7) for p, completions in prompts for c in completions]
+    near = {"atol": logp_bound(model.config, LONGEST), "rtol": 0}
+    np.testing.assert_allclose(logp.detach(), torch.cat([w[0] for w in want]), **near)
+    np.testing.assert_allclose(entropy, torch.cat([w[1] for w in want]), **near)
+    bound = gradient_bound(model.config, sum(map(len, logp.split(1))))
+    whole = sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5
+    for k, (name, p) in enumerate(model.named_parameters()):
+        alone = sum(w[2][k] for w in want if w[2][k] is not None)  # text alone: no gradient of the tower
+        # Relative to the parameter's own gradient, or where that is next to nothing (the bias of keys, which
+        # softmax does not feel) to that of all.
+        assert (p.grad - alone).norm() <= bound * (alone.norm() + 1e-3 * whole), name
+
+
+def test_gradients_do_not_depend_on_packing_or_chunk(tiny):
+    model, prompts = tiny
+    gradients = []
+    last, completions = prompts[4]
+    split = [
+        [prompts[3], (last, completions[:1])],
+        [prompts[0]],
+        [(last, completions[1:])],
+        [prompts[1]],
+        [prompts[2]],
+        [],
+    ]  # one prompt in two batches, text alone, nothing
+    for chunk, batches in ((1024, [prompts]), (5, split)):
+        use_logprob_head(model, [], 1.0, chunk)
+        model.zero_grad()
+        for batch in batches:
+            logp, _ = token_logps(model, pack(batch, model))
+            logp.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert error < gradient_bound(model.config, LONGEST)
+    assert gradients[0].norm() > 0
+
+
+def test_a_group_shares_its_prompt(tiny):
+    model, prompts = tiny
+    prompt, completions = prompts[2]
+    batch = pack([(prompt, completions)], model)
+    assert batch["input_ids"].shape[1] == len(prompt.ids) + sum(map(len, completions))
+    assert len(batch["pixel_values"]) == len(prompt.pixel_values)
+    # a completion sees the prompt and itself, not the one before it
+    starts = [segment[0] for segment in batch["segments"]]
+    other = [i + 1 for i in completions[0]]
+    use_logprob_head(model, [], 1.0, 1024)
+    with torch.no_grad():
+        one, _ = token_logps(model, batch)
+        two, _ = token_logps(model, pack([(prompt, [other, *completions[1:]])], model))
+    n = len(completions[0])
+    assert starts == [0, len(prompt.ids), len(prompt.ids) + n, len(prompt.ids) + n + len(completions[1])]
+    assert torch.equal(one[n:], two[n:]) and not torch.equal(one[:n], two[:n])
+
+
+def test_the_row_by_hand(tiny):
+    """A prompt of text alone, two completions: places, targets and positions counted on fingers."""
+    model, prompts = tiny
+    prompt = dataclasses.replace(prompts[1][0], ids=[10, 11, 12], pixel_values=None, image_grid_thw=None)
+    packed = pack([(prompt, [[20, 21], [30]])], model)
+    assert packed["input_ids"][0, :6].tolist() == [10, 11, 12, 20, 21, 30]
+    assert packed["segments"][:3] == ((0, 3, 0, 0), (3, 5, 0, 3), (5, 6, 0, 3))
+    assert packed["target_ids"].tolist() == [20, 21, 30]
+    assert packed["predicted_at"].tolist() == [2, 3, 2]  # the prompt's end predicts both beginnings
+    for dimension in packed["position_ids"][:, 0, :6].tolist():  # no image: text and rope count alike
+        assert dimension == [0, 1, 2, 3, 4, 3]
+    # text alone: a blank image follows, which nothing is learnt from
+    assert packed["segments"][3] == (6, 9, 0, 0) and len(packed["pixel_values"]) == 4
+    assert packed["input_ids"][0, 6:].tolist() == blank_prompt(model.config).ids
+
+
+def test_rope_goes_on_from_the_prompts_largest_position(tiny):
+    """An image of 3 x 3 tokens takes 3 rope positions: the completion's are 6 behind its text positions."""
+    model, prompts = tiny
+    prompt, completions = prompts[0]
+    position_ids = pack([(prompt, completions)], model)["position_ids"][:, 0]
+    n = len(prompt.ids)
+    assert prompt.ids.count(model.config.image_token_id) == 9
+    assert position_ids[0, n:].tolist() == [n + t for t in range(len(completions[0]))]
+    for dimension in position_ids[1:]:
+        assert dimension[n:].tolist() == [n - 6 + t for t in range(len(completions[0]))]
+
+
+def test_logits_never_exist_for_more_than_a_chunk(tiny):
+    """Forward and backward: no tensor with a column for every vocabulary entry has more rows than `chunk`."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model, prompts = tiny
+    vocabulary, width = model.lm_head.weight.shape
+    rows = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and out.shape[-1:] == (vocabulary,):
+                rows.add(out.numel() // vocabulary)
+            return out
+
+    use_logprob_head(model, [], 1.0, 8)
+    with Spy():
+        logp, _ = token_logps(model, pack(prompts, model))
+        logp.sum().backward()
+    assert len(logp) > 100
+    assert max(rows - {width}) == 8  # (width, vocabulary) is the head itself, transposed
+
+
+def test_the_image_reaches_the_logps(tiny):
+    """Another image, same text: other log-probs. A batch that drops or mixes up images would not see it."""
+    model, prompts = tiny
+    use_logprob_head(model, [], 1.0, 1024)
+    (a, completions), b = prompts[0], prompts[4]
+    swapped = dataclasses.replace(a, pixel_values=b[0].pixel_values)
+    with torch.no_grad():
+        one, _ = token_logps(model, pack([b, (a, completions)], model))
+        two, _ = token_logps(model, pack([b, (swapped, completions)], model))
+    n = sum(map(len, b[1]))
+    assert torch.equal(one[:n], two[:n])
+    assert (one[n:] - two[n:]).abs().max() > 2 * logp_bound(model.config, LONGEST)  # more than rounding
+
+
+def test_the_head_alone_in_float64():
+    """Log-probs, entropy and both gradients against autograd: bias, temperature, a last chunk of two."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((8, 5), (11, 5)))
+    targets, bias = torch.randint(0, 11, (8,), generator=g), torch.randn(11, generator=g)
+    upstream = torch.randn(8, generator=g, dtype=torch.float64)
+    got_in, want_in = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
+    out = ChunkedLogProbs.apply(*got_in, targets, bias, 0.6, 3)
+    (out[0] * upstream).sum().backward()
+    want = F.log_softmax((want_in[0] @ want_in[1].T + bias) / 0.6, dim=-1)
+    logp = want.gather(1, targets[:, None])[:, 0]
+    (logp * upstream).sum().backward()
+    near = {"atol": rounding(5, 11, 8), "rtol": 0}  # logits, their sum and the weight's gradient are float32
+    np.testing.assert_allclose(out[0].detach(), logp.detach(), **near)
+    np.testing.assert_allclose(out[1].detach(), -(want.exp() * want).sum(-1).detach(), **near)
+    for got, plain in zip(got_in, want_in, strict=True):
+        np.testing.assert_allclose(got.grad, plain.grad, **near)
+
+
+# ---- attention ----
+SEGMENTS = ((0, 5, 0, 0), (5, 9, 0, 5), (9, 10, 0, 5), (10, 13, 0, 0), (13, 19, 10, 13))  # two prompts
+
+
+def attention_inputs():
+    g = torch.Generator().manual_seed(1)
+    query = torch.randn(1, 4, 19, 8, generator=g)  # (1, H, T, D)
+    return query, *(torch.randn(1, 2, 19, 8, generator=g) for _ in range(2))  # (1, H_kv, T, D)
+
+
+def dense_attention(query, key, value):
+    """The definition: one T x T mask, every token sees its prompt and its own segment up to itself."""
+    sees = torch.zeros(19, 19, dtype=torch.bool)
+    for start, end, prompt_start, prompt_end in SEGMENTS:
+        for t in range(start, end):
+            sees[t, prompt_start:prompt_end] = True
+            sees[t, start : t + 1] = True
+    key, value = (x.repeat_interleave(2, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) * 0.3).masked_fill(~sees, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def test_packed_attention_equals_a_dense_mask():
+    query, key, value = attention_inputs()
+    got, _ = packed_attention(None, query, key, value, None, scaling=0.3, segments=SEGMENTS)
+    np.testing.assert_allclose(got, dense_attention(query, key, value), atol=rounding(8, 19), rtol=0)
+
+
+def flash_by_definition(q, k, v, query_bounds, key_bounds, most_queries, most_keys, softmax_scale, causal):
+    """What flash_attn_varlen_func documents: segments apart, the causal mask aligned at their last keys."""
+    assert causal and most_queries == max(np.diff(query_bounds)) and most_keys == max(np.diff(key_bounds))
+    pieces = []
+    for i in range(len(query_bounds) - 1):
+        qi = q[query_bounds[i] : query_bounds[i + 1]].transpose(0, 1)  # (H, queries, D)
+        ki, vi = (x[key_bounds[i] : key_bounds[i + 1]].transpose(0, 1) for x in (k, v))
+        ki, vi = (x.repeat_interleave(len(qi) // len(x), dim=0) for x in (ki, vi))
+        n, m = qi.shape[1], ki.shape[1]
+        sees = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+        scores = (qi @ ki.transpose(1, 2) * softmax_scale).masked_fill(~sees, -torch.inf)
+        pieces.append((scores.softmax(-1) @ vi).transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def test_the_flash_path_equals_a_dense_mask(monkeypatch):
+    """flash-attn needs a GPU; here its documented function stands in for it, around our layout."""
+    import sys
+    import types
+
+    from packing import flash_attention
+
+    module = types.SimpleNamespace(flash_attn_varlen_func=flash_by_definition)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    query, key, value = attention_inputs()
+    got = flash_attention(query, key, value, SEGMENTS, 0.3)
+    np.testing.assert_allclose(got, dense_attention(query, key, value), atol=rounding(8, 19), rtol=0)
+
+
+def test_flash_layout_by_hand():
+    at, query_bounds, key_bounds, most_queries, most_keys = flash_layout(SEGMENTS, torch.device("cpu"))
+    own = [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9], [10, 11, 12], [13, 14, 15, 16, 17, 18]]
+    prompts = [[], own[0], own[0], [], own[3]]
+    assert at.tolist() == [x for p, o in zip(prompts, own, strict=True) for x in p + o]
+    assert query_bounds.tolist() == [0, 5, 9, 10, 13, 19] and key_bounds.tolist() == [0, 5, 14, 20, 23, 32]
+    assert (most_queries, most_keys) == (6, 9) and query_bounds.dtype == key_bounds.dtype == torch.int32
