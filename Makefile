@@ -1,5 +1,8 @@
 # make demo    train, merge and evaluate a tiny model on this machine, GPU or not
-# make test    the test suite (PYTEST_ARGS="-k reward -x" narrows it)
+# make test    lint and the whole test suite (PYTEST_ARGS="-k reward -x" narrows it)
+# make quick   lint and the tests that are fast: a minute, for people at work
+# make mutants every formula broken once, and the test that notices (an hour)
+# make house   the files: their size, their longest function, whom they import
 # make warm-start   the start of the demo, from nothing (12 minutes); assets/tiny holds the result
 # make bench   micro-benchmarks
 # make lint    ruff: mistakes, and the format
@@ -11,7 +14,7 @@ python = .venv/bin/python
 demo = runs/tiny
 evaluate = $(python) evaluate.py --dataset $(demo)/data/val.parquet --min_pixels 784 --max_new_tokens 192 --out $(demo)
 
-.PHONY: demo warm-start test bench lint setup clean clean-venv
+.PHONY: demo warm-start test quick mutants house bench lint setup clean clean-venv
 
 demo: .venv/.ready
 	rm -rf $(demo)
@@ -32,8 +35,17 @@ warm-start: .venv/.ready
 	$(python) train_sft.py configs/tiny_sft.yaml
 	@echo "To ship it: cp runs/warm/sft/final/* assets/tiny/"
 
-test: .venv/.ready
+test: lint
 	$(python) -m pytest $(PYTEST_ARGS)
+
+quick: lint
+	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+mutants: .venv/.ready
+	$(python) tests/mutants.py
+
+house: .venv/.ready
+	$(python) tests/test_house.py
 
 bench: .venv/.ready
 	set -e; for script in benchmarks/*.py; do echo "$$script"; $(python) "$$script"; done
