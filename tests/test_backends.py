@@ -220,7 +220,7 @@ def test_the_models_own_sampling_settings_are_not_used(tiny_start, tiny_data, tm
                 path,
                 tiny_data,
                 tmp_path,
-                *("--provider", "hf", "--max_new_tokens", "64", "--limit", "4"),
+                *("--provider", "hf", "--max_new_tokens", "48", "--limit", "2"),
                 *("--custom_filename", name),
             )
         )

@@ -185,6 +185,7 @@ def lines_of(path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_and_continued(tiny_data, tmp_path):
     """kill -9 three times; nothing is lost, nothing that has an answer is asked again."""
 

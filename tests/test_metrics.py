@@ -44,19 +44,19 @@ def test_means_of_completions_by_hand():
 
 
 def test_sums_of_updates_by_hand():
-    """Two processes, two updates: means over all tokens; norms and skips of an update once."""
+    """Two processes, three updates: means over all tokens; norms and skips of an update once."""
     nan = dict(grad_norm=math.nan, skipped=True)
     one = [UpdateStats(10, 30, loss=1.0, kl=2.0, mismatch=0.1, mismatch_max=0.05, grad_norm=3.0)]
-    one += [UpdateStats(10, 30, entropy=4.0, clip_low=1, capped=2, **nan)]
+    one += [UpdateStats(10, 30, entropy=4.0, clip_low=1, capped=2, **nan), UpdateStats(grad_norm=5.0)]
     two = [UpdateStats(30, 50, loss=5.0, clip_high=3, mismatch=0.3, mismatch_max=0.02, grad_norm=3.0)]
-    two += [UpdateStats(10, 20, clip_dual=6, **nan)]
+    two += [UpdateStats(10, 20, clip_dual=6, **nan), UpdateStats(grad_norm=5.0)]
     m = step_metrics([[rollout(0, 1, 0), rollout(0, 1, 0)]], [one, two])
     got = {k: m[k] for k in ("loss", "kl", "entropy", "clip_low", "clip_high", "clip_dual", "capped")}
     want = dict(loss=0.1, kl=2 / 60, entropy=4 / 60, clip_low=1 / 60, clip_high=3 / 60, clip_dual=0.1)
     assert got == pytest.approx(want | {"capped": 2 / 60}, **NEAR)
     assert (m["tokens"], m["trained"], m["mismatch_max"]) == (60, 130, 0.05)
     assert m["mismatch_mean"] == pytest.approx(0.4 / 60, **NEAR)
-    assert (m["grad_norm"], m["skipped"]) == (3.0, 1)
+    assert (m["grad_norm"], m["skipped"]) == (4.0, 1)  # of 3, 5 and one that is not finite
     assert step_metrics([[rollout(0, 1, 0)]], [[UpdateStats(1, **nan)]])["grad_norm"] == 0
 
 

@@ -250,6 +250,19 @@ def test_the_head_alone_in_float64():
         np.testing.assert_allclose(got.grad, plain.grad, **near)
 
 
+def test_in_bfloat16_the_weights_gradient_is_summed_in_float32():
+    """512 chunks that each add 1/512 of a sum: in bf16, which has 8 bits, the later ones would be lost."""
+    n = 512
+    hidden = torch.ones(n, 2, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
+    out = ChunkedLogProbs.apply(hidden, weight, torch.zeros(n, dtype=torch.long), torch.zeros(3), 1.0, 1)
+    out[0].sum().backward()
+    # p = 1/3 each: n (1 - 1/3) of the target's row, -n / 3 of the rest; in bf16 1/3 is off by 2^-9
+    want = torch.tensor([[2 * n / 3] * 2, [-n / 3] * 2, [-n / 3] * 2])
+    np.testing.assert_allclose(weight.grad.float(), want, rtol=2.0**-8)
+    assert weight.grad.dtype == hidden.grad.dtype == torch.bfloat16
+
+
 # ---- attention ----
 SEGMENTS = ((0, 5, 0, 0), (5, 9, 0, 5), (9, 10, 0, 5), (10, 13, 0, 0), (13, 19, 10, 13))  # two prompts
 
