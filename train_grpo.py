@@ -336,10 +336,10 @@ def batch_loss(batch: list[Rollout], logp: torch.Tensor, cfg: GRPOConfig) -> tup
 # Four ways of counting meet here:
 #   row      a line of the data set; prompt_of(row) is its prompt. Neighbours with one row share the prompt.
 #   k        a rollout of the step, 0 .. N-1: its place in `rollouts`, the same list on every process.
-# share    the k's that one process trains on in one update. plans[update][process] is a share. Every process
-# knows all shares, so that all count the same tokens and yield the same number of micro-batches. token    a
-# place in a packed row (packing.py), which holds prompts as well. What comes out of it, (C,), are completion
-# tokens only, rollout by rollout in the order of the micro-batch's k's.
+#   share    the k's that one process trains on in one update: plans[update][process]. Every process knows all
+#            shares, so that all count the same tokens and yield the same number of micro-batches.
+#   token    a place in a packed row (packing.py), which holds prompts as well. What comes out of the head,
+#            (C,), are completion tokens only, rollout by rollout in the order of the micro-batch's k's.
 @dataclass(frozen=True)
 class Learner:
     """What accelerate has prepared, and how a row of the data becomes a prompt."""

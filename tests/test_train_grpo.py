@@ -82,6 +82,7 @@ def one_token(ratio, advantage, **kwargs):
     (1.25, 2.0, -2.5, -2.5, None),  # inside the wider upper side
     (0.5, 2.0, -1.0, -1.0, None),  # a good token that got unlikely is pulled back unclipped
     (0.5, -2.0, 1.6, 0.0, "clip_low"),  # 0.5 < 1 - 0.2: 2 * 0.8, flat
+    (0.75, -2.0, 1.6, 0.0, "clip_low"),  # the lower side is the narrower one
     (1.5, -2.0, 3.0, 3.0, None),  # a bad token that got likely is pushed down unclipped
     (4.0, -2.0, 6.0, 0.0, "clip_dual"),  # until the dual clip: 2 * 3
 ])  # fmt: skip
@@ -228,6 +229,11 @@ def test_plan_updates_by_hand():
     assert plan_updates(rollouts, cfg, 1) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     assert plan_updates(rollouts, cfg, 3)[0] == [[2, 3], [0, 1], []]
     assert plan_updates(rollouts[:4], cfg, 2) == [[[0, 1], []], [[2, 3], []]]
+    # the prompt counts: 40 + 4 is more than 5 + 20, so the first group goes to the first process
+    long = [*(rollout(0, 40, range(2)) for _ in range(2)), *(rollout(1, 5, range(10)) for _ in range(2))]
+    assert plan_updates(long, GRPOConfig(prompts_per_step=2, group_size=2, updates_per_step=1), 2) == [
+        [[0, 1], [2, 3]]
+    ]
 
 
 def test_dead_groups_are_replaced_by_rows_that_were_not_drawn():
@@ -256,6 +262,8 @@ def test_dead_groups_are_replaced_by_rows_that_were_not_drawn():
     asked.clear()
     got, replaced = replace_dead(groups, [0, 1, 2, 3], roll_out, 5, 7, cfg)  # one row is left for two groups
     assert asked == [[4]] and replaced == 1 and [g[0].row for g in got] == [0, 4, 2, 3]
+    mixed = [[rollout(0, score=Score(reward=x)) for x in (0.0, 0.5, 1.0)]]  # one advantage is 0: alive
+    assert replace_dead(mixed, [0], None, 10, 7, cfg) == (mixed, 0)
     off = GRPOConfig(prompts_per_step=4, updates_per_step=1)
     assert replace_dead(groups, [0, 1, 2, 3], None, 10, 7, off) == (groups, 0)
 
