@@ -191,6 +191,7 @@ def test_an_empty_reply_is_an_answer_that_says_nothing(tiny_data, tmp_path):
 HF = ("--provider", "hf", "--max_new_tokens", "12")
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_change_replies(tiny_base, tiny_data, tmp_path):
     for size in ("1", "7"):
         main(
@@ -208,6 +209,7 @@ def test_batch_size_does_not_change_replies(tiny_base, tiny_data, tmp_path):
     assert [r["n_tokens"] for r in one] == [r["n_tokens"] for r in seven]
 
 
+@pytest.mark.slow
 def test_the_models_own_sampling_settings_are_not_used(tiny_start, tiny_data, tmp_path):
     """Qwen2.5-VL ships a penalty for repetition, which vLLM is not given either."""
     model = shutil.copytree(tiny_start, tmp_path / "model")
@@ -228,6 +230,7 @@ def test_the_models_own_sampling_settings_are_not_used(tiny_start, tiny_data, tm
     assert [r["reply"] for r in own] == [r["reply"] for r in plain]
 
 
+@pytest.mark.slow
 def test_batches_mark_padding_and_image_tokens(tiny_base, tiny_data, tmp_path, monkeypatch):
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 

@@ -114,6 +114,7 @@ def test_records_have_the_keys_that_are_declared(tiny_data, tmp_path):
     assert (failed["kind"], failed["finish_reason"], failed["parsed"]) == ("point", "failed", None)
 
 
+@pytest.mark.slow
 def test_every_benchmark_runs_from_its_rows_to_its_table(tiny_base, tmp_path, capsys):
     """All 21 names, the real model class, one load of it."""
     fixtures.write_all(tmp_path / "data")
@@ -421,6 +422,7 @@ def test_report_is_one_page_and_one_picture(tmp_path, capsys):
         main(["--report", str(again)])
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tiny_data, tmp_path):
     def respond(body, nth):
         time.sleep(0.1 if len(api.bodies) < 8 else 20)

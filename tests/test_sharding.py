@@ -7,6 +7,7 @@ from models import distance
 from runs import run_script, settings
 from transformers import AutoConfig
 
+pytestmark = pytest.mark.slow
 LONGEST = 200  # tokens of a sequence, at most
 
 

@@ -16,6 +16,8 @@ from answers import parse_choice
 from data import load_samples
 from merge import merge
 
+pytestmark = pytest.mark.slow
+
 # What float32 agrees to in trainer and vLLM: README's figure, ten times what is seen, a tenth of a stale
 # weight.
 AGREED = 1e-4

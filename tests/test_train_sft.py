@@ -18,6 +18,7 @@ from data import PromptEncoder, load_samples
 from packing import attention_implementation, pack
 from train_sft import SFTConfig, build_model, completion_loss_sum, parameter_groups, schedule
 
+pytestmark = pytest.mark.slow
 LONGEST = 200  # tokens of a sequence, at most
 
 
