@@ -1,6 +1,17 @@
 """What several test modules share: the untrained tiny model and a few drawn rows."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
+
+# torch's compiler keeps what it has compiled and does not ask for which instruction set: a process with
+# another ATEN_CPU_CAPABILITY would get it as well, and wrong results from it (indices out of range, in vLLM's
+# embedding).
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    cache = Path(tempfile.gettempdir()) / f"torchinductor-{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +38,4 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_start():
     """Folder of the tiny model that the demo starts from: it answers in the trained format."""
-    from pathlib import Path
-
     return Path(__file__).parents[1] / "assets" / "tiny"

@@ -343,7 +343,6 @@ def test_a_reply_ends_with_its_end_token_or_where_it_is_cut(tiny_base, tiny_data
 @pytest.mark.slow
 def test_the_engine_gives_what_vllms_own_generate_gives(tiny_base, tiny_data):
     """Equal tokens and log-probs to the last bit, n of each in order; another prompt is an error."""
-    pytest.importorskip("vllm")
     printed = run_script("tests/engine.py", tiny_base, tiny_data / "val.parquet").stdout
     got = json.loads(printed.splitlines()[-1])
     keys = [f"row {i}" for i in range(7)]
@@ -359,7 +358,6 @@ def test_the_engine_gives_what_vllms_own_generate_gives(tiny_base, tiny_data):
 @pytest.fixture(scope="module")
 def greedy(tiny_start, tiny_data, tmp_path_factory):
     """Folder with vllm.jsonl, hf.jsonl: greedy replies of the trained tiny model."""
-    pytest.importorskip("vllm")
     out = tmp_path_factory.mktemp("greedy")
     for provider in ("vllm", "hf"):  # a process each: vLLM sets the threads of the whole process
         run_script(
@@ -427,7 +425,6 @@ def test_vllms_own_server_gives_the_same_replies(greedy, tiny_start, tiny_data, 
 @pytest.mark.slow
 def test_vllm_samples_more_than_one_prefill_holds(tiny_base, tiny_data, tmp_path):
     """24 prompts of 280 tokens: more than one prefill takes, where a CPU generator once had to be rewound."""
-    pytest.importorskip("vllm")
     run_script(
         "evaluate.py",
         *flags(

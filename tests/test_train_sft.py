@@ -225,7 +225,6 @@ def test_the_makefile_makes_the_warm_start_with_the_config(warm):
 
 
 def test_lora_trains_linear_layers_only_and_is_merged(warm, tmp_path):
-    pytest.importorskip("peft")
     out = tmp_path / "lora"
     small = dict(lora_rank=4, target="answer", template="no_reasoning", epochs=0.2, weight_decay=0)
     run_script(*command(warm, out=out, learning_rate=1e-2, **small))
