@@ -13,7 +13,7 @@ import pytest
 from bounds import logp_bound
 from fixtures import flags
 from PIL import Image
-from runs import run_script, start_script, wait_until
+from programs import run_script, start_script, wait_until
 from servers import KEY, anthropic_answer, openai_answer, serve, text_of
 
 from backends import end_token_ids, hf_generate

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import fixtures
 import pytest
 from fixtures import flags, served, write_results
-from runs import run_script, start_script, wait_until
+from programs import run_script, start_script, wait_until
 from servers import openai_answer, serve, text_of
 
 from backends import png

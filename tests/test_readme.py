@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import REPO
+from programs import REPO
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 

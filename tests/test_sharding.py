@@ -4,7 +4,7 @@ import pytest
 import torch
 from bounds import gradient_bound
 from models import distance
-from runs import run_script, settings
+from programs import run_script, settings
 from transformers import AutoConfig
 
 pytestmark = pytest.mark.slow

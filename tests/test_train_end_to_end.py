@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bounds import rounding
-from runs import REPO, metrics, run_script, settings, start_script, wait_until
+from programs import REPO, metrics, run_script, settings, start_script, wait_until
 from safetensors.torch import load_file
 
 from answers import parse_choice

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from bounds import U64, gradient_bound, logp_bound, rounding
 from models import load_plain, plain_logits
-from runs import REPO, metrics, run_script, settings, start_script, wait_until
+from programs import REPO, metrics, run_script, settings, start_script, wait_until
 
 import synthesize
 from data import PromptEncoder, load_samples
