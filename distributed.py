@@ -4,27 +4,32 @@ Nothing here is about reinforcement learning; both trainers use it. Multi-node r
 launcher's.
 """
 
+import contextlib
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 
 # ---- set-up ------------------------------------------------------------------------------------------------
-def make_accelerator(layers: list[str], **options):
+def make_accelerator(layers: list[str], timeout_min: float = 120, **options):
     """FSDP2 over all processes: fp32 masters sharded, bf16 compute on a GPU, fp32 gradient reduction.
 
     A single GPU is a mesh of one. A single process on a CPU shards nothing: the copies would cost the tiny
     model half of its speed.
 
-    Args: layers: names of the module classes that are gathered one at a time; options: of the Accelerator.
+    Args: layers: names of the module classes that are gathered one at a time; timeout_min: minutes that a
+        process waits for the others (torch's 10 are less than a large checkpoint may take); options: of the
+        Accelerator. Raises: ValueError if the launcher was configured for another kind of sharding.
     """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    refuse_other_sharding()
     on_gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
     if on_gpu:
         launch_alone()
@@ -37,14 +42,35 @@ def make_accelerator(layers: list[str], **options):
         transformer_cls_names_to_wrap=layers,
         cpu_ram_efficient_loading=False,
     )
-    fsdp_plugin = plugin if on_gpu else None
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", fsdp_plugin=fsdp_plugin, **options)
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision="no",
+        fsdp_plugin=plugin if on_gpu else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_min))],
+        **options,
+    )
     torch.set_num_threads(threads)  # accelerate counts physical cores, hence half of them in most containers
     if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate shards on GPUs only; gloo can
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     return accelerator
+
+
+def refuse_other_sharding():
+    """Raises: ValueError if `accelerate launch`, often by a forgotten config file, would shard otherwise."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    asked = {
+        "DeepSpeed": os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
+        "FSDP1": os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2",
+    }
+    if kind := next((kind for kind, is_asked in asked.items() if is_asked), None):
+        file = default_config_file if os.path.exists(default_config_file) else "--config_file or flags"
+        raise ValueError(
+            f"accelerate launch: expected no sharding of its own, since the trainer sets up FSDP2, got "
+            f"{kind} (from {file}): move the file away, or name one with distributed_type MULTI_GPU"
+        )
 
 
 def launch_alone():
@@ -65,6 +91,20 @@ def free_port() -> int:
 def launched() -> bool:
     """Whether torchrun or `accelerate launch` started this process, as one of several or alone."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+@contextlib.contextmanager
+def in_turn(accelerator):
+    """Let the processes of each node through one after the other. Collective; nothing inside may be.
+
+    For what takes much host memory for a while: a model that is loaded whole and then sharded.
+    """
+    place, n = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for _ in range(place):  # n times in all on every process, each for one that has finished
+        accelerator.wait_for_everyone()
+    yield
+    for _ in range(n - place):
+        accelerator.wait_for_everyone()
 
 
 # ---- exchange ----------------------------------------------------------------------------------------------

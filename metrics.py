@@ -97,7 +97,8 @@ def check_mismatch(m: dict, on_gpu: bool):
 
     Raises: RuntimeError where the difference can only be a bug: stale weights, another prompt or image.
     """
-    limit, value = (0.5, m["mismatch_mean"]) if on_gpu else (1e-2, m["mismatch_max"])
+    # In bf16 a right sampler is 0.01 to 0.03 nats a token away in the mean; another image costs about two.
+    limit, value = (0.1, m["mismatch_mean"]) if on_gpu else (1e-2, m["mismatch_max"])
     if value > limit:
         raise RuntimeError(
             f"step {m['step']}: trainer and sampler differ by {value:.2g} nats a token, "

@@ -24,7 +24,17 @@ import torch.nn.functional as F
 
 from data import Prompt
 
+FAMILIES = ("qwen2_5_vl",)  # model types whose positions and image tokens a packed row is known to get right
 FORBIDDEN_BIAS = -100.0  # on the logits of image and video tokens: a sampled one would break the next forward
+
+
+def check_family(model: str, config):
+    """Raises: ValueError if the trainers do not know this kind of model; `config`: of transformers."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{model}: expected a model of type {' or '.join(FAMILIES)}, got {config.model_type!r}; "
+            "evaluate.py can still ask it, by --provider openai and a server such as `vllm serve`"
+        )
 
 
 # ---- who computes what -------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from data import Prompt, PromptEncoder, batch_at, load_samples
 from distributed import (
     Stop,
     gather,
+    in_turn,
     launch_alone,
     launched,
     leave,
@@ -53,6 +54,7 @@ from packing import (
     FORBIDDEN_BIAS,
     attention_implementation,
     balance,
+    check_family,
     micro_batches,
     pack,
     token_logps,
@@ -65,7 +67,7 @@ PREEMPTED = 75  # exit status after SIGTERM: state saved, run me again
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume keep_last keep_best save_every samples_every tracker vllm_memory vllm_max_seqs "
     "vllm_max_batched_tokens tensor_parallel sleep_level max_tokens_per_micro_batch logit_chunk "
-    "gradient_checkpointing max_skipped val_data val_split val_limit val_every".split()
+    "gradient_checkpointing max_skipped val_data val_split val_limit val_every timeout_min".split()
 )
 
 
@@ -107,7 +109,7 @@ class GRPOConfig(Config):
     vllm_max_batched_tokens: int | None = opt(None, "tokens in one engine step; empty: vLLM's choice", ge=1)
     tensor_parallel: int = opt(1, "processes that share one vLLM engine", ge=1)
     sleep_level: Literal[0, 1, 2] = opt(
-        2, "vLLM during the update on a GPU: 0 keeps its memory, 1 moves weights to the host, 2 drops them"
+        1, "vLLM during the update on a GPU: 0 keeps its memory, 1 moves weights to the host, 2 drops them"
     )
     resample_dead_groups: int = opt(0, "rounds of other prompts for groups of equal rewards", ge=0)
     # update
@@ -138,6 +140,7 @@ class GRPOConfig(Config):
     resume: str = opt("auto", "auto: continue a run found in out; never: refuse to; or a checkpoint's folder")
     samples_every: int = opt(5, "steps between saved samples of completions with their images; 0: none", ge=0)
     tracker: Literal["tensorboard", "wandb", "none"] = opt("tensorboard", "besides metrics.jsonl")
+    timeout_min: float = opt(120, "minutes that a process waits for the others before it gives up", gt=0)
     dry_run: bool = opt(False, "print what would run and what is missing, load no model, exit")
 
     @model_validator(mode="after")
@@ -456,8 +459,9 @@ class VLLMSampler:
 
     def __init__(self, cfg: GRPOConfig, processor, forbidden_ids: list[int], images_per_prompt: int):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives here, not in a child
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         on_gpu = torch.cuda.is_available()
+        # On a GPU its warnings are wanted: that weights were not loaded is one of them.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
         if not on_gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(cfg.vllm_memory)))
             if cfg.tensor_parallel > 1:
@@ -643,9 +647,13 @@ def start(cfg: GRPOConfig):
     out = Path(cfg.out)
     with plain_errors():
         model_config = AutoConfig.from_pretrained(cfg.model)
+        check_family(cfg.model, model_config)
     kind = AutoModelForImageTextToText._model_mapping[type(model_config)]
     log_with = None if cfg.tracker == "none" else cfg.tracker
-    accelerator = make_accelerator(sorted(kind._no_split_modules), project_dir=cfg.out, log_with=log_with)
+    with plain_errors():
+        accelerator = make_accelerator(
+            sorted(kind._no_split_modules), cfg.timeout_min, project_dir=cfg.out, log_with=log_with
+        )
     if (world := accelerator.num_processes) % cfg.tensor_parallel:
         raise SystemExit(f"tensor_parallel {cfg.tensor_parallel}: expected a divisor of {world} processes")
     # A falling learning rate depends on the number of steps, a constant one does not.
@@ -681,23 +689,26 @@ def train(cfg: GRPOConfig):
 
     out, started, accelerator = Path(cfg.out), time.time(), start(cfg)
     rank, world, say = accelerator.process_index, accelerator.num_processes, accelerator.print
-    processor = AutoProcessor.from_pretrained(cfg.model)
-    encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
+    with plain_errors():
+        processor = AutoProcessor.from_pretrained(cfg.model)
+        encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
     data, val = load_rows(cfg, encoder, say)
     say(arithmetic(cfg, world, len(data)))
     prompt_of = functools.lru_cache(cfg.prompts_per_step)(lambda row: encoder(data[row]))
 
     torch.manual_seed(cfg.seed)
     forbidden = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    learner = make_learner(accelerator, cfg, forbidden, prompt_of)
+    with in_turn(accelerator):
+        learner = make_learner(accelerator, cfg, forbidden, prompt_of)
     if cfg.tracker != "none":
         settings = {k: v if isinstance(v, (int, float)) else str(v) for k, v in cfg.model_dump().items()}
         accelerator.init_trackers("grpo", config=settings)
+    # Before the engine takes its share of the GPU: Adam's moments are made here, and now there is room.
+    first = resume(accelerator, learner.policy, learner.optimizer, out, cfg.resume)
     if cfg.sampler == "vllm":
         sampler = VLLMSampler(cfg, processor, forbidden, max(s.max_images for s in (data, val or data)))
     else:
         sampler = HFSampler(cfg, processor, forbidden)
-    first = resume(accelerator, learner.policy, learner.optimizer, out, cfg.resume)
     sampler.sync(learner.base)
     stop = Stop()
 

@@ -22,7 +22,7 @@ from checkpoint import CheckpointError, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
 from data import PromptEncoder, batch_at, load_samples
 from distributed import gather, leave
-from packing import attention_implementation, micro_batches, pack
+from packing import attention_implementation, check_family, micro_batches, pack
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume save_every log_every val_every val_data val_split val_limit max_tokens_per_micro_batch "
@@ -138,7 +138,7 @@ def main():
 
 def train(cfg: SFTConfig):
     from accelerate import Accelerator
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
@@ -150,8 +150,9 @@ def train(cfg: SFTConfig):
 
     # ---- data ----
     with plain_errors():
+        check_family(cfg.model, AutoConfig.from_pretrained(cfg.model))
         processor = AutoProcessor.from_pretrained(cfg.model)
-    encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
+        encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
     load = dict(
         revision=cfg.revision,
         need_scene=cfg.target == "scene_answer",

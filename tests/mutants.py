@@ -317,7 +317,7 @@ GROUPS = [
         ("max(one.mismatch_max for of in stats for", "max(one.mismatch_max for of in stats[1:] for"),
         ("mean(finite or [0.0])", "sum(finite)"),
         ("len(updates) - len(finite)", "len(finite)"),
-        ('(0.5, m["mismatch_mean"]) if on_gpu', '(0.5, m["mismatch_max"]) if on_gpu'),
+        ('(0.1, m["mismatch_mean"]) if on_gpu', '(0.1, m["mismatch_max"]) if on_gpu'),
         ('(1e-2, m["mismatch_max"])', '(1e-2, m["mismatch_mean"])'),
         ("if value > limit", "if value < limit"),
         ("(steps - m['step']) * elapsed_s", "steps * elapsed_s"),

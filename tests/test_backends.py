@@ -359,16 +359,10 @@ def test_the_engine_gives_what_vllms_own_generate_gives(tiny_base, tiny_data):
 def greedy(tiny_start, tiny_data, tmp_path_factory):
     """Folder with vllm.jsonl, hf.jsonl: greedy replies of the trained tiny model."""
     out = tmp_path_factory.mktemp("greedy")
+    engine = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # in a process of its own, as on a GPU
     for provider in ("vllm", "hf"):  # a process each: vLLM sets the threads of the whole process
-        run_script(
-            "evaluate.py",
-            *flags(
-                tiny_start,
-                tiny_data,
-                out,
-                *("--max_new_tokens", "192", "--provider", provider, "--custom_filename", provider),
-            ),
-        )
+        named = "--max_new_tokens", "192", "--provider", provider, "--custom_filename", provider
+        run_script("evaluate.py", *flags(tiny_start, tiny_data, out, *named), **engine)
     return out
 
 

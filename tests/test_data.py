@@ -196,6 +196,17 @@ def test_the_processor_agrees_on_the_grid(size, tiny_base):
     assert ours["image_grid_thw"][0].tolist() == grid == [1, small.size[1] // 14, small.size[0] // 14]
 
 
+def test_a_processor_of_another_lattice_is_refused(tiny_base):
+    from transformers import AutoProcessor, Qwen2VLImageProcessor
+
+    processor = AutoProcessor.from_pretrained(tiny_base)
+    processor.image_processor = Qwen2VLImageProcessor(patch_size=16)
+    with pytest.raises(ValueError, match="with image tokens of 28 x 28 pixels, got 32 x 32"):
+        PromptEncoder(processor, "spatial_thinker", 784, 784)
+    with pytest.raises(ValueError, match="Tokenizer.*got none of that kind"):  # of a model without images
+        PromptEncoder(processor.tokenizer, "spatial_thinker", 784, 784)
+
+
 # ---- batches ----
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 5), st.integers(1, 9), st.integers(1, 40))

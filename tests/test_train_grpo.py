@@ -12,7 +12,7 @@ from pictures import noise
 
 import train_grpo
 from data import PromptEncoder, load_samples
-from packing import FORBIDDEN_BIAS, pack, token_logps
+from packing import FORBIDDEN_BIAS, check_family, pack, token_logps
 from rewards import Score
 from train_grpo import (
     GRPOConfig,
@@ -464,6 +464,38 @@ def test_gradient_checkpointing_recomputes_every_layer(tiny):
     logp, _ = token_logps(policy, pack([(tiny[1][0], tiny[2][0])], policy))
     logp.sum().backward()
     assert len(calls) == 4  # each forward, and again backward
+
+
+def test_state_is_loaded_before_the_engine_takes_its_memory(tiny_base, tiny_data, tmp_path, monkeypatch):
+    """Loading a checkpoint makes Adam's moments, twice the weights: beside a full engine they do not fit."""
+    order = []
+
+    class Engine:
+        def __init__(self, *args):
+            order.append("engine")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_grpo, "resume", lambda *args: order.append("resume") or 0)
+    monkeypatch.setattr(train_grpo, "VLLMSampler", Engine)
+    known = {"model": str(tiny_base), "data": str(tiny_data), "out": str(tmp_path), "tracker": "none"}
+    cfg = GRPOConfig(**known, template="spatial_thinker", min_pixels=784, kl_coef=0, val_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        train_grpo.train(cfg)
+    assert order == ["resume", "engine"]
+
+
+@pytest.mark.parametrize("family, message", [
+    ("qwen3_vl", "expected a model of type qwen2_5_vl, got 'qwen3_vl'; evaluate.py can still ask it"),
+    ("qwen2_5_vl", None),
+])  # fmt: skip
+def test_a_model_of_another_family_is_refused_before_it_is_loaded(family, message, tiny_base):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family)
+    if message is None:
+        return check_family("some/model", config)
+    with pytest.raises(ValueError, match=message):
+        check_family("some/model", config)
 
 
 # ---- config ----
