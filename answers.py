@@ -92,12 +92,11 @@ _RULED_OUT = re.compile(  # behind a letter: "(A) can be ruled out."
     r"|isn't\b|cannot be\b|can't be\b|(?:not|no|wrong|incorrect|false)\b)",
     re.I,
 )
-_NEGATION = (
-    re.compile(  # turns a text round, or leaves it open: "It is not right of the cup.", "Is it the lamp?"
-        r"\b(?:not|neither|nor|never|no|none|non|cannot|unable|wrong|incorrect|unlikely|whether|rather than"
-        r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me"
-        r"|which of)\b|n't\b|\?"
-    )
+# Turns a text round, or leaves it open: "It is not right of the cup.", "Is it the lamp?"
+_NEGATION = re.compile(
+    r"\b(?:not|neither|nor|never|no|none|non|cannot|unable|wrong|incorrect|unlikely|whether|rather than"
+    r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me"
+    r"|which of)\b|n't\b|\?"
 )
 _REFUSAL = re.compile(  # names things without answering: "No, I can't see the image." is no "no"
     r"\b(?:cannot|can't|can not|unable to|not able to|don't have|do not have|no way to|no access)\b.{0,50}"
@@ -107,11 +106,10 @@ _REFUSAL = re.compile(  # names things without answering: "No, I can't see the i
     r"|\b(?:i'm|i am) sorry\b|\bnothing can be\b|\bas an ai\b|\bi can only\b|^error\b"
     r"|\bnone of the (?:above|options|choices)\b"
 )
-_DISCOURSE = (
-    re.compile(  # options' words that say nothing here: "Based on the above, I see.", "All right, ..."
-        r"\b(?:the|image|picture|question|options?|choices?|as|described|mentioned|shown) (?:above|below)\b"
-        r"|\b(?:all|you're|you are|that's|that is) right\b"
-    )
+# Options' words that say nothing here: "Based on the above, I see.", "All right, ..."
+_DISCOURSE = re.compile(
+    r"\b(?:the|image|picture|question|options?|choices?|as|described|mentioned|shown) (?:above|below)\b"
+    r"|\b(?:all|you're|you are|that's|that is) right\b"
 )
 # Takes back all that was announced before it: "The answer is A. No, wait: the answer is B."
 _CORRECTS = re.compile(r"\b(?:wait|hmm|on second thought|misread|correction|scratch that)\b", re.I)

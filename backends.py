@@ -154,9 +154,10 @@ def vllm_generate(llm, requests: Iterable[tuple], at_once: int | None) -> Iterat
             if output.finished:
                 key, prompt = running.pop(output.request_id)
                 if output.prompt_token_ids != prompt.ids:
+                    got, ours = len(output.prompt_token_ids), len(prompt.ids)
                     raise RuntimeError(
-                        f"request {key}: vLLM's prompt ({len(output.prompt_token_ids)} tokens) is not ours "
-                        f"({len(prompt.ids)} tokens)"
+                        f"request {key}, row {prompt.sample.id}: vLLM's prompt ({got} tokens) is not ours "
+                        f"({ours} tokens)"
                     )
                 yield key, prompt, output
 

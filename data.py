@@ -289,10 +289,12 @@ def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bo
     options, answer, question = get("options"), get("answer"), get("question")
     if not isinstance(question, str) or not question.strip():
         raise bad("question", "a question", repr(question))
-    if not isinstance(options, list) or len(options) < 2:
-        raise bad("options", "a list of at least two options", repr(options))
+    # As many as there are letters for the reader of answers, which sees every sample during training.
+    if not isinstance(options, list) or not 2 <= len(options) <= 10 or any(o is None for o in options):
+        raise bad("options", "a list of 2 to 10 options", repr(options))
+    options = [str(o) for o in options]
     # The reward compares letter and text, so a gold answer that is no option can never be earned.
-    choices = {f"({'ABCDEFGHIJ'[i]}) {o}".strip().lower() for i, o in enumerate(options[:10])}
+    choices = {f"({'ABCDEFGHIJ'[i]}) {o}".strip().lower() for i, o in enumerate(options)}
     if not isinstance(answer, str) or answer.strip().lower() not in choices:
         raise bad("answer", f"one of {sorted(choices)}", repr(answer))
     # The prompt states the frame of the boxes. Where it is that of another image file, every box is wrong.

@@ -1,7 +1,7 @@
 """Processes: how they are set up, what they tell each other, and how they stop.
 
-Nothing here is about reinforcement learning; both trainers use it. Multi-node runs are accelerate's
-launcher's.
+Nothing here is about reinforcement learning. train_sft.py uses `gather` and `leave` only. Multi-node runs are
+accelerate's launcher's.
 """
 
 import contextlib

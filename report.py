@@ -389,9 +389,8 @@ def show_accuracies(names: Sequence[str], summaries: Sequence[dict]) -> str:
 
 def write_html(path: Path, text: str):
     with write_whole(path) as tmp:
-        tmp.write_text(
-            text, encoding="utf-8", errors="backslashreplace"
-        )  # a model may write half a surrogate
+        # backslashreplace: a model may write half a surrogate
+        tmp.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def show_result(name: str, sample: Sample, record: dict) -> str:

@@ -12,6 +12,8 @@ What separates this from GRPO as first published (arXiv:2402.03300), beside the 
   - a group of (nearly) equal rewards gives exactly zero advantage instead of amplified float noise;
   - a prompt and its images are run once for all completions of its group, exactly (packing.py).
 Batch and seeds are functions of (seed, step): a resumed run repeats what an undisturbed one would have done.
+
+Read down to `update`, then `train`: samplers and models between them are plumbing.
 """
 
 import functools
@@ -154,7 +156,7 @@ class GRPOConfig(Config):
             raise ValueError(f"min_pixels {self.min_pixels} > max_pixels {self.max_pixels}")
         if self.keep_best not in (None, *(names := [f"val_{k}" for k in HELD_OUT])):
             raise ValueError(f"keep_best: expected one of {names}, got {self.keep_best!r}")
-        _ = self.weights
+        _ = self.weights  # raises if they add up to more than 1
         return self
 
     @property
@@ -214,7 +216,7 @@ def sample_everywhere(accelerator, sampler, prompt_of, rows, n, temperature, see
     # Processes of one engine hold the same: the first of them sends.
     parts = gather([groups if accelerator.process_index % sampler.processes == 0 else None])
     parts = [part for part in parts if part is not None]
-    return [parts[k % engines][k // engines] for k in range(len(rows))]
+    return [parts[k % engines][k // engines] for k in range(len(rows))]  # undoes the dealing above
 
 
 # ---- reward and advantage ----------------------------------------------------------------------------------
@@ -306,7 +308,7 @@ def kl_loss(logp, logp_ref, logp_old, mask):
 def batch_loss(batch: list[Rollout], logp: torch.Tensor, cfg: GRPOConfig) -> tuple[torch.Tensor, dict]:
     """The loss of a micro-batch, summed over its completion tokens, and sums for UpdateStats.
 
-    Args: batch: M rollouts (M may be 0); logp (C,): log-probs of their tokens, one rollout after the other.
+    Args: batch: B rollouts (B may be 0); logp (C,): log-probs of their tokens, one rollout after the other.
     A rollout without logp_old was sampled by the policy as it stands: its own log-probs serve.
     """
 
@@ -412,9 +414,8 @@ def update(
 ) -> UpdateStats:
     """One optimizer step on the rollouts of all shares. Collective. Returns: what this process has seen."""
     accelerator, policy, optimizer = learner.accelerator, learner.policy, learner.optimizer
-    # One denominator for the whole update: a mean of the micro-batches' or processes' means would weigh a
-    # token by the company it is in. Gradients of the processes are averaged by FSDP: times their number,
-    # summed.
+    # One denominator for the whole update: a mean of means would weigh a token by the company it is in. FSDP
+    # averages the gradients of the processes, hence times their number.
     n_tokens = sum(len(rollouts[k].completion_ids) for share in shares for k in share)
     scale = accelerator.num_processes / n_tokens
     stats = UpdateStats()
@@ -525,7 +526,7 @@ class VLLMSampler:
         for k, prompt, output in vllm_generate(self.llm, requests, at_once=None):
             for o in output.outputs:
                 ids, logps = list(o.token_ids), o.logprobs.logprobs
-                assert o.logprobs.token_ids == ids, f"row {rows[k]}: log-probs of other tokens"
+                assert o.logprobs.token_ids == ids, f"row {prompt.sample.id}: log-probs of other tokens"
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 finished = o.finish_reason == "stop"
                 groups[k].append(Rollout(rows[k], len(prompt.ids), ids, logps, text, finished))
@@ -777,7 +778,7 @@ def train(cfg: GRPOConfig):
 
         # measure, evaluate, save
         done = step + 1
-        m = {"step": done, "lr": lr} | step_metrics(groups, gather([updates]), cfg.reward == "spatial")
+        m = {"step": done, "lr": lr} | step_metrics(groups, gather([updates]), scenes=cfg.reward == "spatial")
         m |= {"replaced": replaced, "gen_s": t1 - t0, "logp_s": t3 - t2, "update_s": t4 - t3}
         m |= {"sync_s": t5 - t4, "mem_gb": mem_gb(), "gen_tokens_per_s": m["tokens"] / m["gen_s"]}
         m["update_tokens_per_s"] = m.pop("trained") / m["update_s"]

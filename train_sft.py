@@ -152,6 +152,8 @@ def train(cfg: SFTConfig):
     with plain_errors():
         check_family(cfg.model, AutoConfig.from_pretrained(cfg.model))
         processor = AutoProcessor.from_pretrained(cfg.model)
+        if processor.tokenizer.eos_token_id is None:
+            raise ValueError(f"{cfg.model}: expected a tokenizer with an eos_token, got none")
         encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
     load = dict(
         revision=cfg.revision,

@@ -126,7 +126,7 @@ def main():
             speeds = {}
             for path in ("plain", "hf", "vllm"):
                 command = [sys.executable, __file__, "--path", path, str(model), data, str(n), str(tokens)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
                 speeds[path] = json.loads(done.stdout.splitlines()[-1])["items_per_s"]
                 print(
                     f"{model.name:<7} {path:<6} {speeds[path]:7.2f} items/s, "

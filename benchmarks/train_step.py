@@ -264,7 +264,7 @@ def trl(folder, sampler):
 def cell(folder, system, sampler, *more):
     """Run one system in a process of its own: medians of the timed rounds."""
     command = [sys.executable, __file__, "--cell", str(folder), system, sampler, *map(str, more)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=900)
     if done.returncode:
         raise SystemExit(f"{system} {sampler}: {done.stderr[-3000:]}")
     result = json.loads(done.stdout.splitlines()[-1])

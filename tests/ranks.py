@@ -1,6 +1,8 @@
 """Run by torchrun: real updates on real FSDP2 shards, written down whole for test_sharding.py to compare.
 
-torchrun --nproc_per_node 2 tests/ranks.py MODEL DATA OUT
+    torchrun --nproc_per_node 2 tests/ranks.py MODEL DATA OUT
+
+Writes OUT/result.pt and a checkpoint.
 """
 
 import dataclasses

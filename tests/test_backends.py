@@ -352,7 +352,9 @@ def test_the_engine_gives_what_vllms_own_generate_gives(tiny_base, tiny_data):
     assert all(len({tuple(ids) for ids, *_ in group}) > 1 for group in got["plain"])  # a seed each
     assert all(len(ids) == len(logps) for group in got["plain"] for ids, logps, *_ in group)
     assert (got["most of all"], got["most of two"]) == (7, 2)
-    assert re.fullmatch(r"request row 1: vLLM's prompt .\d+ tokens. is not ours .\d+ tokens.", got["error"])
+    assert re.fullmatch(
+        r"request row 1, row \S+: vLLM's prompt .\d+ tokens. is not ours .\d+ tokens.", got["error"]
+    )
 
 
 @pytest.fixture(scope="module")

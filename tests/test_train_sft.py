@@ -63,7 +63,8 @@ def worked_sequences(folder, parquet, n):
 
     processor = AutoProcessor.from_pretrained(folder)
     encoder, tokenizer = PromptEncoder(processor, "spatial_thinker", 784, 802816), processor.tokenizer
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = tokenizer.eos_token_id
+    assert end == tokenizer.convert_tokens_to_ids("<|im_end|>")  # where the chat template ends a turn
     samples = load_samples(str(parquet), need_scene=False)[:n]
     return [(encoder(s), [*tokenizer(s.completion)["input_ids"], end]) for s in samples]
 
