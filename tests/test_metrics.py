@@ -10,7 +10,7 @@ from results import summarise
 from rewards import Score
 from train_grpo import Rollout
 
-NEAR = {"rel": rounding(4, u=U64)}
+NEAR = {"rel": rounding(4, u=U64), "abs": 0}
 
 
 def rollout(reward, tokens, advantage, finished=True, correct=False, **score):

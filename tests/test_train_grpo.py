@@ -51,7 +51,7 @@ def test_equal_rewards_give_exactly_zero_even_with_float_noise():
 def test_advantages_are_per_group_and_invariant_to_reward_shift_and_scale():
     rewards = torch.rand(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     base = group_advantages(rewards)
-    np.testing.assert_allclose(base.sum(1), 0, atol=rounding(8, 8, u=U64))
+    np.testing.assert_allclose(base.sum(1), 0, atol=rounding(8, 8, u=U64), rtol=0)
     # Exact but for the 1e-6 beside std: at std 0.1 or more, advantages of up to 3 move by less than 3e-5.
     assert rewards.std(1).min() > 0.1
     np.testing.assert_allclose(group_advantages(rewards * 3 + 7), base, atol=3e-5)
@@ -152,7 +152,7 @@ def test_kl_gradient_is_that_of_the_exact_kl():
     # every token once, weighted by its probability: the expectation over samples of the old policy
     loss, _ = kl_loss(logp, reference, old, old.exp())
     (got,) = torch.autograd.grad(loss, logits)
-    np.testing.assert_allclose(got, exact, atol=rounding(4, 4, 4, u=U64))
+    np.testing.assert_allclose(got, exact, atol=rounding(4, 4, 4, u=U64), rtol=0)
 
 
 # ---- learning ----
@@ -169,6 +169,8 @@ def test_a_bandit_learns():
         optimizer.zero_grad()
         (loss / 32).backward()
         optimizer.step()
+    # 60 Adam steps of 0.1 move a logit by up to 6; against three others at 0, a lead of 4 is 0.95. Chance:
+    # 0.25.
     assert logits.softmax(-1)[2] > 0.9
 
 
@@ -526,5 +528,5 @@ def test_learning_rate_by_hand():
     assert rates() == [0.5] * 6
     assert rates(warmup_steps=2) == [0.25] + [0.5] * 5
     assert rates(warmup_steps=2, final_learning_rate=0) == [0.25, 0.5, 0.5, 0.375, 0.25, 0.125]  # powers of 2
-    near = {"rel": rounding(3, u=U64)}
+    near = {"rel": rounding(3, u=U64), "abs": 0}
     assert rates(final_learning_rate=0.2) == pytest.approx([0.5, 0.45, 0.4, 0.35, 0.3, 0.25], **near)
