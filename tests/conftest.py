@@ -39,3 +39,13 @@ def tiny_data(tmp_path_factory):
 def tiny_start():
     """Folder of the tiny model that the demo starts from: it answers in the trained format."""
     return Path(__file__).parents[1] / "assets" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Folder with a few rows of every benchmark."""
+    import fixtures
+
+    path = tmp_path_factory.mktemp("benchmarks")
+    fixtures.write_all(path)
+    return path

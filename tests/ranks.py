@@ -6,15 +6,13 @@ Writes OUT/result.pt and a checkpoint.
 """
 
 import dataclasses
-import io
 import random
 import resource
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from pictures import noise
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import CheckpointError, load, save  # noqa: E402
@@ -23,13 +21,6 @@ from distributed import leave, make_accelerator  # noqa: E402
 from train_grpo import GRPOConfig, Rollout, make_learner, plan_updates, rollout_logps, update  # noqa: E402
 
 LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
-
-
-def noise(width, height, seed):
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
 
 
 def make_rollouts(encoder, samples, group_size):

@@ -41,13 +41,6 @@ from testsets import DATASETS, summarise_results
 SIDES = ("left of", "right of", "above", "below")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("benchmarks")
-    fixtures.write_all(path)
-    return path
-
-
 # ---- every kind of answer ----
 def item(kind, answer, options=(), **meta):
     return Sample("1", (), (100, 100), "?", tuple(options), answer, answer, kind=kind, meta=meta)

@@ -24,13 +24,6 @@ from testsets import (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("benchmarks")
-    fixtures.write_all(path)
-    return path
-
-
 def load(name, folder, **selection):
     return load_items(name, Selection(local_path=str(folder), **selection))
 
