@@ -13,8 +13,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -389,6 +390,12 @@ class Prompt:
     pixel_values: object  # (patches, 1176) float32, or None without images
     image_grid_thw: object  # (images, 3) int64, or None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the images (3 bytes a pixel) and of the pixel values (in float32 24, for two frames)."""
+        pixels = sum(3 * math.prod(image.size) for image in self.images)
+        return pixels + (self.pixel_values.nbytes if self.pixel_values is not None else 0)
+
 
 class PromptEncoder:
     """Sample -> Prompt with one processor, template and pixel budget; the sampler gets the same budget.
@@ -422,12 +429,7 @@ class PromptEncoder:
         )
 
     def __call__(self, sample: Sample) -> Prompt:
-        text = self.text(sample)
-        images = self.images(sample)
-        out = self.processor(text=[text], images=images or None, return_tensors="pt")
-        vllm_ids = self.processor.tokenizer(text)["input_ids"]  # the processor returns them expanded only
-        ids = out["input_ids"][0].tolist()
-        return Prompt(sample, images, vllm_ids, ids, out.get("pixel_values"), out.get("image_grid_thw"))
+        return self.with_pixels(self.for_engine(sample))
 
     def for_engine(self, sample: Sample) -> Prompt:
         """The Prompt without pixel values, which an inference engine computes itself."""
@@ -439,6 +441,13 @@ class PromptEncoder:
         ids = [i for token in vllm_ids for i in [token] * (next(cells) if token == image_token else 1)]
         return Prompt(sample, images, vllm_ids, ids, None, None)
 
+    def with_pixels(self, prompt: Prompt) -> Prompt:
+        """A Prompt of `for_engine` with pixel values as well: two thirds of the work."""
+        if not prompt.images:
+            return prompt
+        seen = self.processor.image_processor(images=prompt.images, return_tensors="pt")
+        return replace(prompt, pixel_values=seen["pixel_values"], image_grid_thw=seen["image_grid_thw"])
+
     def length(self, sample: Sample) -> int:
         """Tokens of the prompt, from the images' headers alone."""
         cells = [
@@ -446,6 +455,43 @@ class PromptEncoder:
             for e in sample.encoded_images
         ]
         return len(self.processor.tokenizer(self.text(sample))["input_ids"]) + sum(cells) - len(cells)
+
+
+class PromptCache:
+    """Prompts by row, made in threads before they are asked for, and kept up to a number of bytes.
+
+    Decoding, resizing and cutting into patches all let go of the interpreter's lock, so that N threads on N
+    cores are N times as fast, and a GPU need not wait for them.
+    """
+
+    def __init__(self, make: Callable[[int], Prompt], threads: int, max_bytes: float = 0):
+        self.make, self.max_bytes, self.pool = make, max_bytes, ThreadPoolExecutor(threads)
+        self.made = 0  # prompts, so far
+        self.begun: dict[int, Future] = {}
+        self.clear()
+
+    def ahead(self, rows: Iterable[int]):
+        """Begin to make the prompts of rows that will be asked for."""
+        for row in rows:
+            if row not in self.kept and row not in self.begun:
+                self.begun[row] = self.pool.submit(self.make, row)
+
+    def __call__(self, row: int) -> Prompt:
+        if row in self.kept:
+            return self.kept[row]
+        self.ahead([row])
+        prompt = self.begun.pop(row).result()
+        self.made += 1
+        # Once full, it stays as it is: rows come round in the same order, and to make room for the next one
+        # would drop the very row that is asked for next.
+        if self.bytes + prompt.nbytes <= self.max_bytes:
+            self.kept[row], self.bytes = prompt, self.bytes + prompt.nbytes
+        return prompt
+
+    def clear(self):
+        """Forget all prompts that are kept."""
+        self.kept: dict[int, Prompt] = {}
+        self.bytes = 0
 
 
 # ---- batches -----------------------------------------------------------------------------------------------

@@ -129,14 +129,14 @@ def step_line(m: dict, steps: int, elapsed_s: float, done: int) -> str:
     return " | ".join(parts)
 
 
-def save_samples(folder: Path, groups: list[list], data, prompt_of, n: int = 4):
+def save_samples(folder: Path, groups: list[list], data, encoder, n: int = 4):
     """The first n prompts of a step: their images, all completions and what each earned."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for group in groups[:n]:
         sample = data[group[0].row]
         name = re.sub(r"[^\w.-]", "_", sample.id)[:80]
-        for k, image in enumerate(prompt_of(group[0].row).images):
+        for k, image in enumerate(encoder.images(sample)):
             image.save(folder / f"{name}_{k}.png")
         for r in group:
             line = {"id": sample.id, "question": sample.question, "gold": sample.ground_truth, "text": r.text}

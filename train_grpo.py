@@ -16,7 +16,6 @@ Batch and seeds are functions of (seed, step): a resumed run repeats what an und
 Read down to `update`, then `train`: samplers and models between them are plumbing.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -38,7 +37,7 @@ from tqdm import tqdm
 from backends import hf_generate, start_vllm, vllm_generate
 from checkpoint import CheckpointError, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
-from data import Prompt, PromptEncoder, batch_at, load_samples
+from data import Prompt, PromptCache, PromptEncoder, batch_at, load_samples
 from distributed import (
     Stop,
     gather,
@@ -69,7 +68,8 @@ PREEMPTED = 75  # exit status after SIGTERM: state saved, run me again
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume keep_last keep_best save_every samples_every tracker vllm_memory vllm_max_seqs "
     "vllm_max_batched_tokens tensor_parallel sleep_level max_tokens_per_micro_batch logit_chunk "
-    "gradient_checkpointing max_skipped val_data val_split val_limit val_every timeout_min".split()
+    "gradient_checkpointing max_skipped val_data val_split val_limit val_every timeout_min image_threads "
+    "image_cache_gb".split()
 )
 
 
@@ -91,6 +91,8 @@ class GRPOConfig(Config):
     min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
     max_pixels: int = opt(2048 * 2048, "images are scaled into [min_pixels, max_pixels]", ge=784)
     max_prompt_length: int = opt(6144, "longest prompt, tokens with the image's", ge=1)
+    image_threads: int = opt(4, "threads that read and prepare images, per process", ge=1)
+    image_cache_gb: float = opt(8, "host memory for the images of a step, GiB per process", ge=0)
     # reward
     reward: Literal["spatial", "vanilla"] = opt("spatial", "dense and gated, or accuracy + format")
     weight_format: float = opt(0.1, "reward weight", ge=0, le=1)
@@ -204,17 +206,23 @@ def request_seed(*path: int) -> int:
     return int(np.random.SeedSequence(path).generate_state(1)[0])
 
 
-def sample_everywhere(accelerator, sampler, prompt_of, rows, n, temperature, seeds) -> list[list[Rollout]]:
+def sample_everywhere(
+    accelerator, sampler, prompt_of: PromptCache, rows, n, temperature, seeds, measure: Callable
+) -> list[list]:
     """n Rollouts of each row, in the order of rows, known to every process in the end. Collective.
 
-    Every engine, of `sampler.processes` processes, takes its share of the rows.
+    Every engine, of `sampler.processes` processes, takes its share of the rows, and measures what it has
+    sampled: `measure(rollout)` is what travels.
     """
     engines = accelerator.num_processes // sampler.processes
     mine = range(accelerator.process_index // sampler.processes, len(rows), engines)
+    prompt_of.ahead(rows[k] for k in mine)
     prompts = [prompt_of(rows[k]) for k in mine]
     groups = sampler.generate([rows[k] for k in mine], prompts, n, temperature, [seeds[k] for k in mine])
-    # Processes of one engine hold the same: the first of them sends.
-    parts = gather([groups if accelerator.process_index % sampler.processes == 0 else None])
+    parts = None
+    if accelerator.process_index % sampler.processes == 0:  # processes of one engine hold the same
+        parts = [[measure(rollout) for rollout in group] for group in groups]
+    parts = gather([parts])
     parts = [part for part in parts if part is not None]
     return [parts[k % engines][k // engines] for k in range(len(rows))]  # undoes the dealing above
 
@@ -353,7 +361,7 @@ class Learner:
     policy: Any  # fp32 masters
     optimizer: Any
     reference: Any  # the frozen start, for the KL; None without KL
-    prompt_of: Callable[[int], Prompt]
+    prompt_of: PromptCache
 
     @property
     def base(self):
@@ -381,7 +389,10 @@ def packed_batches(learner: Learner, rollouts: list[Rollout], shares: list[list[
     split = [micro_batches([lengths[k] for k in share], cfg.max_tokens_per_micro_batch) for share in shares]
     batches = [[shares[rank][place] for place in places] for places in split[rank]]
     batches += [[]] * (max(map(len, split)) - len(batches))
-    for batch in batches:
+    rows_of = [dict.fromkeys(rollouts[k].row for k in batch) for batch in batches]  # each once, in order
+    for i, batch in enumerate(batches):
+        for rows in rows_of[i : i + 3]:  # of the next two as well, while this one is computed
+            learner.prompt_of.ahead(rows)
         # A row that was drawn twice in a step makes two groups; neighbours, they are packed as one.
         by_row = itertools.groupby(batch, key=lambda k: rollouts[k].row)
         prompts = [(learner.prompt_of(row), [rollouts[k].completion_ids for k in ks]) for row, ks in by_row]
@@ -437,19 +448,22 @@ def update(
 
 
 # ---- held out ----------------------------------------------------------------------------------------------
-def held_out(accelerator, sampler, encoder: PromptEncoder, val, cfg: GRPOConfig) -> dict:
+def held_out(accelerator, sampler, val, cfg: GRPOConfig) -> dict:
     """Greedy answers to the held-out rows, graded and summed up as `evaluate.py` does: {"val_...": value}."""
+
+    def graded(r: Rollout) -> dict:
+        reason = "stop" if r.finished else "length"
+        record = grade(val[r.row], r.text, weights=cfg.weights, finish_reason=reason)
+        return record | {"finish_reason": reason}
+
+    prompt_of = PromptCache(lambda i: sampler.encode(val[i]), cfg.image_threads)
     records = []
-    chunk = max(cfg.prompts_per_step, 64)  # prompts encoded at the same time
+    chunk = max(cfg.prompts_per_step, 64)  # prompts in memory at the same time
     for start in range(0, len(val), chunk):
         rows = list(range(start, min(start + chunk, len(val))))
-        groups = sample_everywhere(
-            accelerator, sampler, lambda i: encoder(val[i]), rows, 1, 0.0, [0] * len(rows)
-        )
-        for (r,) in groups:
-            reason = "stop" if r.finished else "length"
-            graded = grade(val[r.row], r.text, weights=cfg.weights, finish_reason=reason)
-            records.append(graded | {"finish_reason": reason})
+        seeds = [0] * len(rows)
+        groups = sample_everywhere(accelerator, sampler, prompt_of, rows, 1, 0.0, seeds, graded)
+        records += [record for (record,) in groups]
     summary = summarise(records)
     return {f"val_{k}": summary[k] for k in HELD_OUT if k in summary}
 
@@ -458,7 +472,9 @@ def held_out(accelerator, sampler, encoder: PromptEncoder, val, cfg: GRPOConfig)
 class VLLMSampler:
     """vLLM in the training processes, on their devices; `sync` copies the policy's weights into it."""
 
-    def __init__(self, cfg: GRPOConfig, processor, forbidden_ids: list[int], images_per_prompt: int):
+    def __init__(
+        self, cfg: GRPOConfig, encoder: PromptEncoder, forbidden_ids: list[int], images_per_prompt: int
+    ):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives here, not in a child
         on_gpu = torch.cuda.is_available()
         # On a GPU its warnings are wanted: that weights were not loaded is one of them.
@@ -468,7 +484,8 @@ class VLLMSampler:
             if cfg.tensor_parallel > 1:
                 remove_stale_shared_memory()
         launch_alone()  # external_launcher reads what a launcher sets
-        self.tokenizer, self.processes = processor.tokenizer, cfg.tensor_parallel
+        self.tokenizer, self.processes = encoder.processor.tokenizer, cfg.tensor_parallel
+        self.encode = encoder.for_engine  # it computes the pixel values itself
         self.token_bias = {i: FORBIDDEN_BIAS for i in forbidden_ids}
         self.max_tokens, self.sleep_level = cfg.max_completion_length, cfg.sleep_level if on_gpu else 0
         limits = {"max_num_seqs": cfg.vllm_max_seqs, "max_num_batched_tokens": cfg.vllm_max_batched_tokens}
@@ -544,9 +561,9 @@ class HFSampler:
 
     processes = 1  # that share an engine
 
-    def __init__(self, cfg: GRPOConfig, processor, forbidden_ids: list[int]):
-        self.cfg, self.tokenizer, self.forbidden_ids = cfg, processor.tokenizer, forbidden_ids
-        self.model = None
+    def __init__(self, cfg: GRPOConfig, encoder: PromptEncoder, forbidden_ids: list[int]):
+        self.cfg, self.tokenizer, self.forbidden_ids = cfg, encoder.processor.tokenizer, forbidden_ids
+        self.encode, self.model = encoder, None
 
     @torch.no_grad()
     def sync(self, model):
@@ -600,7 +617,7 @@ def load_model(cfg: GRPOConfig, forbidden_ids: list[int], dtype: torch.dtype):
     return model
 
 
-def make_learner(accelerator, cfg: GRPOConfig, forbidden_ids: list[int], prompt_of) -> Learner:
+def make_learner(accelerator, cfg: GRPOConfig, forbidden_ids: list[int], prompt_of: PromptCache) -> Learner:
     """The policy with fp32 masters, its optimizer and, with a KL, the reference: loaded, then sharded."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -695,7 +712,15 @@ def train(cfg: GRPOConfig):
         encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
     data, val = load_rows(cfg, encoder, say)
     say(arithmetic(cfg, world, len(data)))
-    prompt_of = functools.lru_cache(cfg.prompts_per_step)(lambda row: encoder(data[row]))
+    # Light prompts to sample from, and those to train on with the same images, where they are here. A pixel
+    # takes 3 bytes in an image and 12 or 24 in its values, so the smaller cache gets a fifth.
+    cache = cfg.image_cache_gb * 2**30
+    light = PromptCache(lambda row: encoder.for_engine(data[row]), cfg.image_threads, cache / 5)
+    prompt_of = PromptCache(
+        lambda row: encoder.with_pixels(light.kept.get(row) or encoder.for_engine(data[row])),
+        cfg.image_threads,
+        cache * 4 / 5,
+    )
 
     torch.manual_seed(cfg.seed)
     forbidden = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
@@ -707,9 +732,9 @@ def train(cfg: GRPOConfig):
     # Before the engine takes its share of the GPU: Adam's moments are made here, and now there is room.
     first = resume(accelerator, learner.policy, learner.optimizer, out, cfg.resume)
     if cfg.sampler == "vllm":
-        sampler = VLLMSampler(cfg, processor, forbidden, max(s.max_images for s in (data, val or data)))
+        sampler = VLLMSampler(cfg, encoder, forbidden, max(s.max_images for s in (data, val or data)))
     else:
-        sampler = HFSampler(cfg, processor, forbidden)
+        sampler = HFSampler(cfg, encoder, forbidden)
     sampler.sync(learner.base)
     stop = Stop()
 
@@ -726,22 +751,24 @@ def train(cfg: GRPOConfig):
         models = learner.policy, learner.optimizer, processor
         save(accelerator, *models, out, step, scores, cfg.keep_last, cfg.keep_best)
 
+    def scored(r: Rollout) -> Rollout:
+        sample = data[r.row]
+        r.score = reward_of(r.text, sample, cfg)
+        r.correct = judge(sample, r.text, "stop" if r.finished else "length")["correct"]
+        return r
+
     def roll_out(rows: list[int], step: int) -> list[list[Rollout]]:
         before = [rows[:k].count(row) for k, row in enumerate(rows)]  # across two epochs one may come twice
         seeds = [
             request_seed(cfg.seed, step, row, *[n] * (n > 0)) for row, n in zip(rows, before, strict=True)
         ]
-        groups = sample_everywhere(
-            accelerator, sampler, prompt_of, rows, cfg.group_size, cfg.temperature, seeds
+        shown = light if cfg.sampler == "vllm" else prompt_of
+        return sample_everywhere(
+            accelerator, sampler, shown, rows, cfg.group_size, cfg.temperature, seeds, scored
         )
-        for r in (r for group in groups for r in group):
-            sample = data[r.row]
-            r.score = reward_of(r.text, sample, cfg)
-            r.correct = judge(sample, r.text, "stop" if r.finished else "length")["correct"]
-        return groups
 
     if first == 0 and val:
-        log({"step": 0} | held_out(accelerator, sampler, encoder, val, cfg))
+        log({"step": 0} | held_out(accelerator, sampler, val, cfg))
     done, m = first, {}
     skipped, stopped_by = 0, 0  # updates in a row without a finite gradient; signal
     for step in range(first, cfg.steps):
@@ -784,10 +811,12 @@ def train(cfg: GRPOConfig):
         m["update_tokens_per_s"] = m.pop("trained") / m["update_s"]
         check_mismatch(m, on_gpu=accelerator.device.type == "cuda")
         if val and (done % cfg.val_every == 0 or done == cfg.steps):
-            m |= held_out(accelerator, sampler, encoder, val, cfg)
+            m |= held_out(accelerator, sampler, val, cfg)
         if cfg.samples_every and (done % cfg.samples_every == 0 or done == 1) and accelerator.is_main_process:
-            save_samples(out / "samples" / f"step-{done:05d}", groups, data, prompt_of)
+            save_samples(out / "samples" / f"step-{done:05d}", groups, data, encoder)
         log(m)
+        light.clear()
+        prompt_of.clear()
         for one in updates:
             skipped = skipped + 1 if one.skipped else 0
         stopped_by = stop.agreed()

@@ -93,7 +93,7 @@ def ours(folder, sampler, budget=None, rounds=WARM + TIMED, lengths=None):
     """Timings of `rounds` steps; sampler "given": updates on the given completions alone."""
     from transformers import AutoProcessor
 
-    from data import PromptEncoder, load_samples
+    from data import PromptCache, PromptEncoder, load_samples
     from distributed import make_accelerator
     from train_grpo import (
         GRPOConfig,
@@ -130,12 +130,11 @@ def ours(folder, sampler, budget=None, rounds=WARM + TIMED, lengths=None):
     processor = AutoProcessor.from_pretrained(folder)
     encoder = PromptEncoder(processor, cfg.template, 784, cfg.max_pixels)
     prompts = [encoder(s) for s in samples]
+    prompt_of = PromptCache(prompts.__getitem__, 1)
     pads = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    learner = make_learner(accelerator, cfg, pads, prompts.__getitem__)
+    learner = make_learner(accelerator, cfg, pads, prompt_of)
     if sampler != "given":
-        sampler = (
-            VLLMSampler(cfg, processor, pads, 1) if sampler == "vllm" else HFSampler(cfg, processor, pads)
-        )
+        sampler = VLLMSampler(cfg, encoder, pads, 1) if sampler == "vllm" else HFSampler(cfg, encoder, pads)
         sampler.sync(learner.base)
     given = given_completions(n_prompts) if lengths is None else [[400] * n for n in lengths]
     results = []
@@ -151,7 +150,9 @@ def ours(folder, sampler, budget=None, rounds=WARM + TIMED, lengths=None):
                     r.prompt_length = len(prompts[r.row].ids)
             else:
                 rows = [*range(n_prompts)]
-                groups = sample_everywhere(accelerator, sampler, prompts.__getitem__, rows, GROUP, 1.0, rows)
+                groups = sample_everywhere(
+                    accelerator, sampler, prompt_of, rows, GROUP, 1.0, rows, lambda r: r
+                )
                 rollouts = [r for group in groups for r in group]
             t1 = time.perf_counter()
             one_group = cfg.model_copy(update={"group_size": len(rollouts) // n_prompts})

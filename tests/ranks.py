@@ -16,7 +16,7 @@ from pictures import noise
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import CheckpointError, load, save  # noqa: E402
-from data import PromptEncoder, load_samples  # noqa: E402
+from data import PromptCache, PromptEncoder, load_samples  # noqa: E402
 from distributed import leave, make_accelerator  # noqa: E402
 from train_grpo import GRPOConfig, Rollout, make_learner, plan_updates, rollout_logps, update  # noqa: E402
 
@@ -33,7 +33,7 @@ def make_rollouts(encoder, samples, group_size):
             ids = [rng.randrange(300, 600) for _ in range(rng.randrange(1, 41))]
             logps = [-6 - rng.random() for _ in ids]
             rollouts.append(Rollout(row, len(prompt.ids), ids, logps, "", True))
-    return rollouts, prompts.__getitem__
+    return rollouts, PromptCache(prompts.__getitem__, 1)
 
 
 def whole(tensor):

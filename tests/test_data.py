@@ -1,18 +1,31 @@
 """Loading, checking, prompting, resizing, packing and ordering, on rows in STVQA-7K's own format."""
 
+import dataclasses
 import io
 import itertools
 import json
+import threading
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import noise
 from PIL import Image
 
-from data import PromptEncoder, batch_at, build_prompt, build_prompt_text, load_samples, resize, smart_size
+from data import (
+    PromptCache,
+    PromptEncoder,
+    batch_at,
+    build_prompt,
+    build_prompt_text,
+    load_samples,
+    resize,
+    smart_size,
+)
 from packing import micro_batches
 from synthesize import answer_slots, draw_question, render, stvqa_features, stvqa_row
 
@@ -172,6 +185,69 @@ def test_prompt_length_needs_no_pixels_and_is_exact(rows, tmp_path, tiny_base):
         load_samples(path, prompt_length=encode.length, max_prompt_length=limit)
     kept = load_samples(path, prompt_length=encode.length, max_prompt_length=limit, skip_long_prompts=True)
     assert len(kept) == sum(n <= limit for n in lengths) and len(kept.skipped) == 6 - len(kept)
+
+
+# ---- prompts ----
+def test_a_prompt_is_what_the_processor_makes_of_text_and_images(rows, tmp_path, tiny_base):
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(tiny_base)
+    encoder = PromptEncoder(processor, "spatial_thinker", 784, 802816)
+    sample = load_samples(write(rows, tmp_path / "x.parquet"))[0]
+    for images in ((), (noise(140, 56),), (noise(28, 84), noise(90, 61))):
+        sample = dataclasses.replace(sample, encoded_images=images)
+        shown = encoder.images(sample) or None
+        want = processor(text=[encoder.text(sample)], images=shown, return_tensors="pt")
+        got = encoder(sample)
+        assert got.ids == want["input_ids"][0].tolist()
+        if images:
+            assert torch.equal(got.pixel_values, want["pixel_values"])
+            assert torch.equal(got.image_grid_thw, want["image_grid_thw"])
+            pixels = sum(w * h for w, h in (image.size for image in shown))
+            assert got.nbytes == pixels * (3 + 3 * 2 * 4)  # RGB; RGB in two frames of float32
+        else:
+            assert got.pixel_values is None and got.nbytes == 0
+
+
+class Made:
+    """A prompt of ten bytes."""
+
+    nbytes = 10
+
+
+def test_prompts_are_made_once_ahead_and_kept_up_to_the_limit():
+    made = []
+
+    def make(row):
+        made.append(row)
+        if row == 9:
+            raise ValueError("row 9")
+        return Made()
+
+    prompts = PromptCache(make, 1, 25)
+    prompts.ahead([1, 2, 1])
+    prompts.ahead([2, 9])
+    first = prompts(1)
+    assert [prompts(1), prompts(1)] == [first, first] and prompts(2) is prompts(2)
+    assert prompts(3) is not prompts(3)  # 30 bytes would be above the limit
+    with pytest.raises(ValueError, match="row 9"):  # when it is asked for, not before
+        prompts(9)
+    assert made == [1, 2, 9, 3, 3] and prompts.made == 4 and prompts.bytes == 20
+    prompts.clear()
+    assert prompts(1) is not first and prompts.bytes == 10
+
+
+def test_prompts_are_made_side_by_side():
+    together = threading.Barrier(3)  # broken, with an error, unless three threads meet in it
+
+    def make(row):
+        together.wait(timeout=60)
+        return Made()
+
+    prompts = PromptCache(make, 3)
+    prompts.ahead(range(3))
+    for row in range(3):
+        prompts(row)
 
 
 # ---- images ----

@@ -11,7 +11,7 @@ from models import distance, load_plain, plain_logits
 from pictures import noise
 
 import train_grpo
-from data import PromptEncoder, load_samples
+from data import PromptCache, PromptEncoder, load_samples
 from packing import FORBIDDEN_BIAS, check_family, pack, token_logps
 from rewards import Score
 from train_grpo import (
@@ -307,7 +307,7 @@ def make(tiny, **settings):
     defaults = {"model": str(folder), "gradient_checkpointing": False, "group_size": 3, "prompts_per_step": 4}
     cfg = GRPOConfig(**defaults | {"updates_per_step": 1, "temperature": 0.8} | settings)
     accelerator, gradients = Accelerator(cpu=True), {}
-    learner = make_learner(accelerator, cfg, FORBIDDEN, prompts.__getitem__)
+    learner = make_learner(accelerator, cfg, FORBIDDEN, PromptCache(prompts.__getitem__, 1))
     clip = accelerator.clip_grad_norm_
 
     def keep_and_clip(parameters, norm):
@@ -444,6 +444,17 @@ def test_log_probs_before_the_update_are_those_of_the_models(tiny):
             want, _ = token_logps(learner.policy, pack([(prompt, [ids])], learner.base))
         np.testing.assert_allclose(logp, want, atol=bound, rtol=0)
         assert (other[k] - want).abs().max() > 10 * bound
+
+
+def test_log_probs_and_update_make_every_prompt_once(tiny):
+    learner, cfg, _ = make(tiny, max_tokens_per_micro_batch=150)
+    learner.prompt_of.max_bytes = math.inf
+    rollouts = perturbed_rollouts(tiny)
+    shares = [[k for k in range(len(rollouts)) if rollouts[k].row != 2]]
+    for model in (learner.policy, learner.reference):
+        rollout_logps(learner, model, rollouts, [shares], cfg)
+    update(learner, rollouts, shares, cfg, 0.0)
+    assert learner.prompt_of.made == 3 and sorted(learner.prompt_of.kept) == [0, 1, 3]
 
 
 def test_every_process_yields_as_many_batches_as_the_fullest(tiny):
