@@ -17,6 +17,7 @@ import importlib.metadata
 import io
 import os
 import queue
+import re
 import threading
 import time
 import zlib
@@ -160,6 +161,60 @@ def vllm_generate(llm, requests: Iterable[tuple], at_once: int | None) -> Iterat
                         f"({ours} tokens)"
                     )
                 yield key, prompt, output
+
+
+def vllm_reload(llm, weights: Iterable[tuple], check: bool = True):
+    """Copy (name, whole tensor) pairs into an engine. Raises: RuntimeError if it then holds other values."""
+    from checkpoint import row_sums
+
+    sent = {}
+
+    def counted():
+        for name, weight in weights:
+            sent[name] = row_sums(weight)[:2]
+            yield name, weight
+
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
+    if check:
+        check_weights(sent, engine_sums(llm))
+
+
+def engine_sums(llm) -> dict:
+    """{name: sum of the values, sum of their magnitudes} of this process's weights in a vLLM engine, float64.
+
+    Without the matrices that vLLM for CPUs has packed into a form of its own.
+    """
+    from checkpoint import row_sums
+
+    (sums,) = llm.apply_model(lambda m: {n: row_sums(p)[:2] for n, p in m.named_parameters() if p.numel()})
+    return sums
+
+
+def check_weights(sent: dict, held: dict):
+    """The engine must hold what the trainer sent, to the last bit.
+
+    Args: sums as of `engine_sums`, by the published names and by the engine's. Raises: RuntimeError.
+    """
+    compared = 0
+    for name, got in held.items():
+        ours = name.replace("language_model.lm_head", "lm_head")
+        ours = re.sub(r"^visual\b", "model.visual", ours)
+        ours = re.sub(r"^language_model\.model\b", "model.language_model", ours)
+        side_by_side = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        fused = next((part for part in side_by_side if part in ours), None)
+        names = [ours.replace(fused, part) for part in side_by_side[fused]] if fused else [ours]
+        if all(n in sent for n in names):
+            expected = sum(sent[n] for n in names)
+            # One of 5e8 weights around 0.02 that moves by a step of its bf16, 1e-4, is 1e-11 of the
+            # magnitudes; sums in another order differ by 1e-14 of them.
+            if not ((got - expected).abs() <= 1e-12 * expected[1]).all():  # "not <=": NaN fails too
+                raise RuntimeError(
+                    f"sync: vLLM holds another {name} than the trainer sent: expected the sums "
+                    f"{expected.tolist()} of values and magnitudes, got {got.tolist()}"
+                )
+            compared += 1
+    if not compared:
+        raise RuntimeError(f"sync: expected weights of the names that the trainer sends, got {[*held][:3]}")
 
 
 def vllm_replies(

@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from config import Config, write_whole
 from distributed import gather
 
+SUMMED_AT_ONCE = 2**24  # values
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be continued, or could not be written: names the folder and why."""
@@ -164,10 +166,15 @@ def fingerprint(accelerator, model) -> dict[str, list[float]]:
 
 def row_sums(rows: torch.Tensor, first: int = 0) -> torch.Tensor:
     """The three sums of `fingerprint` over the rows of one tensor, which are numbered from `first`: (3,)."""
-    flat = rows.detach().double().reshape(len(rows), math.prod(rows.shape[1:]))  # a shard may have no rows
-    size = flat.abs().sum(1)
-    number = torch.arange(first, first + len(size), dtype=torch.float64, device=size.device)
-    return torch.stack([flat.sum(), size.sum(), (number * size).sum()])
+    sums = torch.zeros(3, dtype=torch.float64, device=rows.device)
+    width = math.prod(rows.shape[1:])
+    for piece in rows.detach().split(max(1, SUMMED_AT_ONCE // width)):  # float64 copies of all would be large
+        flat = piece.double().reshape(len(piece), width)  # a shard may have no rows
+        size = flat.abs().sum(1)
+        number = torch.arange(first, first + len(size), dtype=torch.float64, device=size.device)
+        sums += torch.stack([flat.sum(), size.sum(), (number * size).sum()])
+        first += len(piece)
+    return sums
 
 
 def first_row(p) -> int:

@@ -34,7 +34,7 @@ import torch
 from pydantic import model_validator
 from tqdm import tqdm
 
-from backends import hf_generate, start_vllm, vllm_generate
+from backends import hf_generate, start_vllm, vllm_generate, vllm_reload
 from checkpoint import CheckpointError, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
 from data import Prompt, PromptCache, PromptEncoder, batch_at, load_samples
@@ -515,10 +515,14 @@ class VLLMSampler:
         self.asleep = False
 
     def sync(self, model):
-        """Copy the policy's parameters into the engine and drop everything computed with the old ones."""
+        """Copy the policy's parameters into the engine and drop everything computed with the old ones.
+
+        Raises: RuntimeError if the engine then holds other values.
+        """
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights(model)})
+        # With tensor parallelism each process holds parts of some weights and the whole of others.
+        vllm_reload(self.llm, whole_weights(model), check=self.processes == 1)
         self.llm.llm_engine.reset_encoder_cache()  # stale image features cost about two nats
         self.llm.reset_prefix_cache()
         if self.asleep:

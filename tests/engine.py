@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from backends import start_vllm, vllm_generate  # noqa: E402
+from backends import engine_sums, start_vllm, vllm_generate  # noqa: E402
 from data import PromptEncoder, load_samples  # noqa: E402
 
 PIXELS = (784, 802816)
@@ -73,6 +73,17 @@ def main(model, data):
         list(vllm_generate(llm, [("row 1", wrong, params()[1])], None))
     except RuntimeError as error:
         results["error"] = str(error)
+
+    def sums():
+        return {name: values.tolist() for name, values in engine_sums(llm).items()}
+
+    results["sums"] = sums()
+
+    def nudge(model):
+        model.get_parameter("language_model.model.norm.weight").data[3] += 2**-10
+
+    llm.apply_model(nudge)
+    results["nudged"] = sums()
     print(json.dumps(results))
 
 

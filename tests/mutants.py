@@ -488,7 +488,23 @@ GROUPS = [
         ('"per_mille": (1000, 1000)', '"per_mille": (100, 100)'),
         ("return parsed == gold[1].upper()", "return parsed == gold[0].upper()"),
     ]),
+    # ---- data.py ----
+    ("data.py", "tests/test_data.py -k prompts_are_made", [
+        ("self.bytes + prompt.nbytes <= self.max_bytes", "self.bytes <= self.max_bytes"),
+        ("not in self.kept and row not in self.begun", "not in self.kept"),
+        ("ThreadPoolExecutor(threads)", "ThreadPoolExecutor(1)"),
+    ]),
+    ("train_grpo.py", TRAIN, [
+        ("for rows in rows_of[i : i + 3]:", "for rows in rows_of[i + 1 : i + 1]:"),
+    ]),
     # ---- backends.py ----
+    ("backends.py", "tests/test_backends.py -k weights_of_the_engine", [
+        ("if not ((got - expected).abs() <= 1e-12 * expected[1]).all():",
+         "if ((got - expected).abs() > 1e-12 * expected[1]).any():"),
+        ("1e-12 * expected[1]", "1e-3 * expected[1]"),
+        ('"qkv_proj": ("q_proj", "k_proj", "v_proj")', '"qkv_proj": ("q_proj", "k_proj")'),
+        ("    if not compared:\n", "    if compared < 0:\n"),
+    ]),
     ("backends.py", "tests/test_backends.py -k end_token", [
         ("for i in [*ids, tokenizer.eos_token_id] if i is not None", "for i in ids if i is not None"),
         (

@@ -10,13 +10,14 @@ import urllib.request
 from dataclasses import replace
 
 import pytest
+import torch
 from bounds import logp_bound
 from fixtures import flags
 from PIL import Image
 from programs import run_script, start_script, wait_until
 from servers import KEY, anthropic_answer, openai_answer, serve, text_of
 
-from backends import end_token_ids, hf_generate
+from backends import check_weights, end_token_ids, hf_generate
 from data import PromptEncoder, load_samples
 from evaluate import main
 from results import read_records
@@ -340,11 +341,18 @@ def test_a_reply_ends_with_its_end_token_or_where_it_is_cut(tiny_base, tiny_data
     assert hf_generate(model, tokenizer, [prompt], max_new_tokens=5, temperature=0.0)[0].logps == []
 
 
+@pytest.fixture(scope="module")
+def engine_run(tiny_base, tiny_data):
+    """What tests/engine.py has found out about the engine."""
+    return json.loads(
+        run_script("tests/engine.py", tiny_base, tiny_data / "val.parquet").stdout.splitlines()[-1]
+    )
+
+
 @pytest.mark.slow
-def test_the_engine_gives_what_vllms_own_generate_gives(tiny_base, tiny_data):
+def test_the_engine_gives_what_vllms_own_generate_gives(engine_run):
     """Equal tokens and log-probs to the last bit, n of each in order; another prompt is an error."""
-    printed = run_script("tests/engine.py", tiny_base, tiny_data / "val.parquet").stdout
-    got = json.loads(printed.splitlines()[-1])
+    got = engine_run
     keys = [f"row {i}" for i in range(7)]
     assert sorted(got["all"]) == sorted(got["two"]) == keys
     assert [got["all"][key] for key in keys] == got["plain"]
@@ -355,6 +363,31 @@ def test_the_engine_gives_what_vllms_own_generate_gives(tiny_base, tiny_data):
     assert re.fullmatch(
         r"request row 1, row \S+: vLLM's prompt .\d+ tokens. is not ours .\d+ tokens.", got["error"]
     )
+
+
+@pytest.mark.slow
+def test_weights_of_the_engine_are_told_from_others(tiny_base, engine_run):
+    """Of the whole model, its matrices apart, which vLLM packs on a CPU; one value, nudged, is noticed."""
+
+    def doubles(sums):
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in sums.items()}
+
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(tiny_base, dtype=torch.float32)
+    sent = {n: torch.stack([w.double().sum(), w.double().abs().sum()]) for n, w in model.state_dict().items()}
+    check_weights(sent, held := doubles(engine_run["sums"]))
+    assert {"visual.blocks.1.attn.qkv.bias", "language_model.model.layers.0.self_attn.qkv_proj.bias"} <= set(
+        held
+    )
+    with pytest.raises(RuntimeError, match="vLLM holds another language_model.model.norm.weight than"):
+        check_weights(sent, doubles(engine_run["nudged"]))
+    for damage in (float("nan"), 1.0):
+        sent["model.visual.blocks.0.attn.qkv.bias"][0] += damage
+        with pytest.raises(RuntimeError, match="vLLM holds another visual.blocks.0.attn.qkv.bias than"):
+            check_weights(sent, held)
+    with pytest.raises(RuntimeError, match="expected weights of the names"):
+        check_weights({}, held)
 
 
 @pytest.fixture(scope="module")

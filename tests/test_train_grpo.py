@@ -457,6 +457,16 @@ def test_log_probs_and_update_make_every_prompt_once(tiny):
     assert learner.prompt_of.made == 3 and sorted(learner.prompt_of.kept) == [0, 1, 3]
 
 
+def test_the_prompts_of_two_micro_batches_are_made_ahead(tiny):
+    learner, cfg, _ = make(tiny, kl_coef=0, max_tokens_per_micro_batch=1)
+    learner.prompt_of.max_bytes = math.inf
+    batches = packed_batches(learner, perturbed_rollouts(tiny), [[0, 3, 4, 6, 9]], cfg)  # rows 0 1 1 2 3
+    seen = []
+    for ks, _ in batches:
+        seen.append((ks, learner.prompt_of.made, sorted(learner.prompt_of.begun)))
+    assert seen == [([0], 1, [1]), ([3], 2, [2]), ([4], 2, [2, 3]), ([6], 3, [3]), ([9], 4, [])]
+
+
 def test_every_process_yields_as_many_batches_as_the_fullest(tiny):
     learner, cfg, _ = make(tiny, kl_coef=0, max_tokens_per_micro_batch=1)
     rollouts = perturbed_rollouts(tiny)
