@@ -13,13 +13,15 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from rewards import parse_ground_truth
@@ -55,10 +57,42 @@ TEMPLATES = {
     "no_reasoning": "Answer with the letter of the correct option and its text, e.g., (A) cat.",
 }
 SHOWS_SIZE = ("spatial_thinker",)  # only boxes need the frame they live in
-SIZE_IN_PROMPT = re.compile(r"Image size: \(?(\d+) x (\d+)\)?")
+SIZE_IN_PROMPT = re.compile(r"Image size: \(?(?:(\d+) x (\d+)|Unknown)\)?")
+
+# Why a row is not trained on. Trained on are rows with boxes over the edge (clipped and counted), a whole
+# graph of sixty objects, relationships with objects that the scene lacks, wrong options that repeat, stray
+# blanks in options (taken out of the prompt), an answer with other capitals or full stops than its option
+# (rewarded as the prompt shows it), and "Image size: (Unknown)" in the prompt (the image's size is filled
+# in).
+REASONS = {
+    "image": "missing, damaged, or of more pixels than can be meant",
+    "question": "empty, or with a control token of the model, such as <|image_pad|>",
+    "options": "not 2 to 10 texts",
+    "answer": "none of the options, or another one in the gold scene's text",
+    "repeated_answer": "also stands under another letter: of two right replies the reward would punish one",
+    "size": "stated for the prompt, but not the image's: the boxes, or the question, are of another file",
+    "scene": "outside the grammar of rewards.py: its JSON, an id, a box without area",
+    "box_outside": "a gold box that does not show in the image: rounding is not that wrong, another frame is",
+    "empty_scene": "a gold scene without objects, for which the dense reward would pay who does not look",
+    "prompt": "none can be built, for lack of text or of an image of usable proportions",
+    "long_prompt": "more than max_prompt_length tokens; none is cut, as half a question has no answer",
+}
+CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+OPTION_LINE = re.compile(r"^[ \t]*(\([A-J]\))(.*)$", re.M)
+LETTERED = re.compile(r"\(\s*([A-Ja-j])\s*\)\s*(.*)", re.S)
+# What PIL raises for damaged files beside OSError.
+DAMAGED = (SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 # ---- samples -----------------------------------------------------------------------------------------------
+class BadRow(ValueError):
+    """A row that cannot be used: one of REASONS, and what was expected and found."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Sample:
     """One question about one or more images; the images stay encoded until `load_images`."""
@@ -82,25 +116,62 @@ class Sample:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB; a depth map of more than 8 bits is scaled to them, where PIL would cut it off."""
-    if image.mode.startswith(("I", "F")):
+    """The image in RGB: on white where it is transparent, a depth map of more bits scaled to 8."""
+    if image.mode.startswith(("I", "F")):  # PIL would cut them off
         depth = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((255 * (depth - depth.min()) / max(np.ptp(depth), 1e-9)).astype(np.uint8))
-    return image.convert("RGB")
+        known = depth[np.isfinite(depth)]
+        near, far = (known.min(), known.max()) if known.size else (0, 0)
+        shades = np.nan_to_num(255 * (depth - near) / max(far - near, 1e-9), nan=0, posinf=255, neginf=0)
+        image = Image.fromarray(shades.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = {}  # tags that only some of the later readers would follow: turn me, these are my colours
+    return image
 
 
 def open_image(encoded: dict) -> Image.Image:
-    """The PIL image behind a {"bytes", "path"} record; only the header is read until pixels are asked for."""
-    return Image.open(io.BytesIO(encoded["bytes"]) if encoded.get("bytes") else encoded["path"])
+    """The upright PIL image behind a {"bytes", "path"} record. Raises: OSError, whatever is wrong with it.
+
+    Only the header is read until pixels are asked for, unless it says that the image lies on its side.
+    """
+    if not isinstance(encoded, dict) or not (encoded.get("bytes") or encoded.get("path")):
+        raise OSError(f"expected bytes or a path, got {str(encoded)[:80]}")
+    try:
+        image = Image.open(io.BytesIO(encoded["bytes"]) if encoded.get("bytes") else encoded["path"])
+        # A PNG without the tag in its header would be read to its end for one.
+        tags = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        return ImageOps.exif_transpose(image) if tags.get(ExifTags.Base.Orientation, 1) != 1 else image
+    except DAMAGED as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
+
+
+def check_pixels(encoded: dict):
+    """Read an image to its end: its header says nothing of what was cut off. Raises: OSError."""
+    image = open_image(encoded)
+    try:
+        if image.format == "PNG":
+            image.verify()  # the checksums
+        else:
+            image.draft("L", (1, 1))  # of a JPEG an eighth of each side: all is read, little computed
+            image.load()
+    except DAMAGED as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 class Samples(Sequence):
     """The usable rows of a table, decoded one at a time, so that memory does not grow with their number."""
 
-    def __init__(self, table, columns, rows, need_scene, clipped=0, skipped=(), max_images=1):
-        self.table, self.columns, self.rows, self.need_scene = table, columns, rows, need_scene
-        self.clipped, self.skipped = clipped, list(skipped)  # rows with clipped boxes; messages of bad rows
-        self.max_images = max_images  # of one row
+    def __init__(self, table, columns, need_scene, name, total):
+        self.table, self.columns, self.need_scene = table, columns, need_scene
+        self.name, self.total = name, total  # rows looked at
+        self.rows: list[int] = []
+        self.max_images = 0  # of one row
+        self.clipped = 0  # rows with a gold box clipped to the image
+        self.overhang = 0.0  # the most that was cut off a box, pixels
+        self.skipped: list[str] = []  # a message for each row left out
+        self.reasons = Counter()  # {one of REASONS: rows}
 
     def __len__(self):
         return len(self.rows)
@@ -118,10 +189,11 @@ def load_samples(
     revision: str | None = None,
     columns: dict[str, str] | None = None,
     need_scene: bool = True,
-    skip_bad_rows: bool = False,
+    max_bad_rows: float = 0.0,
     limit: int | None = None,
     prompt_length: Callable[[Sample], int] | None = None,
     max_prompt_length: int | None = None,
+    skip_bad_rows: bool = False,
     skip_long_prompts: bool = False,
 ) -> Samples:
     """Load a data set and check every row before anything is trained on it.
@@ -130,10 +202,11 @@ def load_samples(
         source: Hub id, .parquet or .jsonl file, folder of parquet files, or `save_to_disk` folder.
         columns: names that differ from STVQA-7K's, as {our name: their name}; ours are the keys of COLUMNS.
         need_scene: the row must hold a gold scene (False for the sparse reward).
-        skip_bad_rows: leave bad rows out and list them in `.skipped` instead of raising.
-        prompt_length, max_prompt_length: a prompt of more tokens is an error too (or, with skip_long_prompts,
-            left out). Prompts are never truncated: half a question has no answer.
-    Raises: ValueError naming the row and the column.
+        max_bad_rows: the largest share of rows that may be left out, for one of REASONS; `.reasons` counts
+            them and `.skipped` names them. It never changes which rows are used.
+        prompt_length, max_prompt_length: count a prompt's tokens, and how many it may have.
+        skip_bad_rows, skip_long_prompts: older forms of max_bad_rows=1.
+    Raises: ValueError naming the source, what is wrong with how many rows, and the first of them.
     """
     if unknown := set(columns or {}) - set(COLUMNS):
         raise ValueError(f"columns: expected some of {list(COLUMNS)}, got {sorted(unknown)}")
@@ -144,37 +217,71 @@ def load_samples(
         for key, c in columns.items()
         if key not in OPTIONAL_COLUMNS and (key != "scene_answer" or need_scene)
     ]
+    name = f"{source} ({split})"
+    if not len(table):
+        raise ValueError(f"{name}: no rows")
     if missing := [c for c in needed if c not in table.column_names]:
-        raise ValueError(
-            f"{source} ({split}): expected columns {needed}, missing {missing}, got {table.column_names}"
-        )
+        raise ValueError(f"{name}: expected columns {needed}, missing {missing}, got {table.column_names}")
 
-    rows, skipped, clipped, max_images = [], [], 0, 0
     total = min(limit or len(table), len(table))
-    for row in tqdm(range(total), desc=f"checking {Path(source).name} {split}", disable=None, leave=False):
+    samples = Samples(table, columns, need_scene, name, total)
+    for row in tqdm(range(total), desc=f"checking {name}", disable=None, leave=False):
         try:
-            sample, was_clipped = row_to_sample(table[row], columns, row, need_scene)
-            if prompt_length and (n := prompt_length(sample)) > max_prompt_length:
-                message = f"row {sample.id}: prompt is {n} tokens long, expected at most {max_prompt_length}"
-                if not skip_long_prompts:
-                    raise ValueError(
-                        f"{message} (raise max_prompt_length, lower max_pixels or set skip_long_prompts)"
-                    )
-                skipped.append(message)
-                continue
-        except ValueError as error:
-            if not skip_bad_rows:
-                raise ValueError(f"{source} ({split}): {error}") from None
-            skipped.append(str(error))
+            sample, overhang = row_to_sample(table[row], columns, row, need_scene, to_train=True)
+            if prompt_length:
+                check_length(sample, row, prompt_length, max_prompt_length)
+        except BadRow as error:
+            samples.skipped.append(f"{error.reason}: {error}")
+            samples.reasons[error.reason] += 1
             continue
-        rows.append(row)
-        clipped += was_clipped
-        max_images = max(max_images, len(sample.encoded_images))
-    if not rows:
+        samples.rows.append(row)
+        samples.clipped += overhang > 0
+        samples.overhang = max(samples.overhang, overhang)
+        samples.max_images = max(samples.max_images, len(sample.encoded_images))
+    allowed = 1.0 if skip_bad_rows or skip_long_prompts else max_bad_rows
+    if (bad := len(samples.skipped)) > allowed * total or not samples.rows:
+        # One of each reason, since a thousand rows with one flaw should not hide another.
+        examples = {message.partition(":")[0]: message for message in reversed(samples.skipped)}.values()
         raise ValueError(
-            f"{source} ({split}): no usable rows out of {total}" + "".join(f"\n  {s}" for s in skipped[:5])
+            f"{name}: {'' if samples.rows else 'no usable rows: '}{bad} of {total} rows cannot be used, "
+            f"{bad / total:.2%} where max_bad_rows={allowed:g} allows {allowed:.2%}: "
+            + count_reasons(samples.reasons)
+            + "".join(f"\n  {message}" for message in examples)
         )
-    return Samples(table, columns, np.array(rows), need_scene, clipped, skipped, max_images)
+    return samples
+
+
+def count_reasons(reasons: Counter) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items(), key=lambda i: (-i[1], i[0])))
+
+
+def report_rows(loaded: Mapping[str, Samples], listing: Path | None = None) -> str:
+    """A line for each part of the data, and one for the rows left out; `listing` takes all their messages."""
+    lines = []
+    for part, s in loaded.items():
+        boxes = f", {s.clipped} with a gold box clipped to the image by at most {s.overhang:g} px"
+        lines.append(f"{part}: {len(s)} of {s.total} rows of {s.name}" + boxes * (s.clipped > 0))
+    reasons = sum((samples.reasons for samples in loaded.values()), Counter())
+    if reasons and listing:
+        messages = [f"{part}: {message}\n" for part, samples in loaded.items() for message in samples.skipped]
+        listing.write_text("".join(messages), encoding="utf-8")
+    where = f"; {listing} names them" if reasons and listing else ""
+    lines.append(f"left out: {count_reasons(reasons)}{where}" if reasons else "left out: none")
+    return "\n".join(lines)
+
+
+def check_length(sample: Sample, index: int, prompt_length: Callable[[Sample], int], longest: int):
+    """Raises: BadRow where a prompt cannot be built or has more tokens than `longest`."""
+    try:
+        n = prompt_length(sample)
+    except ValueError as error:
+        raise BadRow("prompt", f"row {sample.id} (#{index}): {error}") from None
+    if n > longest:
+        raise BadRow(
+            "long_prompt",
+            f"row {sample.id} (#{index}): prompt is {n} tokens long, expected at most {longest} "
+            "(raise max_prompt_length or lower max_pixels)",
+        )
 
 
 def read_table(
@@ -220,6 +327,8 @@ def open_table(source: str, split: str, revision: str | None, config: str | None
         readers = {".parquet": datasets.Dataset.from_parquet, ".tsv": read_tsv}
         try:
             return readers.get(path.suffix, datasets.Dataset.from_json)(str(path))
+        except StopIteration:  # of an empty file
+            raise ValueError(f"{source}: no rows") from None
         except datasets.exceptions.DatasetsError as error:  # says what failed in its cause only
             raise ValueError(f"{source}: {error.__cause__ or error}") from None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
@@ -250,11 +359,13 @@ def leave_encoded(table, image_columns: Sequence[str], base: Path, in_base64: bo
     def as_record(value):
         if value is None or isinstance(value, list):
             return value and [as_record(one) for one in value]
-        if isinstance(value, (bytes, dict)):
-            return {"bytes": value, "path": None} if isinstance(value, bytes) else value
-        if in_base64:
+        if isinstance(value, bytes):
+            return {"bytes": value, "path": None}
+        if isinstance(value, str) and in_base64:
             return {"bytes": base64.b64decode(value), "path": None}
-        return {"bytes": None, "path": str(base / value)}
+        record = value if isinstance(value, dict) else {"path": value}
+        path = record.get("path")
+        return {"bytes": record.get("bytes"), "path": path and str(base / path)}
 
     def as_records(batch):
         return {
@@ -266,8 +377,14 @@ def leave_encoded(table, image_columns: Sequence[str], base: Path, in_base64: bo
     return table.with_transform(as_records) if untyped else table
 
 
-def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bool) -> tuple[Sample, bool]:
-    """-> (sample, whether a gold box was clipped). Raises ValueError naming the row and the column."""
+def row_to_sample(
+    row: dict, columns: dict[str, str], index: int, need_scene: bool, to_train: bool = False
+) -> tuple[Sample, float]:
+    """-> (sample, by how many pixels its gold boxes were clipped).
+
+    Args: to_train: read the images to their end, and refuse what only the reward minds: evaluation reads a
+        letter. Raises: BadRow naming the row and the column.
+    """
 
     def get(key):
         return row.get(columns[key])
@@ -275,43 +392,49 @@ def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bo
     # The number beside the id: ids repeat in real data, and a table is opened by number.
     row_id = f"{get('id')} (#{index})" if get("id") is not None else f"#{index}"
 
-    def bad(key, expected, got):
-        return ValueError(f"row {row_id}, column {columns[key]}: expected {expected}, got {got}")
+    def bad(reason, key, expected, got):
+        return BadRow(reason, f"row {row_id}, column {columns[key]}: expected {expected}, got {got}")
 
     images = get("images")
     images = images if isinstance(images, list) else [images]
     if not images or any(e is None for e in images):
-        raise bad("images", "an image", images or "nothing")
+        raise bad("image", "images", "an image", images or "nothing")
     try:
         size = open_image(images[0]).size
+        for encoded in images if to_train else ():
+            check_pixels(encoded)
     except OSError as error:
-        raise bad("images", "a readable image", error) from None
+        raise bad("image", "images", "a readable image", error) from None
 
-    options, answer, question = get("options"), get("answer"), get("question")
+    question, problem = get("question"), get("problem") or ""
     if not isinstance(question, str) or not question.strip():
-        raise bad("question", "a question", repr(question))
-    # As many as there are letters for the reader of answers, which sees every sample during training.
-    if not isinstance(options, list) or not 2 <= len(options) <= 10 or any(o is None for o in options):
-        raise bad("options", "a list of 2 to 10 options", repr(options))
-    options = [str(o) for o in options]
-    # The reward compares letter and text, so a gold answer that is no option can never be earned.
-    choices = {f"({'ABCDEFGHIJ'[i]}) {o}".strip().lower() for i, o in enumerate(options)}
-    if not isinstance(answer, str) or answer.strip().lower() not in choices:
-        raise bad("answer", f"one of {sorted(choices)}", repr(answer))
-    # The prompt states the frame of the boxes. Where it is that of another image file, every box is wrong.
-    problem = get("problem") or ""
-    if (stated := SIZE_IN_PROMPT.search(problem)) and tuple(map(int, stated.groups())) != size:
-        raise bad("problem", f"the image's size {size}", f"{stated[0]!r}")
+        raise bad("question", "question", "a question", repr(question))
+    if token := CONTROL_TOKEN.search(question) or CONTROL_TOKEN.search(problem):
+        raise bad("question", "question", "no control token of a model", token[0])
+    question, problem = tidy(question), tidy(problem)
+    options, answer = read_answer(question, get("options"), get("answer"), bad)
+    texts = [plain(o) for o in options]
+    if to_train and texts.count(plain(LETTERED.fullmatch(answer.strip())[2])) > 1:
+        raise bad("repeated_answer", "options", f"one option with the text of {answer!r}", options)
 
-    ground_truth, clipped = answer, False
+    # The prompt states the frame of the boxes. Where it is that of another image file, every box is wrong.
+    if stated := SIZE_IN_PROMPT.search(problem):
+        if stated[1] and tuple(map(int, stated.groups())) != size:
+            raise bad("size", "problem", f"the image's size {size}", f"{stated[0]!r}")
+        if not stated[1]:
+            problem = SIZE_IN_PROMPT.sub(f"Image size: ({size[0]} x {size[1]})", problem)
+
+    ground_truth, overhang = answer, 0.0
     if need_scene:
-        ground_truth, clipped = gold_scene(get("scene_answer"), answer, size, bad)
+        ground_truth, n_objects, overhang = gold_scene(get("scene_answer"), answer, size, bad)
+        if to_train and not n_objects:
+            raise bad("empty_scene", "scene_answer", "a gold scene with objects", "none")
     sample = Sample(
         id=str(row_id if get("id") is None else get("id")),
         encoded_images=tuple(images),
         size=size,
         question=question,
-        options=tuple(options),
+        options=options,
         answer=answer,
         ground_truth=ground_truth,
         problem=problem,
@@ -319,28 +442,66 @@ def row_to_sample(row: dict, columns: dict[str, str], index: int, need_scene: bo
         level=get("level") or "",
         completion=get("completion") or "",
     )
-    return sample, clipped
+    return sample, overhang
 
 
-def gold_scene(text, answer: str, size: tuple[int, int], bad: Callable) -> tuple[str, bool]:
-    """(the gold text, its boxes inside the image; whether one had to be clipped). `bad` words an error."""
+def tidy(text: str) -> str:
+    """A prompt in which a line for each option has single blanks only, as whoever copies it will write it."""
+    return OPTION_LINE.sub(lambda line: f"{line[1]} {' '.join(line[2].split())}", text)
+
+
+def plain(text: str) -> str:
+    """As texts of options are compared: without case, runs of blanks and a full stop at the end."""
+    return " ".join(text.lower().split()).rstrip(" .")
+
+
+def read_answer(question: str, options, answer, bad: Callable) -> tuple[tuple[str, ...], str]:
+    """(options, gold answer), the latter as a reply is rewarded that copies the option from the question."""
+    # As many as there are letters for the reader of answers, which sees every sample during training.
+    if not isinstance(options, list) or not 2 <= len(options) <= 10 or any(o is None for o in options):
+        raise bad("options", "options", "a list of 2 to 10 options", repr(options))
+    options = tuple(map(str, options))
+    if not all(map(plain, options)):
+        raise bad("options", "options", "a list of 2 to 10 options with text", options)
+    by_letter = dict(zip("ABCDEFGHIJ", options, strict=False))
+    found = LETTERED.fullmatch(answer.strip()) if isinstance(answer, str) else None
+    letter = found and found[1].upper()
+    if letter not in by_letter or plain(found[2]) != plain(by_letter[letter]):
+        lettered = [f"({letter}) {o}" for letter, o in by_letter.items()]
+        raise bad("answer", "answer", f"one of {lettered}", repr(answer))
+    # The reward compares letter and text, up to case and outer blanks. What the model can copy is the line of
+    # the question, which may have a full stop that the list of options lacks.
+    lines = [line[2] for line in OPTION_LINE.finditer(question) if line[1] == f"({letter})"]
+    shown = next((line for line in reversed(lines) if plain(line) == plain(found[2])), by_letter[letter])
+    rewarded = f"({letter}) {shown.strip()}"
+    return options, answer if answer.strip().lower() == rewarded.lower() else rewarded
+
+
+def gold_scene(text, answer: str, size: tuple[int, int], bad: Callable) -> tuple[str, int, float]:
+    """(the gold text with boxes inside the image, number of objects, the most that was clipped in pixels).
+
+    A box that shows in the image is clipped to it: annotation tools round, those of Visual Genome end a pixel
+    or two outside. One that does not show could not be earned: in a reply such a box is malformed.
+    """
     try:
         scene, scene_answer = parse_ground_truth(text)
     except ValueError as error:
-        raise bad("scene_answer", "a gold scene and answer", error) from None
-    if scene_answer.strip().lower() != answer.strip().lower():
-        raise bad("scene_answer", f"the answer {answer!r}", repr(scene_answer))
-    clipped, limit = False, (*size, *size)
+        raise bad("scene", "scene_answer", "a gold scene and answer", error) from None
+    gold, found = LETTERED.fullmatch(answer.strip()), LETTERED.fullmatch(scene_answer)
+    if not found or (found[1].upper(), plain(found[2])) != (gold[1].upper(), plain(gold[2])):
+        raise bad("answer", "scene_answer", f"the answer {answer!r}", repr(scene_answer))
+    overhang, (w, h) = 0.0, size
     for o in scene["objects"]:
-        # Annotation tools round, or count the last pixel in: one pixel over the edge is no mistake, more is.
-        if any(not -1 <= c <= m + 1 for c, m in zip(o["bbox"], limit, strict=True)):
-            raise bad("scene_answer", f"boxes inside the image {size}", f"{o['id']} {o['bbox']}")
-        inside = [min(max(c, 0), m) for c, m in zip(o["bbox"], limit, strict=True)]
-        clipped |= inside != list(o["bbox"])
-        o["bbox"] = inside
-    if clipped:  # else the row's own text: written anew, it might not be the annotator's to the last digit
-        text = f"<scene>{json.dumps(scene)}</scene>\n<answer>{scene_answer}</answer>"
-    return text, clipped
+        x1, y1, x2, y2 = o["bbox"]
+        if x1 >= w or y1 >= h or x2 <= 0 or y2 <= 0:
+            frame = f"boxes that show in the image {size}"
+            raise bad("box_outside", "scene_answer", frame, f"{o['id']} {o['bbox']}")
+        overhang = max(overhang, -x1, -y1, x2 - w, y2 - h)
+        o["bbox"] = [max(x1, 0), max(y1, 0), min(x2, w), min(y2, h)]
+    # Else the row's own text: written anew, it might not be the annotator's to the last digit.
+    if overhang or scene_answer.strip().lower() != answer.strip().lower():
+        text = f"<scene>{json.dumps(scene)}</scene>\n<answer>{answer.strip()}</answer>"
+    return text, len(scene["objects"]), overhang
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------

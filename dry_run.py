@@ -12,7 +12,7 @@ import re
 import torch
 
 from config import to_yaml
-from data import load_samples
+from data import load_samples, report_rows
 
 
 def arithmetic(cfg, world: int, n_samples: int | None = None) -> str:
@@ -46,10 +46,7 @@ def dry_run(cfg) -> int:
     missing = []
     try:
         samples = load_samples(**cfg.source(cfg.data, cfg.split))
-        print(
-            f"data: {len(samples)} rows of {cfg.data} ({cfg.split}) pass the checks, "
-            f"{len(samples.skipped)} are left out"
-        )
+        print(report_rows({"train": samples}))
         print(arithmetic(cfg, world, len(samples)))
     except (OSError, ValueError, RuntimeError) as error:  # the Hub client's errors derive from these
         why = f"{type(error).__name__}: {error}".splitlines()[0]

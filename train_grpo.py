@@ -37,7 +37,7 @@ from tqdm import tqdm
 from backends import hf_generate, start_vllm, vllm_generate, vllm_reload
 from checkpoint import CheckpointError, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
-from data import Prompt, PromptCache, PromptEncoder, batch_at, load_samples
+from data import Prompt, PromptCache, PromptEncoder, batch_at, load_samples, report_rows
 from distributed import (
     Stop,
     gather,
@@ -69,7 +69,7 @@ FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not
     "out resume keep_last keep_best save_every samples_every tracker vllm_memory vllm_max_seqs "
     "vllm_max_batched_tokens tensor_parallel sleep_level max_tokens_per_micro_batch logit_chunk "
     "gradient_checkpointing max_skipped val_data val_split val_limit val_every timeout_min image_threads "
-    "image_cache_gb".split()
+    "image_cache_gb max_bad_rows skip_bad_rows skip_long_prompts".split()  # bounds: the same rows pass
 )
 
 
@@ -83,8 +83,9 @@ class GRPOConfig(Config):
     val_split: str = opt("val", "held-out split")
     val_limit: int = opt(256, "held-out rows used, the first ones", ge=1)
     val_every: int = opt(5, "steps between held-out evaluations (greedy); 0: none", ge=0)
-    skip_bad_rows: bool = opt(False, "leave out and list rows that fail the checks")
-    skip_long_prompts: bool = opt(False, "leave out and list rows with too long a prompt")
+    max_bad_rows: float = opt(0.0, "share of rows that may fail the checks and are left out", ge=0, le=1)
+    skip_bad_rows: bool = opt(False, "of older configs: the same as max_bad_rows=1")
+    skip_long_prompts: bool = opt(False, "of older configs: the same as max_bad_rows=1")
     template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
         "problem", "prompt; problem: the row's own"
     )
@@ -173,7 +174,9 @@ class GRPOConfig(Config):
             revision=self.revision,
             columns=self.columns,
             need_scene=self.reward == "spatial",
+            max_bad_rows=self.max_bad_rows,
             skip_bad_rows=self.skip_bad_rows,
+            skip_long_prompts=self.skip_long_prompts,
         )
 
 
@@ -686,24 +689,17 @@ def start(cfg: GRPOConfig):
     return accelerator
 
 
-def load_rows(cfg: GRPOConfig, encoder: PromptEncoder, say):
-    """(training rows, held-out rows), all checked; says what was clipped and left out."""
-    limits = dict(
-        prompt_length=encoder.length,
-        max_prompt_length=cfg.max_prompt_length,
-        skip_long_prompts=cfg.skip_long_prompts,
-    )
+def load_rows(cfg: GRPOConfig, encoder: PromptEncoder, accelerator):
+    """(training rows, held-out rows), all checked; says what is used and what is not."""
+    limits = dict(prompt_length=encoder.length, max_prompt_length=cfg.max_prompt_length)
     with plain_errors():
         loaded = {"train": load_samples(**cfg.source(cfg.data, cfg.split), **limits)}
         if cfg.val_every:
             source = cfg.source(cfg.val_data or cfg.data, cfg.val_split)
-            loaded["val"] = load_samples(**source, **limits, limit=cfg.val_limit)
-    for name, samples in loaded.items():
-        say(
-            f"{name}: {len(samples)} rows, {samples.clipped} with a gold box clipped to the image, "
-            f"{len(samples.skipped)} left out" + "".join(f"\n  {message}" for message in samples.skipped)
-        )
-    return loaded["train"], loaded.get("val", [])
+            loaded["held out"] = load_samples(**source, **limits, limit=cfg.val_limit)
+    if accelerator.is_main_process:
+        print(report_rows(loaded, Path(cfg.out, "bad_rows.txt")), flush=True)
+    return loaded["train"], loaded.get("held out", [])
 
 
 def train(cfg: GRPOConfig):
@@ -714,7 +710,7 @@ def train(cfg: GRPOConfig):
     with plain_errors():
         processor = AutoProcessor.from_pretrained(cfg.model)
         encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
-    data, val = load_rows(cfg, encoder, say)
+    data, val = load_rows(cfg, encoder, accelerator)
     say(arithmetic(cfg, world, len(data)))
     # Light prompts to sample from, and those to train on with the same images, where they are here. A pixel
     # takes 3 bytes in an image and 12 or 24 in its values, so the smaller cache gets a fifth.

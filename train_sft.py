@@ -20,13 +20,13 @@ from pydantic import model_validator
 
 from checkpoint import CheckpointError, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
-from data import PromptEncoder, batch_at, load_samples
+from data import PromptEncoder, batch_at, load_samples, report_rows
 from distributed import gather, leave
 from packing import attention_implementation, check_family, micro_batches, pack
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume save_every log_every val_every val_data val_split val_limit max_tokens_per_micro_batch "
-    "gradient_checkpointing".split()
+    "gradient_checkpointing max_bad_rows".split()
 )
 
 
@@ -38,6 +38,7 @@ class SFTConfig(Config):
     val_split: str | None = opt("val", "split of the validation loss; empty: none")
     val_limit: int = opt(256, "rows of it that are used", ge=1)
     revision: str | None = opt(None, "Hub revision of the data")
+    max_bad_rows: float = opt(0.0, "share of rows that may fail the checks and are left out", ge=0, le=1)
     template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
         "no_reasoning", "prompt; problem: the row's own"
     )
@@ -45,7 +46,7 @@ class SFTConfig(Config):
     shuffle: bool = opt(True, "a new permutation every epoch; false: file order, for a curriculum")
     min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
     max_pixels: int = opt(2048 * 2048, "images are scaled into [min_pixels, max_pixels]", ge=784)
-    max_length: int = opt(2048, "longest prompt, tokens; a longer one is an error", ge=1)
+    max_length: int = opt(2048, "longest prompt, tokens with the image's", ge=1)
     # model
     model: str = opt("Qwen/Qwen2.5-VL-3B-Instruct", "Hub id or folder")
     lora_rank: int = opt(8, "LoRA rank on every linear layer; 0 trains all parameters", ge=0)
@@ -160,14 +161,16 @@ def train(cfg: SFTConfig):
         need_scene=cfg.target == "scene_answer",
         prompt_length=encoder.length,
         max_prompt_length=cfg.max_length,
+        max_bad_rows=cfg.max_bad_rows,
     )
     with plain_errors():
-        samples = load_samples(cfg.data, cfg.split, **load)
-        val = (
-            load_samples(cfg.val_data or cfg.data, cfg.val_split, limit=cfg.val_limit, **load)
-            if cfg.val_split
-            else []
-        )
+        loaded = {"train": load_samples(cfg.data, cfg.split, **load)}
+        if cfg.val_split:
+            source = cfg.val_data or cfg.data
+            loaded["held out"] = load_samples(source, cfg.val_split, limit=cfg.val_limit, **load)
+    if accelerator.is_main_process:
+        print(report_rows(loaded, out / "bad_rows.txt"), flush=True)
+    samples, val = loaded["train"], loaded.get("held out", [])
 
     def sequence(sample):
         text = getattr(sample, {"scene_answer": "ground_truth"}.get(cfg.target, cfg.target))

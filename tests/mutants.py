@@ -522,6 +522,21 @@ GROUPS = [
         ("if output.prompt_token_ids != prompt.ids:", "if False:"),
         ("while (at_once is None or len(running) < at_once) and", "while"),
     ]),
+    # ---- data.py ----
+    ("data.py", "tests/test_data.py -k 'bad or edge or copied or unknown or transparent or holes'", [
+        ("x1 >= w or y1 >= h", "x1 > w or y1 >= h"),
+        ("x2 <= 0 or y2 <= 0:", "x2 <= 0 or y2 < 0:"),
+        ("-x1, -y1, x2 - w, y2 - h)", "-x1, -y1, x2 - w)"),
+        ("min(x2, w), min(y2, h)]", "min(x2, w), y2]"),
+        ("len(samples.skipped)) > allowed * total", "len(samples.skipped)) > allowed * len(samples.rows)"),
+        ('fullmatch(answer.strip())[2])) > 1:', 'fullmatch(answer.strip())[2])) > 2:'),
+        ('.split()).rstrip(" .")', '.split()).rstrip(" ")'),
+        ("if line[1] == f\"({letter})\"]", "if line[1] != f\"({letter})\"]"),
+        ("image.load()", "image.size"),
+        ("image.verify()", "image.size"),
+        ("        if not stated[1]:", "        if False:"),
+        ("posinf=255", "posinf=0"),
+    ]),
     # ---- report.py ----
     ("report.py", "tests/test_report.py", [
         ('if "exact" not in line', 'if "exact" in line'),

@@ -4,9 +4,13 @@ import dataclasses
 import io
 import itertools
 import json
+import struct
 import threading
+import zlib
 from collections import Counter
+from types import SimpleNamespace
 
+import lookalike
 import numpy as np
 import pytest
 import torch
@@ -16,17 +20,25 @@ from hypothesis import strategies as st
 from pictures import noise
 from PIL import Image
 
+from config import write_run_record
 from data import (
+    REASONS,
     PromptCache,
     PromptEncoder,
     batch_at,
     build_prompt,
     build_prompt_text,
+    check_pixels,
     load_samples,
+    open_image,
+    report_rows,
     resize,
     smart_size,
+    to_rgb,
 )
 from packing import micro_batches
+from results import judge
+from rewards import score_completion
 from synthesize import answer_slots, draw_question, render, stvqa_features, stvqa_row
 
 
@@ -101,51 +113,187 @@ def test_a_missing_source_is_named(source, message):
         load_samples(source)
 
 
+def test_a_path_in_a_record_starts_at_its_table(rows, tmp_path):
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
+    for i, images in enumerate(["a.png", ["a.png"], {"path": "a.png"}, [{"path": "a.png", "bytes": None}]]):
+        path = tmp_path / f"{i}.jsonl"
+        path.write_text(json.dumps(rows[0] | {"images": images}))
+        assert load_samples(str(path))[0].size == (84, 84)
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    (tmp_path / "x.jsonl").touch()
+    with pytest.raises(ValueError, match="x.jsonl: no rows"):
+        load_samples(str(tmp_path / "x.jsonl"))
+
+
 # ---- checks ----
-BAD = {
+def bomb(width, height):
+    """A PNG that claims so many pixels and has none."""
+    parts = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT", b"IEND"]
+    chunks = [struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def with_image(row, data):
+    return row | {"images": {"bytes": data, "path": None}}
+
+
+def with_options(row, *options):
+    answer = f"(A) {options[0]}"
+    scene = row["answer_option_text"].partition("\n")[0]
+    question = " ".join(["Where?", *(f"({x}) {o}" for x, o in zip("ABCD", options, strict=False))])
+    return row | {
+        "options": list(options),
+        "question_with_options": question,
+        "answer_option_text_only": answer,
+        "answer_option_text": f"{scene}\n<answer>{answer}</answer>",
+    }
+
+
+PHOTO = lookalike.photo((200, 100), 0)
+EMPTY = '<scene>{"objects": [], "relationships": []}</scene>\n<answer>%s</answer>'
+BAD = {  # what is wrong: (row -> row, reason, words of the message)
     "scene": (
         lambda r: r | {"answer_option_text": "<scene>{</scene>\n<answer>(A) x</answer>"},
+        "scene",
         "column answer_option_text",
     ),
-    "outside": (lambda r: with_scene(r, [0, 0, 90, 20]), "boxes inside the image"),
-    "other answer": (lambda r: with_scene(r, [0, 0, 9, 9], "(A) nonsense"), "answer_option_text"),
+    "no scene": (lambda r: r | {"answer_option_text": None}, "scene", "expected text, got NoneType"),
+    "swapped": (lambda r: with_scene(r, [20, 0, 0, 20]), "scene", "expected finite x1 < x2"),
+    "nan": (lambda r: with_scene(r, [0, 0, float("nan"), 20]), "scene", "expected JSON, got NaN"),
+    "empty": (
+        lambda r: r | {"answer_option_text": EMPTY % r["answer_option_text_only"]},
+        "empty_scene",
+        "a gold scene with objects, got none",
+    ),
+    "right of it": (
+        lambda r: with_scene(r, [84, 10, 85, 60]),
+        "box_outside",
+        r"show in the image \(84, 84\)",
+    ),
+    "above it": (lambda r: with_scene(r, [10, -9, 60, 0]), "box_outside", r"got \w+.1 \[10, -9, 60, 0\]"),
+    "other answer": (lambda r: with_scene(r, [0, 0, 9, 9], "(A) nonsense"), "answer", "answer_option_text"),
     "answer": (
         lambda r: r | {"answer_option_text_only": "(D) a cat"},
+        "answer",
         "answer_option_text_only: expected one of",
     ),
-    "options": (lambda r: r | {"options": []}, "column options: expected a list of 2 to 10 options"),
-    "many options": (lambda r: r | {"options": list("abcdefghijk")}, "a list of 2 to 10 options"),
-    "no text in options": (lambda r: r | {"options": ["a", None]}, "a list of 2 to 10 options"),
-    "question": (lambda r: r | {"question_with_options": "  "}, "column question_with_options"),
-    "image": (lambda r: r | {"images": {"bytes": b"not an image", "path": None}}, "column images"),
-    "size": (lambda r: r | {"problem": r["problem"].replace("84 x 84", "48 x 84")}, "column problem"),
+    "no letter": (
+        lambda r: r | {"answer_option_text_only": r["answer_text_only"]},
+        "answer",
+        "answer_option_text_only: expected one of",
+    ),
+    "options": (lambda r: r | {"options": []}, "options", "expected a list of 2 to 10 options"),
+    "many options": (lambda r: r | {"options": list("abcdefghijk")}, "options", "a list of 2 to 10 options"),
+    "no text in options": (lambda r: r | {"options": ["a", None]}, "options", "a list of 2 to 10 options"),
+    "empty option": (lambda r: with_options(r, "left", " "), "options", "2 to 10 options with text"),
+    "two right": (
+        lambda r: with_options(r, "left", "right", "Left."),
+        "repeated_answer",
+        r"one option with the text of '\(A\) left'",
+    ),
+    "question": (lambda r: r | {"question_with_options": "  "}, "question", "column question_with_options"),
+    "token": (
+        lambda r: r | {"question_with_options": "Is <|image_pad|> left? (A) yes (B) no"},
+        "question",
+        r"no control token of a model, got <\|image_pad\|>",
+    ),
+    "no image": (lambda r: with_image(r, b"not an image"), "image", "column images"),
+    "empty image": (lambda r: with_image(r, b""), "image", "expected bytes or a path"),
+    "half a JPEG": (lambda r: with_image(r, PHOTO[: len(PHOTO) // 2]), "image", "truncated"),
+    "half a PNG": (lambda r: with_image(r, r["images"]["bytes"][:-40]), "image", "column images"),
+    "bomb": (lambda r: with_image(r, bomb(20_000, 20_000)), "image", "400000000 pixels"),
+    "size": (
+        lambda r: r | {"problem": r["problem"].replace("84 x 84", "48 x 84")},
+        "size",
+        r"column problem: expected the image's size \(84, 84\), got 'Image size: \(48 x 84\)'",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_named_or_skipped_and_listed(name, rows, tmp_path):
-    break_row, message = BAD[name]
+def test_a_bad_row_is_named_or_left_out_and_counted(name, rows, tmp_path):
+    break_row, reason, message = BAD[name]
     path = write([rows[0], break_row(rows[1]), *rows[2:]], tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=message) as error:
-        load_samples(path)
+        load_samples(path, max_bad_rows=0.16)  # of 6 rows: not one
     assert "row row-1 (#1)" in str(error.value)
-    samples = load_samples(path, skip_bad_rows=True)
+    share = "16.67% where max_bad_rows=0.16 allows 16.00%"
+    first = f"{path} (train): 1 of 6 rows cannot be used, {share}: 1 {reason}"
+    assert str(error.value).splitlines()[0] == first
+    samples = load_samples(path, max_bad_rows=0.17)
     assert [s.id for s in samples] == [f"row-{i}" for i in (0, 2, 3, 4, 5)]
-    assert len(samples.skipped) == 1 and "row-1" in samples.skipped[0]
+    assert samples.reasons == {reason: 1} and reason in REASONS
+    assert len(samples.skipped) == 1 and samples.skipped[0].startswith(f"{reason}: row row-1 (#1)")
 
 
-def test_a_pixel_of_overhang_is_clipped_and_counted(rows, tmp_path):
-    path = write([with_scene(rows[0], [-1, 2, 20, 85]), *rows[1:]], tmp_path / "x.parquet")
+@pytest.mark.parametrize("box, inside, overhang", [
+    ([-1, 2, 20, 85], [0, 2, 20, 84], 1),
+    ([1, -2, 20, 30], [1, 0, 20, 30], 2),
+    ([83, 10, 300.5, 60], [83, 10, 84, 60], 216.5),  # a pixel of it shows
+])  # fmt: skip
+def test_a_box_over_the_edge_is_clipped_and_counted(box, inside, overhang, rows, tmp_path):
+    path = write([with_scene(rows[0], box), *rows[1:]], tmp_path / "x.parquet")
     samples = load_samples(path)
-    assert samples.clipped == 1
-    assert '"bbox": [0, 2, 20, 84]' in samples[0].ground_truth
+    assert (samples.clipped, samples.overhang) == (1, overhang)
+    assert f'"bbox": {inside}' in samples[0].ground_truth
     assert samples[1].ground_truth == rows[1]["answer_option_text"]
+
+
+@pytest.mark.parametrize("listed, shown, gold, rewarded", [
+    ("on top", "(A) on top", "(A) on top", "(A) on top"),
+    ("on top", "(A) on top", " (A) On Top ", " (A) On Top "),  # equal for the reward: left as it is
+    ("on top", "(A) on top", "(a)on  top.", "(A) on top"),
+    ("on top.", "(A) on top.", "(A) on top", "(A) on top."),
+    (" on top", "(A)  on top", "(A) on top", "(A) on top"),
+    ("on top", "(A) on top.", "(A) on top", "(A) on top."),  # the question's line is what can be copied
+    ("on top.", "(A) on top", "(A) on top.", "(A) on top"),
+    ("on top", "(A) on  top", "( A ) on top", "(A) on top"),
+    ("on top ", "(A)on top ", "(A)  on  top", "(A) on top"),
+    ("on top", "(A) on top (B) below.", "(A) on top.", "(A) on top"),
+    ("on top", "(A) on top", "(B) on top", None),
+    ("on top", "(A) on top", "(A) on", None),
+    ("on top", "(A) on top", "(A)", None),
+])  # fmt: skip
+def test_the_gold_answer_is_the_option_that_can_be_copied(listed, shown, gold, rewarded, rows, tmp_path):
+    row = with_scene(with_options(rows[0], listed, "below"), [0, 0, 9, 9], gold)
+    row |= {"answer_option_text_only": gold, "question_with_options": f"Where?\nOptions:\n{shown}\n(B) below"}
+    path = write([row, rows[1]], tmp_path / "x.parquet")
+    if rewarded is None:
+        assert load_samples(path, max_bad_rows=0.5).reasons == {"answer": 1}
+        return
+    sample = load_samples(path)[0]
+    assert sample.answer == rewarded
+    line = next(line for line in sample.question.split("\n") if line.startswith("(A)"))
+    for answer in (rewarded, line.partition(" (B)")[0]):
+        scene = '<scene>{"objects": []}</scene>'
+        text = f"<observe>.</observe>{scene}<think>.</think><answer>{answer}</answer>"
+        assert score_completion(text, sample.ground_truth, sample.size).accuracy == 1
+        assert judge(sample, text)["correct"]
+
+
+def test_an_unknown_size_is_filled_in(rows, tmp_path):
+    problem = rows[0]["problem"].replace("(84 x 84)", "(Unknown)")
+    assert problem != rows[0]["problem"]
+    sample = load_samples(write([rows[0] | {"problem": problem}], tmp_path / "x.parquet"))[0]
+    assert sample.problem == rows[0]["problem"]
+
+
+def test_bad_rows_in_the_words_of_older_configs(rows, tmp_path):
+    path = write([rows[0] | {"options": []}, *rows[1:3]], tmp_path / "x.parquet")
+    long = dict(prompt_length=lambda s: 5 + (s.id == "row-1"), max_prompt_length=5)
+    for old in ({"skip_bad_rows": True}, {"skip_long_prompts": True}):
+        samples = load_samples(path, **long, **old)
+        assert len(samples) == 1 and samples.reasons == {"options": 1, "long_prompt": 1}
+    with pytest.raises(ValueError, match="2 of 3 rows .*66.67% where max_bad_rows=0.5 allows 50.00%"):
+        load_samples(path, **long, max_bad_rows=0.5)
 
 
 def test_only_bad_rows_is_an_error(rows, tmp_path):
     path = write([rows[0] | {"options": []}], tmp_path / "x.parquet")
     with pytest.raises(ValueError, match="no usable rows"):
-        load_samples(path, skip_bad_rows=True)
+        load_samples(path, max_bad_rows=1)
 
 
 def test_the_scene_is_not_asked_for_where_it_is_not_needed(rows, tmp_path):
@@ -183,8 +331,142 @@ def test_prompt_length_needs_no_pixels_and_is_exact(rows, tmp_path, tiny_base):
     limit = sorted(lengths)[2]
     with pytest.raises(ValueError, match=f"tokens long, expected at most {limit}"):
         load_samples(path, prompt_length=encode.length, max_prompt_length=limit)
-    kept = load_samples(path, prompt_length=encode.length, max_prompt_length=limit, skip_long_prompts=True)
-    assert len(kept) == sum(n <= limit for n in lengths) and len(kept.skipped) == 6 - len(kept)
+    kept = load_samples(path, prompt_length=encode.length, max_prompt_length=limit, max_bad_rows=0.5)
+    assert len(kept) == sum(n <= limit for n in lengths)
+    assert kept.reasons == {"long_prompt": 6 - len(kept)}
+
+
+def test_an_image_that_no_prompt_can_hold_is_a_bad_row(rows, tmp_path, tiny_base):
+    from transformers import AutoProcessor
+
+    encode = PromptEncoder(AutoProcessor.from_pretrained(tiny_base), "reasoning", 784, 802816)
+    slim = io.BytesIO()
+    Image.new("RGB", (900, 3)).save(slim, "PNG")  # Qwen2.5-VL takes proportions below 200
+    row = with_image(rows[0], slim.getvalue()) | {"problem": ""}
+    path = write([row, *rows[1:]], tmp_path / "x.parquet")
+    length = dict(prompt_length=encode.length, max_prompt_length=2000)
+    assert load_samples(path, need_scene=False, max_bad_rows=0.2, **length).reasons == {"prompt": 1}
+
+
+# ---- rows as they are likely to be ----
+LIKELY = {  # flaw: (rows of 300 that have it, what becomes of them)
+    "one pixel over": (7, "clipped"),
+    "two pixels over": (5, "clipped"),
+    "ten pixels over": (2, "clipped"),
+    "outside": (3, "box_outside"),
+    "flat box": (2, "scene"),
+    "whole graph": (6, "used"),
+    "empty scene": (4, "empty_scene"),
+    "name of two words": (1, "scene"),
+    "wrong options repeat": (3, "used"),
+    "right option repeats": (2, "repeated_answer"),
+    "blanks everywhere": (4, "used"),
+    "stops everywhere": (4, "used"),
+    "blank in the answer": (3, "used"),
+    "stop in the answer": (3, "used"),
+    "capital in the answer": (3, "used"),
+    "stop in the options": (3, "used"),
+    "no such answer": (2, "answer"),
+    "size unknown": (5, "used"),
+    "size of another file": (4, "size"),
+    "on its side": (2, "used"),
+    "half a file": (1, "image"),
+}
+
+
+@pytest.fixture(scope="module")
+def likely(tmp_path_factory):
+    """A file of 300 rows with LIKELY's flaws: 14 to clip, 19 to leave out."""
+    path = tmp_path_factory.mktemp("likely") / "rows.parquet"
+    return lookalike.write(path, lookalike.rows(300, {flaw: count for flaw, (count, _) in LIKELY.items()}))
+
+
+def test_likely_rows_are_clipped_used_or_left_out_by_reason(likely, tmp_path):
+    assert set(LIKELY) == set(lookalike.FLAWS)
+    samples = load_samples(likely, max_bad_rows=0.07)
+    assert (len(samples), samples.total) == (281, 300)
+    assert (samples.clipped, samples.overhang) == (14, 10)
+    assert samples.reasons == {
+        "box_outside": 3, "scene": 3, "empty_scene": 4, "repeated_answer": 2, "answer": 2, "size": 4,
+        "image": 1,
+    }  # fmt: skip
+    for message in samples.skipped:  # "reason: row FLAW NUMBER (#NUMBER), column ..."
+        reason, rest = message.split(": row ", 1)
+        assert LIKELY[rest.rpartition(" (#")[0].rpartition(" ")[0]][1] == reason
+    left = Counter(s.id.rpartition(" ")[0] for s in samples)
+    assert left == {f: n for f, (n, what) in LIKELY.items() if what in ("used", "clipped")} | {"fine": 231}
+    assert load_samples(likely, need_scene=False, max_bad_rows=0.03).reasons == {
+        "repeated_answer": 2, "answer": 2, "size": 4, "image": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="19 of 300 rows cannot be used, 6.33% .* allows 6.00%: 4 ") as error:
+        load_samples(likely, max_bad_rows=0.06)
+    assert len(str(error.value).splitlines()) == 8  # one row of each of the 7 reasons
+
+
+def test_every_likely_row_that_is_used_can_be_earned_in_full(likely):
+    samples = load_samples(likely, max_bad_rows=0.07)
+    for sample, row in zip(samples, samples.rows, strict=True):
+        gold = samples.table[row]
+        scene = sample.ground_truth.partition("\n")[0]
+        line = next(o for o in sample.question.split("\n") if o.startswith(f"({gold['answer_only']})"))
+        text = f"<observe>.</observe>{scene}<think>.</think><answer>{line}</answer>"
+        # CIoU's denominators hold 1e-7 more than areas of (40 / 1024)^2 and up
+        assert score_completion(text, sample.ground_truth, sample.size).reward == pytest.approx(1, abs=1e-4)
+        assert judge(sample, text)["correct"]
+        w, h = sample.size
+        assert sample.load_images()[0].size == (w, h) and f"Image size: ({w} x {h})" in sample.problem
+
+
+@pytest.mark.parametrize("name, reasons", [
+    ("3b", "2 empty_scene, 1 repeated_answer, 1 size"),
+    ("3b_vanilla", "1 repeated_answer, 1 size"),
+])  # fmt: skip
+def test_the_shipped_configs_start_on_likely_rows(name, reasons, tmp_path, tiny_base, capsys):
+    from transformers import AutoProcessor
+
+    from train_grpo import GRPOConfig, load_rows
+
+    # 15 boxes one pixel over, 9 two, 2 ten
+    counts = {flaw: round(300 * share) for flaw, (share, _) in lookalike.FLAWS.items()}
+    path = lookalike.write(tmp_path / "rows.parquet", lookalike.rows(300, counts))
+    cfg = GRPOConfig.load([f"configs/{name}.yaml", f"data={path}", f"out={tmp_path}", "val_limit=1"])
+    encode = PromptEncoder(
+        AutoProcessor.from_pretrained(tiny_base), cfg.template, cfg.min_pixels, cfg.max_pixels
+    )
+    n = 300 - sum(int(part.split()[0]) for part in reasons.split(", "))
+    train, val = load_rows(cfg, encode, SimpleNamespace(is_main_process=True))
+    assert (len(train), len(val)) == (n, 1)
+    clipped = ", 26 with a gold box clipped to the image by at most 10 px" if name == "3b" else ""
+    assert capsys.readouterr().out.splitlines() == [
+        f"train: {n} of 300 rows of {path} (train){clipped}",
+        f"held out: 1 of 1 rows of {path} (val)",
+        f"left out: {reasons}; {tmp_path}/bad_rows.txt names them",
+    ]
+    listed = (tmp_path / "bad_rows.txt").read_text().splitlines()
+    assert listed == [f"train: {message}" for message in train.skipped] and len(listed) == 300 - n
+
+
+def test_rows_without_flaws_say_so(rows, tmp_path):
+    path = write(rows, tmp_path / "x.parquet")
+    said = report_rows({"train": load_samples(path)}, tmp_path / "bad_rows.txt")
+    assert said == f"train: 6 of 6 rows of {path} (train)\nleft out: none"
+    assert not (tmp_path / "bad_rows.txt").exists()
+
+
+def test_a_run_of_an_older_config_continues(tmp_path):
+    from checkpoint import refuse_another_run
+    from train_grpo import FREE_TO_CHANGE, GRPOConfig
+
+    old = GRPOConfig(skip_bad_rows=True, skip_long_prompts=True)
+    assert old.source("x", "train")["skip_bad_rows"] and old.source("x", "train")["skip_long_prompts"]
+    write_run_record(old, tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["config"]["max_bad_rows"]  # which it did not know
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "checkpoint-1").mkdir()
+    refuse_another_run(GRPOConfig(max_bad_rows=0.02), tmp_path, FREE_TO_CHANGE)
+    with pytest.raises(ValueError, match="group_size: 8 there, 4 here"):
+        refuse_another_run(GRPOConfig(group_size=4), tmp_path, FREE_TO_CHANGE)
 
 
 # ---- prompts ----
@@ -251,6 +533,32 @@ def test_prompts_are_made_side_by_side():
 
 
 # ---- images ----
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_an_image_is_upright_once(kind):
+    picture = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(1, 60).repeat(20, 0) * 4)  # 60 x 20
+    file, tags = io.BytesIO(), Image.Exif()
+    tags[274] = 6  # turn me by a quarter, clockwise
+    picture.convert("RGB").save(file, kind, exif=tags, **({"lossless": True} if kind == "WEBP" else {}))
+    image = open_image({"bytes": file.getvalue(), "path": None})
+    check_pixels({"bytes": file.getvalue(), "path": None})
+    assert image.size == (20, 60)
+    pixels = to_rgb(image)
+    assert not pixels.info and not dict(pixels.getexif())  # vLLM would turn it again
+    assert np.abs(np.array(pixels)[:, 5, 0].astype(int) - 4 * np.arange(60)).max() <= 4  # JPEG rounds
+
+
+def test_transparent_images_lie_on_white():
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (10, 20, 30, 255))
+    assert np.array(to_rgb(image)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
+
+
+def test_a_depth_map_with_holes_keeps_its_shades():
+    depth = np.array([[1, 2, 3, np.nan, np.inf]], dtype=np.float32)
+    assert np.array(to_rgb(Image.fromarray(depth)))[0, :, 0].tolist() == [0, 127, 255, 0, 255]
+    assert not np.array(to_rgb(Image.fromarray(depth[:, 3:4]))).any()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(20, 3000), st.integers(20, 3000))
 def test_resized_once_means_never_again(width, height):
