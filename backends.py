@@ -353,8 +353,12 @@ def hf_replies(
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from packing import FAMILIES, use_packed_attention
+
     device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
     model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype).to(device).eval()
+    if model.config.model_type in FAMILIES:
+        use_packed_attention(model, text="sdpa")  # prompts are padded
     tokenizer, context = encoder.processor.tokenizer, context_length(model_path)
     torch.manual_seed(decoding.seed)
     for start in range(0, len(samples), decoding.batch_size):

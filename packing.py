@@ -15,7 +15,8 @@ Three places count differently, and a mistake between them is silent:
 """
 
 import functools
-import importlib.util
+import inspect
+import itertools
 import math
 
 import numpy as np
@@ -134,14 +135,22 @@ def pack(prompts: list[tuple[Prompt, list[list[int]]]], model) -> dict:
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
-def attention_implementation() -> dict[str, str]:
-    """Register `packed_attention`; returns what `from_pretrained` takes as attn_implementation."""
+def use_packed_attention(model, text: str = "packed"):
+    """Let a loaded model attend by the functions below.
+
+    Args: text: "packed" for rows of `pack` and prompts of one length, "sdpa" for prompts that are padded.
+    """
     from transformers import AttentionInterface
 
+    # cuDNN's attention makes a plan for every shape that it meets, and here nearly every shape is a new one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # For a name of ours transformers builds no mask: the segments, which forward hands down, say it all.
     AttentionInterface.register("packed", packed_attention)
-    vision = "flash_attention_2" if torch.cuda.is_available() and has_flash_attention() else "sdpa"
-    return {"text_config": "packed", "vision_config": vision}
+    # The vision tower hands its bounds down to a name with "flash" in it; others it calls window by window.
+    # `from_pretrained` would look for a package of that name, hence here.
+    AttentionInterface.register("packed_flash", vision_attention)
+    model.config.text_config._attn_implementation = text
+    model.config.vision_config._attn_implementation = "packed_flash"
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
@@ -155,13 +164,36 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
 
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if query.is_cuda and has_flash_attention():
-        return flash_attention(query, key, value, segments, scaling), None
+    if has_varlen(value):
+        return varlen(query, key, value, varlen_layout(segments, query.device), scaling, causal=True), None
+    return by_segment(query, key, value, segments, scaling, causal=True), None
+
+
+def vision_attention(
+    module, query, key, value, attention_mask, *, cu_seq_lens_q, max_length_q, scaling, **kwargs
+):
+    """Attention of the vision tower: a patch sees its whole image, or in most layers its whole window.
+
+    Args: query, key and value (1, H, T, D) of the patches of all images; cu_seq_lens_q (segments + 1,) int32,
+        bounds of the images or windows among them; max_length_q: patches of the largest.
+    Returns: ((1, T, H, D), None).
+    """
+    if has_varlen(value):
+        layout = None, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+        return varlen(query, key, value, layout, scaling, causal=False), None
+    segments = [(start, end, 0, 0) for start, end in itertools.pairwise(cu_seq_lens_q.tolist())]
+    return by_segment(query, key, value, segments, scaling, causal=False), None
+
+
+def by_segment(query, key, value, segments, scaling, causal):
+    """One call of SDPA a segment: for CPUs, float32, and GPUs without `varlen_kernel`."""
     pieces = []
     for start, end, prompt_start, prompt_end in segments:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        if prompt_end == prompt_start:  # a prompt, which sees itself alone
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        if prompt_end == prompt_start:  # a prompt or an image, which sees itself alone
+            attended = F.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, scale=scaling, enable_gqa=True
+            )
             pieces.append(attended)
             continue
         # The prompt's keys lie elsewhere in the row, perhaps behind other completions: they are fetched.
@@ -174,31 +206,32 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
         # A mask and grouped heads together would leave a GPU the slow kernel: repeat them instead.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         pieces.append(F.scaled_dot_product_attention(q, k, v, sees, scale=scaling))
-    return torch.cat(pieces, dim=2).transpose(1, 2), None  # segments cover the row in order
+    return torch.cat(pieces, dim=2).transpose(1, 2)  # segments cover the row in order
 
 
-def flash_attention(query, key, value, segments, scaling):
-    """The same in one call of flash-attn, whose causal mask is aligned at the end of the keys."""
-    from flash_attn import flash_attn_varlen_func
+def varlen(query, key, value, layout, scaling, causal):
+    """The same in one call of `varlen_kernel`, whose causal mask is aligned at the last keys.
 
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rope leaves them in float32
-    seen_at, query_bounds, key_bounds, most_queries, most_keys = flash_layout(segments, query.device)
-    q = query[0].transpose(0, 1)  # (T, H, D)
-    k, v = (x[0, :, seen_at].transpose(0, 1) for x in (key, value))  # (keys of all segments, H_kv, D)
-    bounds = query_bounds, key_bounds, most_queries, most_keys
-    return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scaling, causal=True)[None]
+    Args: layout: as `varlen_layout` returns it; None for the positions of the keys: they lie as the queries.
+    """
+    seen_at, *bounds = layout
+    # Under autocast rope leaves queries and keys in float32, which the kernels do not take.
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H, D)
+    if seen_at is not None:
+        k, v = (x.index_select(0, seen_at) for x in (k, v))  # (keys of all segments, H_kv, D)
+    return varlen_kernel()(q, k, v, *bounds, scale=scaling, causal=causal)[None]
 
 
 @functools.lru_cache(2)  # the layers of a forward pass share it; gradient checkpointing asks once more
-def flash_layout(segments, device):
-    """The segments as flash-attn takes them: each a sequence of queries with the keys that it sees.
+def varlen_layout(segments, device):
+    """The segments as `varlen_kernel` takes them: each a sequence of queries with the keys that it sees.
 
     Returns: row positions of the keys, segment by segment, the prompt's before the completion's own, so that
         a mask aligned at the end lets token t see the prompt and t + 1 of its own; bounds of the segments
         among the queries and among these keys, each (segments + 1,) int32; the most queries and keys of a
         segment.
 
-    >>> at, query_bounds, key_bounds, *most = flash_layout(((0, 3, 0, 0), (3, 4, 0, 3), (4, 6, 0, 3)), "cpu")
+    >>> at, query_bounds, key_bounds, *most = varlen_layout(((0, 3, 0, 0), (3, 4, 0, 3), (4, 6, 0, 3)), "cpu")
     >>> at.tolist(), query_bounds.tolist(), key_bounds.tolist(), most
     ([0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 4, 5], [0, 3, 4, 6], [0, 3, 7, 12], [3, 5])
     """
@@ -209,8 +242,37 @@ def flash_layout(segments, device):
     return torch.from_numpy(seen_at).to(device), *bounds, max(n_queries), max(n_keys)
 
 
-def has_flash_attention() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+def half_on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def has_varlen(x: torch.Tensor) -> bool:
+    """Whether `varlen_kernel` takes such tensors: half precision, on an Ampere GPU or a later one."""
+    return half_on_gpu(x) and torch.cuda.get_device_capability(x.device) >= (8, 0) and bool(varlen_kernel())
+
+
+@functools.cache
+def varlen_kernel():
+    """Attention of segments laid end to end: flash-attn's where it imports, else torch's own, else None.
+
+    Returns: f(q, k, v, query bounds, key bounds, most queries, most keys, scale=, causal=), which takes
+        (T, H, D), (T_k, H_kv, D) twice, and the rest as in `varlen_layout`, and gives (T, H, D).
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:  # not installed, or built for another torch
+        pass
+    else:
+        return lambda *row, scale, causal: flash_attn_varlen_func(*row, softmax_scale=scale, causal=causal)
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # its first form: no scale, equal heads
+        return None
+    return lambda *row, scale, causal: varlen_attn(
+        *row, scale=scale, window_size=(-1, 0 if causal else -1), enable_gqa=True
+    )
 
 
 # ---- log-probs ---------------------------------------------------------------------------------------------

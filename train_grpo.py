@@ -53,13 +53,13 @@ from dry_run import arithmetic, dry_run
 from metrics import HELD_OUT, UpdateStats, check_mismatch, mem_gb, save_samples, step_line, step_metrics
 from packing import (
     FORBIDDEN_BIAS,
-    attention_implementation,
     balance,
     check_family,
     micro_batches,
     pack,
     token_logps,
     use_logprob_head,
+    use_packed_attention,
 )
 from results import grade, judge, summarise
 from rewards import Score, Weights, score_completion, vanilla_reward
@@ -617,9 +617,8 @@ def load_model(cfg: GRPOConfig, forbidden_ids: list[int], dtype: torch.dtype):
     """The start of the run, with `use_logprob_head`: the policy, or the KL reference."""
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(
-        cfg.model, dtype=dtype, attn_implementation=attention_implementation()
-    )
+    model = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=dtype)
+    use_packed_attention(model)
     use_logprob_head(model, forbidden_ids, cfg.temperature, cfg.logit_chunk)
     return model
 

@@ -22,7 +22,7 @@ from checkpoint import CheckpointError, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
 from data import PromptEncoder, batch_at, load_samples, report_rows
 from distributed import gather, leave
-from packing import attention_implementation, check_family, micro_batches, pack
+from packing import check_family, micro_batches, pack, use_packed_attention
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume save_every log_every val_every val_data val_split val_limit max_tokens_per_micro_batch "
@@ -113,9 +113,8 @@ def build_model(cfg):
     from transformers import AutoModelForImageTextToText
 
     # fp32 masters: at small learning rates bf16 weights would round the update away.
-    model = AutoModelForImageTextToText.from_pretrained(
-        cfg.model, dtype=torch.float32, attn_implementation=attention_implementation()
-    )
+    model = AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=torch.float32)
+    use_packed_attention(model)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.vision_learning_rate == 0:

@@ -215,8 +215,9 @@ GROUPS = [
     ]),
     # ---- packing.py: attention ----
     ("packing.py", PACKING, [
-        ("is_causal=True, scale=scaling", "is_causal=False, scale=scaling"),
-        ("is_causal=True, scale=scaling", "is_causal=True"),
+        ("is_causal=causal, scale=scaling", "is_causal=False, scale=scaling"),
+        ("is_causal=causal, scale=scaling", "is_causal=True, scale=scaling"),
+        ("is_causal=causal, scale=scaling", "is_causal=causal"),
         ("sees.tril(prompt_end - prompt_start)", "sees.tril()"),
         ("sees.tril(prompt_end - prompt_start)", "sees.tril(prompt_end - prompt_start + 1)"),
         ("(q, k, v, sees, scale=scaling)", "(q, k, v, sees)"),
@@ -224,7 +225,12 @@ GROUPS = [
         ("np.r_[a:b, start:end]", "np.r_[start:end, a:b]"),
         ("[end - start + prompt_end - prompt_start for", "[end - start for"),
         ("max(n_queries), max(n_keys)", "max(n_queries), max(n_queries)"),
-        ("softmax_scale=scaling, causal=True", "softmax_scale=scaling, causal=False"),
+        ("query.device), scaling, causal=True)", "query.device), scaling, causal=False)"),
+        ("layout, scaling, causal=False)", "layout, scaling, causal=True)"),
+        (".to(value.dtype) for x in (query, key, value))", " for x in (query, key, value))"),
+        ("softmax_scale=scale, causal=causal", "softmax_scale=scale, causal=False"),
+        ("window_size=(-1, 0 if causal else -1)", "window_size=(-1, -1 if causal else 0)"),
+        ('_config._attn_implementation = "packed_flash"', '_config._attn_implementation = "sdpa"'),
     ]),
     # ---- packing.py: log-probs ----
     ("packing.py", PACKING, [

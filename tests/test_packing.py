@@ -1,7 +1,10 @@
 """Packed rows: who is packed with whom, what attends to what, and log-probs equal to every sequence alone."""
 
 import dataclasses
+import inspect
 import random
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,19 +14,22 @@ from bounds import gradient_bound, logp_bound, rounding
 from models import load_plain, plain_logits
 from pictures import noise
 
+import packing
 from data import PromptEncoder, load_samples
 from packing import (
     FORBIDDEN_BIAS,
     ChunkedLogProbs,
-    attention_implementation,
     balance,
     blank_prompt,
-    flash_layout,
     micro_batches,
     pack,
     packed_attention,
     token_logps,
     use_logprob_head,
+    use_packed_attention,
+    varlen,
+    varlen_kernel,
+    varlen_layout,
 )
 
 LONGEST = 160  # tokens: no sequence here is longer
@@ -66,6 +72,54 @@ def test_balance_by_hand():
     assert balance([[0], [1], [2], [3]], [7, 9, 2, 8], 2) == [[1, 2], [0, 3]]
 
 
+# ---- the kernels of GPUs, by their documentation ----
+def attend_by_definition(q, k, v, query_bounds, key_bounds, most_queries, most_keys, scale, causal):
+    """What both kernels document: segments apart, the causal mask aligned at their last keys."""
+    assert query_bounds.dtype == key_bounds.dtype == torch.int32 and q.dtype == k.dtype == v.dtype
+    assert (most_queries, most_keys) == (max(np.diff(query_bounds)), max(np.diff(key_bounds)))
+    assert type(most_queries) is type(most_keys) is int and query_bounds[-1] == len(q)
+    pieces = []
+    for i in range(len(query_bounds) - 1):
+        qi = q[query_bounds[i] : query_bounds[i + 1]].transpose(0, 1)  # (H, queries, D)
+        ki, vi = (x[key_bounds[i] : key_bounds[i + 1]].transpose(0, 1) for x in (k, v))
+        ki, vi = (x.repeat_interleave(len(qi) // len(x), dim=0) for x in (ki, vi))
+        n, m = qi.shape[1], ki.shape[1]
+        sees = torch.ones(n, m, dtype=torch.bool).tril(m - n if causal else m)
+        scores = (qi @ ki.transpose(1, 2) * scale).masked_fill(~sees, -torch.inf)
+        pieces.append((scores.softmax(-1) @ vi).transpose(0, 1))
+    return torch.cat(pieces)
+
+
+@pytest.fixture(params=["torch", "flash_attn"])
+def on_gpu(request, monkeypatch):
+    """As if on a GPU, with one kernel: a stand-in that computes what the kernel's documentation says."""
+    from torch.nn.attention import varlen as module
+
+    used = set()
+    real = inspect.signature(module.varlen_attn)  # of the installed torch
+
+    def varlen_attn(*args, **kwargs):
+        used.add("torch")
+        real.bind(*args, **kwargs)
+        assert kwargs.keys() == {"scale", "window_size", "enable_gqa"} and kwargs["enable_gqa"]
+        causal = {(-1, 0): True, (-1, -1): False}[kwargs["window_size"]]
+        return attend_by_definition(*args, kwargs["scale"], causal)
+
+    def flash_attn_varlen_func(*args, softmax_scale, causal):
+        used.add("flash_attn")
+        return attend_by_definition(*args, softmax_scale, causal)
+
+    varlen_attn.__signature__ = real
+    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
+    flash_attn = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn if request.param == "flash_attn" else None)
+    monkeypatch.setattr(packing, "has_varlen", lambda x: True)
+    varlen_kernel.cache_clear()
+    yield
+    varlen_kernel.cache_clear()
+    assert used == {request.param}  # or the test has compared the CPU's path with itself
+
+
 # ---- log-probs of the real model ----
 @pytest.fixture(scope="module")
 def tiny(tiny_base, tiny_data):
@@ -75,9 +129,8 @@ def tiny(tiny_base, tiny_data):
     processor = AutoProcessor.from_pretrained(tiny_base)
     encoder = PromptEncoder(processor, "spatial_thinker", 784, 802816)
     samples = load_samples(str(tiny_data))
-    model = AutoModelForImageTextToText.from_pretrained(
-        tiny_base, dtype=torch.float32, attn_implementation=attention_implementation()
-    )
+    model = AutoModelForImageTextToText.from_pretrained(tiny_base, dtype=torch.float32)
+    use_packed_attention(model)
     rng = np.random.default_rng(0)
     image, wide, tall = (noise(*size) for size in ((84, 84), (140, 56), (28, 84)))
     kinds = [samples[0].encoded_images, (), (wide,), (tall, image), samples[1].encoded_images]
@@ -291,37 +344,105 @@ def test_packed_attention_equals_a_dense_mask():
     np.testing.assert_allclose(got, dense_attention(query, key, value), atol=rounding(8, 19), rtol=0)
 
 
-def flash_by_definition(q, k, v, query_bounds, key_bounds, most_queries, most_keys, softmax_scale, causal):
-    """What flash_attn_varlen_func documents: segments apart, the causal mask aligned at their last keys."""
-    assert causal and most_queries == max(np.diff(query_bounds)) and most_keys == max(np.diff(key_bounds))
-    pieces = []
-    for i in range(len(query_bounds) - 1):
-        qi = q[query_bounds[i] : query_bounds[i + 1]].transpose(0, 1)  # (H, queries, D)
-        ki, vi = (x[key_bounds[i] : key_bounds[i + 1]].transpose(0, 1) for x in (k, v))
-        ki, vi = (x.repeat_interleave(len(qi) // len(x), dim=0) for x in (ki, vi))
-        n, m = qi.shape[1], ki.shape[1]
-        sees = torch.ones(n, m, dtype=torch.bool).tril(m - n)
-        scores = (qi @ ki.transpose(1, 2) * softmax_scale).masked_fill(~sees, -torch.inf)
-        pieces.append((scores.softmax(-1) @ vi).transpose(0, 1))
-    return torch.cat(pieces)
+def test_the_kernel_of_a_gpu_equals_a_dense_mask(on_gpu):
+    inputs, plain = ([x.requires_grad_() for x in attention_inputs()] for _ in range(2))
+    got, _ = packed_attention(None, *inputs, None, scaling=0.3, segments=SEGMENTS)
+    want = dense_attention(*plain)
+    np.testing.assert_allclose(got.detach(), want.detach(), atol=rounding(8, 19), rtol=0)
+    for out in (got, want):
+        out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
+    for a, b in zip(inputs, plain, strict=True):
+        np.testing.assert_allclose(a.grad, b.grad, atol=rounding(8, 19, 19), rtol=0)
 
 
-def test_the_flash_path_equals_a_dense_mask(monkeypatch):
-    """flash-attn needs a GPU; here its documented function stands in for it, around our layout."""
-    import sys
-    import types
-
-    from packing import flash_attention
-
-    module = types.SimpleNamespace(flash_attn_varlen_func=flash_by_definition)
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
+def test_float32_queries_of_autocast_meet_half_precision_values(on_gpu):
     query, key, value = attention_inputs()
-    got = flash_attention(query, key, value, SEGMENTS, 0.3)
-    np.testing.assert_allclose(got, dense_attention(query, key, value), atol=rounding(8, 19), rtol=0)
+    half = [x.bfloat16() for x in (query, key, value)]
+    got, _ = packed_attention(None, query, key, half[2], None, scaling=0.3, segments=SEGMENTS)
+    want, _ = packed_attention(None, *half, None, scaling=0.3, segments=SEGMENTS)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, want)
 
 
-def test_flash_layout_by_hand():
-    at, query_bounds, key_bounds, most_queries, most_keys = flash_layout(SEGMENTS, torch.device("cpu"))
+def relative(got: list, want: list, floor: float) -> float:
+    """The largest distance of two tensors, relative to the wanted one's norm or to `floor`."""
+    return max(float((a - b).norm() / (b.norm() + floor)) for a, b in zip(got, want, strict=True))
+
+
+def test_the_vision_tower_equals_transformers_own(tiny, tiny_base):
+    assert_tower_equals_transformers_own(tiny[0], load_plain(tiny_base))
+
+
+def test_the_vision_tower_on_the_kernels_of_gpus(tiny, tiny_base, on_gpu):
+    assert_tower_equals_transformers_own(tiny[0], load_plain(tiny_base))
+
+
+def assert_tower_equals_transformers_own(model, plain):
+    """Features and gradients: windows that an image's edge cuts off, whole images, both kinds of layer."""
+    config = model.config
+    assert 0 < len(config.vision_config.fullatt_block_indexes) < config.vision_config.depth
+    assert config.vision_config._attn_implementation == "packed_flash"
+    grid = torch.tensor([[1, 12, 18], [1, 2, 2], [1, 8, 8]])  # patches; a window is 8 x 8 of them
+    pixels = torch.randn(12 * 18 + 4 + 64, 1176, generator=torch.Generator().manual_seed(2))
+    out = []
+    for tower in (model.model.visual, plain.model.visual):
+        tower.zero_grad()
+        features = tower(pixels, grid_thw=grid).pooler_output
+        features.backward(torch.linspace(-1, 1, features.numel()).view(features.shape))
+        out.append(([features.detach()], [p.grad for p in tower.parameters()]))
+    (got, got_grads), (want, want_grads) = out
+    bound = gradient_bound(config, len(pixels))
+    assert relative(got, want, 0) < bound
+    # The bias of keys, which softmax does not feel, has next to no gradient: relative to that of all.
+    whole = sum(float(g.square().sum()) for g in want_grads) ** 0.5
+    assert relative(got_grads, want_grads, 1e-3 * whole) < bound
+
+
+def test_the_model_on_the_kernels_of_gpus(tiny, on_gpu):
+    """Log-probs and gradients of packed rows: the same as on a CPU, to rounding."""
+    model, prompts = tiny
+    use_logprob_head(model, [], 0.7, 1024)
+    out = []
+    for _ in range(2):
+        model.zero_grad()
+        logp, _ = token_logps(model, pack(prompts, model))
+        logp.sum().backward()
+        out.append((logp.detach(), [p.grad for p in model.parameters()]))
+        packing.has_varlen = lambda x: False  # monkeypatch puts the real one back
+    (got, got_grads), (want, want_grads) = out
+    np.testing.assert_allclose(got, want, atol=logp_bound(model.config, LONGEST), rtol=0)
+    whole = sum(float(g.square().sum()) for g in want_grads) ** 0.5
+    assert relative(got_grads, want_grads, 1e-3 * whole) < gradient_bound(model.config, len(got))
+
+
+def test_a_torch_with_the_first_form_of_the_kernel_has_none(monkeypatch):
+    """That form has no scale and wants as many heads of keys as of queries."""
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        pass
+
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    varlen_kernel.cache_clear()
+    assert varlen_kernel() is None
+    varlen_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_installed_torch_takes_the_call(causal, monkeypatch):
+    """Its real operator on tensors without values, which asks for a call and shapes that it knows."""
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    varlen_kernel.cache_clear()
+    inputs = [x.to("meta", torch.bfloat16).requires_grad_() for x in attention_inputs()]
+    layout = varlen_layout(SEGMENTS, torch.device("meta"))
+    out = varlen(*inputs, layout, 0.3, causal)
+    assert out.shape == (1, 19, 4, 8) and out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
+    varlen_kernel.cache_clear()
+
+
+def test_varlen_layout_by_hand():
+    at, query_bounds, key_bounds, most_queries, most_keys = varlen_layout(SEGMENTS, torch.device("cpu"))
     own = [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9], [10, 11, 12], [13, 14, 15, 16, 17, 18]]
     prompts = [[], own[0], own[0], [], own[3]]
     assert at.tolist() == [x for p, o in zip(prompts, own, strict=True) for x in p + o]

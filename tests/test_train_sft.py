@@ -15,7 +15,7 @@ from programs import REPO, metrics, run_script, settings, start_script, wait_unt
 
 import synthesize
 from data import PromptEncoder, load_samples
-from packing import attention_implementation, pack
+from packing import pack, use_packed_attention
 from train_sft import SFTConfig, build_model, completion_loss_sum, parameter_groups, schedule
 
 pytestmark = pytest.mark.slow
@@ -52,9 +52,9 @@ def command(warm, **overrides):
 def load(folder, dtype=torch.float32):
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention_implementation()
-    )
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    use_packed_attention(model)
+    return model
 
 
 def worked_sequences(folder, parquet, n):
