@@ -13,6 +13,7 @@ import torch
 
 from config import to_yaml
 from data import load_samples, report_rows
+from packing import logit_chunk
 
 
 def arithmetic(cfg, world: int, n_samples: int | None = None) -> str:
@@ -59,7 +60,7 @@ def dry_run(cfg) -> int:
         n = {"3": 3.75e9, "7": 8.29e9}.get(size[1], float(size[1]) * 1e9) if size else None
     if n:
         gib = n / 2**30
-        head = cfg.logit_chunk * 152064 * 4 * 2 / 2**30  # two copies
+        head = (cfg.logit_chunk or logit_chunk(152064)) * 152064 * 4 * 2 / 2**30  # two copies
         print(
             f"memory per process at {n / 1e9:.2f}B parameters, sharded over {world}: fp32 weights, "
             f"gradients and Adam {16 * gib / world:.1f} GiB, reference "

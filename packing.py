@@ -280,8 +280,9 @@ class ChunkedLogProbs(torch.autograd.Function):
     """log p(target) and entropy under softmax((h W^T + bias) / temperature), `chunk` tokens at a time.
 
     The logits of a 152k vocabulary take 0.6 MB a token; here those of at most `chunk` tokens exist at a time,
-    in two copies, in the backward pass as well, which computes them again. The weight's gradient is summed up
-    in float32.
+    in two copies, in the backward pass as well, which computes them again. Logits and the weight's gradient
+    are float32 on a GPU too, where the factors are bf16: rounded to bf16, a logit of 20 is off by up to 0.06,
+    and log-probs of nearly equal policies differ by as much.
     """
 
     @staticmethod
@@ -313,22 +314,40 @@ class ChunkedLogProbs(torch.autograd.Function):
             d.scatter_add_(1, t[:, None], g[:, None].to(d.dtype))  # and its first, in place
             d = d.to(weight.dtype)
             grad_hidden.append(d @ weight)
-            if d.dtype == grad_weight.dtype:
-                grad_weight.addmm_(d.T, h)  # without a second (V, D)
-            else:  # bf16 products of thousands of chunks: in a bf16 sum the late ones would be rounded away
-                grad_weight += d.T @ h
+            # Into the sum at once, without a second (V, D).
+            if half_on_gpu(d):
+                torch.addmm(grad_weight, d.T, h, out_dtype=torch.float32, out=grad_weight)
+            else:
+                grad_weight.addmm_(d.T.float(), h.float())
         return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None, None, None
 
     @staticmethod
     def logits(hidden, weight, bias, temperature):
-        return F.linear(hidden, weight).float().add_(bias).div_(temperature)  # (chunk, V)
+        if half_on_gpu(hidden):  # without a float32 copy of the weight
+            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        else:  # a CPU trains in float32 anyway
+            logits = F.linear(hidden, weight).float()
+        return logits.add_(bias).div_(temperature)  # (chunk, V)
 
 
-def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk: int):
+def logit_chunk(vocabulary: int) -> int:
+    """Tokens whose logits exist at a time: a power of two, whose two copies fit 1/32 of the GPU's memory.
+
+    At least 64, since each chunk reads and writes the weight's whole gradient; 256 on a CPU.
+    """
+    if not torch.cuda.is_available():
+        return 256
+    fit = torch.cuda.get_device_properties().total_memory // 32 // (2 * 4 * vocabulary)  # 4 bytes a logit
+    return max(64, 2 ** (fit.bit_length() - 1))
+
+
+def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk: int | None):
     """Let `model.lm_head` return log-probs and entropies (1, C, 2) while `lm_head.targets` is set.
 
     They are of the tokens `targets`, each predicted by the hidden state at `predicted_at`, at the sampler's
     temperature and with its FORBIDDEN_BIAS. Without targets (generation) the head is the usual one.
+
+    Args: chunk: tokens whose logits exist at a time; None: as `logit_chunk` chooses.
     """
     # The head stays the module that the model's forward calls, once: under FSDP its weight is gathered and
     # its gradient reduced there and nowhere else. A second call, or a use of the weight outside, would see a
@@ -336,6 +355,7 @@ def use_logprob_head(model, forbidden_ids: list[int], temperature: float, chunk:
     head = model.lm_head
     bias = torch.zeros(head.weight.shape[0])  # (V,); the shape of the whole, which sharding keeps
     bias[forbidden_ids] = FORBIDDEN_BIAS
+    chunk = chunk or logit_chunk(len(bias))
 
     def forward(hidden):
         if head.targets is None:

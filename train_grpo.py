@@ -134,7 +134,7 @@ class GRPOConfig(Config):
     max_skipped: int = opt(3, "updates in a row without a finite gradient that end the run", ge=1)
     freeze_vision: bool = opt(False, "train the language model only")
     max_tokens_per_micro_batch: int = opt(16384, "tokens packed into one forward pass, per process", ge=1)
-    logit_chunk: int = opt(256, "tokens whose logits exist at the same time", ge=1)
+    logit_chunk: int | None = opt(None, "tokens whose logits exist at the same time; empty: by memory", ge=1)
     gradient_checkpointing: bool = opt(True, "recompute activations: less memory, a third more time")
     # run
     out: str = opt("runs/grpo", "folder of the run")
@@ -498,6 +498,7 @@ class VLLMSampler:
                 "dtype": "bfloat16",
                 "gpu_memory_utilization": cfg.vllm_memory,
                 "enable_sleep_mode": bool(cfg.sleep_level),
+                "hf_overrides": {"head_dtype": "float32"},  # logits, as in the trainer's head
             }
         rng = torch.get_rng_state()  # LLM(seed=...) seeds every generator of the process
         self.llm = start_vllm(

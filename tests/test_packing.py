@@ -21,6 +21,7 @@ from packing import (
     ChunkedLogProbs,
     balance,
     blank_prompt,
+    logit_chunk,
     micro_batches,
     pack,
     packed_attention,
@@ -314,6 +315,70 @@ def test_in_bfloat16_the_weights_gradient_is_summed_in_float32():
     want = torch.tensor([[2 * n / 3] * 2, [-n / 3] * 2, [-n / 3] * 2])
     np.testing.assert_allclose(weight.grad.float(), want, rtol=2.0**-8)
     assert weight.grad.dtype == hidden.grad.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def mixed_products(monkeypatch):
+    """As if on a GPU: `mm` and `addmm` with an out_dtype, which CPUs lack, computed as documented."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
+
+    def addmm(start, a, b, dtype, *, out, beta=1, alpha=1):
+        assert start.dtype == out.dtype == dtype and a.dtype == b.dtype == torch.bfloat16
+        return out.copy_(beta * start + alpha * (a.to(dtype) @ b.to(dtype)))
+
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    monkeypatch.setattr(packing, "half_on_gpu", lambda x: x.dtype == torch.bfloat16)
+    yield
+    library._destroy()
+
+
+def test_on_a_gpu_logits_of_bfloat16_factors_are_float32(mixed_products):
+    """Log-probs are those of the bf16 numbers in float64, not ones of rounded logits; gradients likewise."""
+    g = torch.Generator().manual_seed(3)
+    n, width, vocabulary = 40, 64, 500
+    hidden, weight = (torch.randn(rows, width, generator=g).bfloat16() for rows in (n, vocabulary))
+    targets, bias = torch.randint(0, vocabulary, (n,), generator=g), torch.zeros(vocabulary)
+    got_in = [x.clone().requires_grad_() for x in (hidden, weight)]
+    logp, _ = ChunkedLogProbs.apply(*got_in, targets, bias, 1.0, 16)
+    logp.sum().backward()
+    want_in = [x.double().requires_grad_() for x in (hidden, weight)]
+    logits = want_in[0] @ want_in[1].T
+    want = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    want.sum().backward()
+    largest = float(logits.detach().abs().max())  # what rounding is relative to
+    np.testing.assert_allclose(
+        logp.detach(), want.detach(), atol=largest * rounding(width, vocabulary), rtol=0
+    )
+    rounded = (logits.detach().bfloat16().double()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert (rounded - want).abs().max() > 0.02  # a bound that means something: bf16 logits are off by this
+    for got, plain in zip(got_in, want_in, strict=True):  # d and the results are rounded to bf16 themselves
+        assert (got.grad.double() - plain.grad).norm() < 2 * 2.0**-8 * plain.grad.norm()
+
+
+def test_the_installed_torch_takes_the_mixed_products(monkeypatch):
+    """The head's calls on tensors without values: torch's own checks of dtypes, shapes and arguments."""
+    monkeypatch.setattr(packing, "half_on_gpu", lambda x: x.dtype == torch.bfloat16)
+    hidden, weight = (
+        torch.empty(n, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (7, 11)
+    )
+    targets, bias = (torch.empty(n, dtype=t, device="meta") for n, t in ((7, torch.long), (11, torch.float)))
+    out = ChunkedLogProbs.apply(hidden, weight, targets, bias, 1.0, 3)
+    out[0].sum().backward()
+    assert out.dtype == torch.float32 and weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "gib, vocabulary, want",
+    # 80 GiB / 32 / (8 bytes x 152,064) = 2207, below it 2048; 24 GiB: 662, 512; 1 GiB: 27, at least 64
+    [(80, 152064, 2048), (24, 152064, 512), (1, 152064, 64), (None, 152064, 256), (None, 500, 256)],
+)
+def test_the_chunk_of_logits_by_hand(monkeypatch, gib, vocabulary, want):
+    if gib:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        card = types.SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
+    assert logit_chunk(vocabulary) == want
 
 
 # ---- attention ----
