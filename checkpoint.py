@@ -8,9 +8,14 @@
         hf/            config, generation config, processor and chat template, for merge.py
 A checkpoint is written as checkpoint-75.tmp and renamed when all of it is on disk: a run killed at any moment
 leaves the previous one as it was. 12 bytes a parameter: 45 GB for 3B, 100 GB for 7B.
+
+With adapters (lora.py), model/, optimizer/ and the fingerprint are of these alone. Under "adapters",
+trainer.json then says what they belong to: rank, alpha, folder or Hub id of the frozen base, the dtype that
+it was used in, and its fingerprint, so that another base is noticed.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -26,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from config import Config, write_whole
 from distributed import gather
+from lora import adapted_layers
 
 SUMMED_AT_ONCE = 2**24  # values
 
@@ -106,12 +112,12 @@ def save(
     together(begin)
     together(shared)
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    record = {
-        "step": step,
-        "scores": scores,
-        "processes": accelerator.num_processes,
-        "fingerprint": fingerprint(accelerator, model),
-    }
+    record = {"step": step, "scores": scores, "processes": accelerator.num_processes}
+    if adapters := describe_adapters(accelerator, model):
+        model_state = adapters_of(model_state)
+        record |= {"fingerprint": fingerprint(accelerator, model, is_adapter), "adapters": adapters}
+    else:
+        record |= {"fingerprint": fingerprint(accelerator, model)}
     together(write)
     together(finish)
 
@@ -149,16 +155,19 @@ def rng_state() -> dict:
 
 
 @torch.no_grad()
-def fingerprint(accelerator, model) -> dict[str, list[float]]:
-    """[sum of the values, of their magnitudes, of row number * magnitude] of every parameter, in float64.
+def fingerprint(accelerator, model, wanted=lambda name: True) -> dict[str, list[float]]:
+    """[sum of the values, of their magnitudes, of row number * magnitude] of the parameters, in float64.
 
     Computed on the shards, so that nothing is gathered; `merge.py` computes it again from what it wrote.
+    Args: wanted: which names.
     """
     names, sums = [], []
     for name, p in accelerator.unwrap_model(model).named_parameters():
+        if not wanted(name):
+            continue
         local, first = (p.to_local(), first_row(p)) if hasattr(p, "to_local") else (p, 0)
         counted = hasattr(p, "to_local") or accelerator.is_main_process  # copies count once
-        names.append(name)
+        names.append(name.replace(".base_layer", ""))
         sums.append(row_sums(local, first) * counted)
     total = accelerator.reduce(torch.stack(sums).to(accelerator.device), "sum").tolist()
     return dict(zip(names, total, strict=True))
@@ -168,13 +177,45 @@ def row_sums(rows: torch.Tensor, first: int = 0) -> torch.Tensor:
     """The three sums of `fingerprint` over the rows of one tensor, which are numbered from `first`: (3,)."""
     sums = torch.zeros(3, dtype=torch.float64, device=rows.device)
     width = math.prod(rows.shape[1:])
-    for piece in rows.detach().split(max(1, SUMMED_AT_ONCE // width)):  # float64 copies of all would be large
+    for piece in rows.detach().split(
+        max(1, SUMMED_AT_ONCE // max(1, width))
+    ):  # in float64 all would be large
         flat = piece.double().reshape(len(piece), width)  # a shard may have no rows
         size = flat.abs().sum(1)
         number = torch.arange(first, first + len(size), dtype=torch.float64, device=size.device)
         sums += torch.stack([flat.sum(), size.sum(), (number * size).sum()])
         first += len(piece)
     return sums
+
+
+def same_sums(a: list[float], b: list[float]) -> bool:
+    """Whether two fingerprints of a tensor are equal, but for the rounding of sums in another order."""
+    scales = max(b[1], 1e-30), max(b[1], 1e-30), max(b[2], 1e-30)
+    return all(abs(x - y) <= 1e-9 * scale for x, y, scale in zip(a, b, scales, strict=True))
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+def adapters_of(state: dict) -> dict:
+    return {name: value for name, value in state.items() if is_adapter(name)}
+
+
+@functools.lru_cache(1)  # a frozen base never changes
+def describe_adapters(accelerator, model) -> dict | None:
+    """What a model's adapters are and belong to, as in trainer.json; None without adapters. Collective."""
+    whole = accelerator.unwrap_model(model)
+    if not (layers := adapted_layers(whole)):
+        return None
+    layer = next(iter(layers.values()))
+    return {
+        "rank": layer.r["default"],
+        "alpha": layer.lora_alpha["default"],
+        "base": whole.name_or_path,
+        "base_dtype": str(layer.base_layer.weight.dtype).removeprefix("torch."),
+        "base_fingerprint": fingerprint(accelerator, model, lambda name: not is_adapter(name)),
+    }
 
 
 def first_row(p) -> int:
@@ -197,11 +238,13 @@ def read_record(checkpoint: Path) -> dict:
 
 def load(accelerator, model, optimizer, checkpoint: Path) -> int:
     """Load a checkpoint into the prepared model and optimizer; returns the finished steps. Collective."""
-    record = read_record(checkpoint)
+    record, adapters = read_record(checkpoint), describe_adapters(accelerator, model)
+    check_adapters(checkpoint, record.get("adapters"), adapters)
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     for name, part in state.items():
+        held = adapters_of(part) if adapters and name == "model" else part  # the base stays as it is
         try:
-            dcp.load(part, checkpoint_id=checkpoint / name)
+            dcp.load(held, checkpoint_id=checkpoint / name)  # in place
         except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
             last = str(error).strip().splitlines()[-1]
             raise CheckpointError(f"{checkpoint / name}: expected this model's state, got {last}") from None
@@ -220,6 +263,31 @@ def load(accelerator, model, optimizer, checkpoint: Path) -> int:
             "optimizer continue; in other batches sums round differently, so samples will differ"
         )
     return record["step"]
+
+
+def check_adapters(checkpoint: Path, theirs: dict | None, ours: dict | None):
+    """Raises: CheckpointError if a checkpoint's adapters, or their absence, do not fit this run's model."""
+    if bool(theirs) != bool(ours):
+        kinds = {
+            True: "adapters (lora_rank)",
+            False: "all parameters (lora_rank=0, or LoRA of an older version)",
+        }
+        raise CheckpointError(f"{checkpoint}: expected {kinds[bool(ours)]}, got {kinds[bool(theirs)]}")
+    for key in ("rank", "alpha") if ours else ():
+        if theirs[key] != ours[key]:
+            raise CheckpointError(f"{checkpoint}: lora_{key}: expected {ours[key]}, got {theirs[key]}")
+    if ours and (problem := other_base(ours["base_fingerprint"], theirs["base_fingerprint"])):
+        raise CheckpointError(
+            f"{checkpoint}: adapters for {theirs['base']}; {ours['base']} has other weights ({problem})"
+        )
+
+
+def other_base(ours: dict, theirs: dict) -> str | None:
+    """What tells two fingerprints apart, in words; None if they are equal."""
+    if ours.keys() != theirs.keys():
+        return f"{sorted(ours.keys() ^ theirs.keys())[0]} is in one of them only"
+    different = [name for name in ours if not same_sums(ours[name], theirs[name])]
+    return f"{different[0]} and {len(different) - 1} more" if different else None
 
 
 def resume(accelerator, model, optimizer, out: Path, how: str) -> int:

@@ -116,12 +116,26 @@ def gather(items: list) -> list:
 
 
 def whole_weights(model):
-    """Yield (name, whole tensor) one at a time. Collective: a sharded weight is gathered by all processes."""
+    """Yield (published name, whole tensor) one at a time, with the adapters (lora.py) merged into it.
+
+    Collective: a sharded weight is gathered by all processes.
+    """
+
+    def whole(p):
+        return p.full_tensor() if hasattr(p, "full_tensor") else p
+
     # state_dict, not named_parameters: a tied head is listed in it, and would go stale in vLLM otherwise.
-    for name, p in model.state_dict().items():
-        if hasattr(p, "full_tensor"):
-            p = (p.bfloat16() if p.is_cuda else p).full_tensor()  # bf16: what vLLM holds, half the traffic
-        yield name, p
+    state = model.state_dict()
+    for name, p in state.items():
+        if ".lora_" in name:
+            continue
+        # Of shards in bf16: what vLLM holds, half the traffic.
+        p = whole(p.bfloat16() if p.is_cuda and hasattr(p, "full_tensor") else p)
+        layer = name.removesuffix(".base_layer.weight")
+        if layer != name:
+            a, b = (whole(state[f"{layer}.lora_{x}.default.weight"]) for x in "AB")
+            p = (p.float() + model.get_submodule(layer).scaling["default"] * (b @ a)).to(p.dtype)
+        yield name.replace(".base_layer", ""), p
 
 
 def remove_stale_shared_memory():

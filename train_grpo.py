@@ -50,6 +50,7 @@ from distributed import (
     whole_weights,
 )
 from dry_run import arithmetic, dry_run
+from lora import adapters_off, add_adapters
 from metrics import HELD_OUT, UpdateStats, check_mismatch, mem_gb, save_samples, step_line, step_metrics
 from packing import (
     FORBIDDEN_BIAS,
@@ -133,6 +134,11 @@ class GRPOConfig(Config):
     is_cap: float = opt(2.0, "cap of the trainer / sampler importance weight; 0: off", ge=0)
     max_skipped: int = opt(3, "updates in a row without a finite gradient that end the run", ge=1)
     freeze_vision: bool = opt(False, "train the language model only")
+    lora_rank: int = opt(0, "of adapters on the language model's linear layers; 0: all parameters", ge=0)
+    # At the customary alpha of 32 LoRA takes ten times the learning rate of a full run (Schulman et al. 2025,
+    # "LoRA Without Regret"). Here that factor is in alpha.
+    lora_alpha: int = opt(320, "scale * lora_rank; at 320 the learning_rate of a full run serves", ge=1)
+    lora_vision: bool = opt(False, "adapters on the vision tower's linear layers as well")
     max_tokens_per_micro_batch: int = opt(16384, "tokens packed into one forward pass, per process", ge=1)
     logit_chunk: int | None = opt(None, "tokens whose logits exist at the same time; empty: by memory", ge=1)
     gradient_checkpointing: bool = opt(True, "recompute activations: less memory, a third more time")
@@ -157,6 +163,8 @@ class GRPOConfig(Config):
             )
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} > max_pixels {self.max_pixels}")
+        if self.lora_vision and (self.freeze_vision or not self.lora_rank):
+            raise ValueError("lora_vision: expected lora_rank above 0 and no freeze_vision")
         if self.keep_best not in (None, *(names := [f"val_{k}" for k in HELD_OUT])):
             raise ValueError(f"keep_best: expected one of {names}, got {self.keep_best!r}")
         _ = self.weights  # raises if they add up to more than 1
@@ -363,7 +371,7 @@ class Learner:
     accelerator: Any
     policy: Any  # fp32 masters
     optimizer: Any
-    reference: Any  # the frozen start, for the KL; None without KL
+    reference: Any  # for the KL: the frozen start, or the policy, to be run in adapters_off; None without KL
     prompt_of: PromptCache
 
     @property
@@ -628,11 +636,15 @@ def make_learner(accelerator, cfg: GRPOConfig, forbidden_ids: list[int], prompt_
     """The policy with fp32 masters, its optimizer and, with a KL, the reference: loaded, then sharded."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    policy = load_model(cfg, forbidden_ids, torch.float32)  # bf16 masters would round a step of 1e-6 away
+    of_frozen = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    # What is trained is float32: bf16 masters would round a step of 1e-6 away.
+    policy = load_model(cfg, forbidden_ids, of_frozen if cfg.lora_rank else torch.float32)
     if cfg.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.freeze_vision:
         policy.model.visual.requires_grad_(False)
+    if cfg.lora_rank:
+        add_adapters(policy, cfg.lora_rank, cfg.lora_alpha, cfg.lora_vision)
     trained = [p for p in policy.parameters() if p.requires_grad]
     accelerator.print(
         f"{sum(p.numel() for p in policy.parameters()):,} parameters, "
@@ -645,10 +657,9 @@ def make_learner(accelerator, cfg: GRPOConfig, forbidden_ids: list[int], prompt_
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2))
     del trained, groups  # they would hold on to the whole parameters
     policy, optimizer = accelerator.prepare(policy.train(), optimizer)  # train(): or nothing is checkpointed
-    reference = None
-    if cfg.kl_coef:
-        dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-        reference = load_model(cfg, forbidden_ids, dtype).eval().requires_grad_(False)
+    reference = policy if cfg.kl_coef else None
+    if cfg.kl_coef and not cfg.lora_rank:
+        reference = load_model(cfg, forbidden_ids, of_frozen).eval().requires_grad_(False)
         if accelerator.is_fsdp2:  # accelerate prepares one model only
             reference = fsdp2_prepare_model(accelerator, reference)
     return Learner(accelerator, policy, optimizer, reference, prompt_of)
@@ -793,8 +804,9 @@ def train(cfg: GRPOConfig):
             for k, logp in rollout_logps(learner, learner.policy, rollouts, plans, cfg).items():
                 rollouts[k].logp_old = logp
         if learner.reference:
-            for k, logp in rollout_logps(learner, learner.reference, rollouts, plans, cfg).items():
-                rollouts[k].logp_ref = logp
+            with adapters_off(learner.reference):
+                for k, logp in rollout_logps(learner, learner.reference, rollouts, plans, cfg).items():
+                    rollouts[k].logp_ref = logp
         t3 = time.time()
         lr, quiet = learning_rate_at(step, cfg), None if rank == 0 else True
         bar = tqdm(plans, desc="updates", disable=quiet, leave=False)

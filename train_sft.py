@@ -22,6 +22,7 @@ from checkpoint import CheckpointError, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
 from data import PromptEncoder, batch_at, load_samples, report_rows
 from distributed import gather, leave
+from lora import add_adapters, merge_adapters
 from packing import check_family, micro_batches, pack, use_packed_attention
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
@@ -120,12 +121,7 @@ def build_model(cfg):
     if cfg.vision_learning_rate == 0:
         model.model.visual.requires_grad_(False)
     if cfg.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(
-            model, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear")
-        )
-        model.enable_input_require_grads()
+        add_adapters(model, cfg.lora_rank, cfg.lora_alpha, vision=cfg.vision_learning_rate != 0)
     return model
 
 
@@ -187,7 +183,6 @@ def train(cfg: SFTConfig):
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model, optimizer = accelerator.prepare(model, optimizer)
     base = accelerator.unwrap_model(model)
-    base = base.get_base_model() if cfg.lora_rank else base
 
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
     first = resume(accelerator, model, optimizer, out, cfg.resume)
@@ -268,10 +263,9 @@ def train(cfg: SFTConfig):
             save(accelerator, model, optimizer, processor, out, done, {}, keep_last=1)
 
     # ---- save ----
-    trained = accelerator.unwrap_model(model)
-    trained = trained.merge_and_unload() if cfg.lora_rank else trained
     if accelerator.is_main_process:
-        trained.to(torch.bfloat16).save_pretrained(out / "final")
+        merge_adapters(base)
+        base.to(torch.bfloat16).save_pretrained(out / "final")
         processor.save_pretrained(out / "final")
         print(f"wrote {out / 'final'}")
 

@@ -1,6 +1,6 @@
 """Run by torchrun: real updates on real FSDP2 shards, written down whole for test_sharding.py to compare.
 
-    torchrun --nproc_per_node 2 tests/ranks.py MODEL DATA OUT
+    torchrun --nproc_per_node 2 tests/ranks.py MODEL DATA OUT [KEY=VALUE of GRPOConfig ...]
 
 Writes OUT/result.pt and a checkpoint.
 """
@@ -17,7 +17,8 @@ from pictures import noise
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import CheckpointError, load, save  # noqa: E402
 from data import PromptCache, PromptEncoder, load_samples  # noqa: E402
-from distributed import leave, make_accelerator  # noqa: E402
+from distributed import leave, make_accelerator, whole_weights  # noqa: E402
+from lora import adapters_off  # noqa: E402
 from train_grpo import GRPOConfig, Rollout, make_learner, plan_updates, rollout_logps, update  # noqa: E402
 
 LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
@@ -53,7 +54,7 @@ def try_to_save(attempt):
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def main(model, data, out):
+def main(model, data, out, *overrides):
     from transformers import AutoProcessor
 
     cfg = GRPOConfig(
@@ -65,6 +66,7 @@ def main(model, data, out):
         max_tokens_per_micro_batch=300,
         logit_chunk=16,
         tracker="none",
+        **dict(pair.split("=") for pair in overrides),
     )
     accelerator = make_accelerator(LAYERS)
     processor = AutoProcessor.from_pretrained(model)
@@ -73,14 +75,16 @@ def main(model, data, out):
     torch.manual_seed(0)
     learner = make_learner(accelerator, cfg, [5, 6], prompt_of)
     policy, optimizer = learner.policy, learner.optimizer
+    start = dict(whole_weights(policy))
+    trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
     with torch.no_grad():  # a start that is not the reference, so that there is a KL
-        for p in policy.parameters():
-            p.mul_(1.01)
+        for name, p in trained.items():
+            p.mul_(1.01).add_(0.01 if ".lora_B." in name else 0)
     gradients, clip = [], accelerator.clip_grad_norm_
 
     def clip_and_keep(parameters, norm):
         parameters = list(parameters)
-        gradients.append({n: whole(p.grad) for n, p in policy.named_parameters()})
+        gradients.append({n: whole(p.grad) for n, p in trained.items()})
         return clip(parameters, norm)
 
     accelerator.clip_grad_norm_ = clip_and_keep
@@ -91,13 +95,14 @@ def main(model, data, out):
     one_group = [list(range(4))] + [[]] * (accelerator.num_processes - 1)  # the others have nothing to do
     for k, logp in rollout_logps(learner, policy, rollouts, plans, cfg).items():
         rollouts[k].logp_old = logp + 0.1  # as if the policy had moved
-    for k, logp in rollout_logps(learner, learner.reference, rollouts, plans, cfg).items():
-        rollouts[k].logp_ref = logp
+    with adapters_off(learner.reference):
+        for k, logp in rollout_logps(learner, learner.reference, rollouts, plans, cfg).items():
+            rollouts[k].logp_ref = logp
     fresh = [dataclasses.replace(r, logp_old=None, logp_ref=None) for r in rollouts]
     keep = {"weights": [], "norms": [], "sums": []}
     for number, shares in enumerate([*plans, one_group]):
         stats = update(learner, rollouts if number < 2 else fresh, shares, cfg, 1e-3)
-        keep["weights"].append({n: whole(p) for n, p in policy.named_parameters()})
+        keep["weights"].append({n: whole(p) for n, p in trained.items()})
         keep["norms"].append(stats.grad_norm)
         totals = torch.tensor([stats.loss, stats.kl, float(stats.tokens)], dtype=torch.float64)
         keep["sums"].append(accelerator.reduce(totals, "sum").tolist())
@@ -109,12 +114,12 @@ def main(model, data, out):
     for folder in [Path(out), other] if other.exists() else [Path(out)]:
         load(accelerator, policy, optimizer, folder / "checkpoint-2")
         update(learner, fresh, one_group, cfg, 1e-3)
-        keep["continued"].append({n: whole(p) for n, p in policy.named_parameters()})
+        keep["continued"].append({n: whole(p) for n, p in trained.items()})
     keep["full_disk"] = try_to_save(
         lambda: save(accelerator, policy, optimizer, processor, Path(out), 3, {}, keep_last=1)
     )
     keep["files"] = sorted(p.name for p in Path(out).iterdir())
-    keep["gradients"] = gradients
+    keep |= {"gradients": gradients, "start": start, "published": dict(whole_weights(policy))}
     if accelerator.is_main_process:
         torch.save(keep, Path(out) / "result.pt")
     accelerator.wait_for_everyone()

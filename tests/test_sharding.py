@@ -19,19 +19,20 @@ def bound(tiny_base):
     return gradient_bound(AutoConfig.from_pretrained(tiny_base), LONGEST)
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied", "lora"])
 def worlds(request, tiny_base, tiny_data, tmp_path_factory):
     """The same updates by one process, which shards nothing, and by two: {1: results, 2: results}."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = tmp_path_factory.mktemp(request.param)
     config = AutoConfig.from_pretrained(tiny_base)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = request.param == "tied"
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = request.param != "untied"
     torch.manual_seed(3)
     AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
     AutoProcessor.from_pretrained(tiny_base).save_pretrained(folder / "model")
+    lora = settings(lora_rank=4, lora_alpha=8, lora_vision="true") if request.param == "lora" else []
     for n in (1, 2):
-        run_script("tests/ranks.py", folder / "model", tiny_data, folder / f"world-{n}", processes=n)
+        run_script("tests/ranks.py", folder / "model", tiny_data, folder / f"world-{n}", *lora, processes=n)
     return {n: torch.load(folder / f"world-{n}" / "result.pt") for n in (1, 2)}
 
 
@@ -62,6 +63,18 @@ def test_a_checkpoint_continues_exactly_and_across_world_sizes(worlds, bound):
         for name, p in worlds[n]["weights"][2].items():
             assert torch.equal(p, worlds[n]["continued"][0][name]), name
     assert distance(worlds[1]["weights"][2], worlds[2]["continued"][1]) < 3 * bound
+
+
+def test_published_weights_are_whole_and_hold_the_adapters(worlds):
+    for world in worlds.values():
+        published, trained = world["published"], world["continued"][-1]
+        for name, p in trained.items():
+            if ".lora_" not in name:
+                assert torch.equal(published[name], p), name
+            elif ".lora_A." in name:
+                b, weight = trained[name.replace("lora_A", "lora_B")], name.replace("lora_A.default.", "")
+                assert torch.equal(published[weight], world["start"][weight] + 8 / 4 * (b @ p)), weight
+        assert published.keys() == world["start"].keys()
 
 
 def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(worlds):
