@@ -15,6 +15,7 @@ from programs import REPO, metrics, run_script, settings, start_script, wait_unt
 
 import synthesize
 from data import PromptEncoder, load_samples
+from merge import merge
 from packing import pack, use_packed_attention
 from train_sft import SFTConfig, build_model, completion_loss_sum, parameter_groups, schedule
 
@@ -114,6 +115,13 @@ def test_the_vision_tower_may_have_a_learning_rate_of_its_own(warm, vision, towe
     assert {rate for name, rate in peak.items() if ".visual." not in name} == {0.5}
     assert set(peak) == {name for name, p in model.named_parameters() if towers or ".visual." not in name}
     assert decayed == {name for name, p in model.named_parameters() if name in peak and p.ndim > 1}
+
+
+@pytest.mark.parametrize("vision, towers", [(None, {True, False}), (0, {False})])
+def test_adapters_follow_the_learning_rate_of_the_vision_tower(warm, vision, towers):
+    cfg = SFTConfig(model=str(warm / "data" / "base_model"), lora_rank=2, vision_learning_rate=vision)
+    trained = {name for name, p in build_model(cfg).named_parameters() if p.requires_grad}
+    assert {".visual." in name for name in trained} == towers and all(".lora_" in name for name in trained)
 
 
 # ---- loss ----
@@ -228,7 +236,7 @@ def test_the_makefile_makes_the_warm_start_with_the_config(warm):
 def test_lora_trains_linear_layers_only_and_is_merged(warm, tmp_path):
     out = tmp_path / "lora"
     small = dict(lora_rank=4, target="answer", template="no_reasoning", epochs=0.2, weight_decay=0)
-    run_script(*command(warm, out=out, learning_rate=1e-2, **small))
+    run_script(*command(warm, out=out, learning_rate=1e-2, gradient_checkpointing="true", **small))
     assert [m["step"] for m in metrics(out)] == [1, 2]
     start, end = load(warm / "data" / "base_model", torch.bfloat16), load(out / "final", torch.bfloat16)
     linear = {
@@ -239,3 +247,8 @@ def test_lora_trains_linear_layers_only_and_is_merged(warm, tmp_path):
     before, after = start.state_dict(), end.state_dict()
     assert set(before) == set(after)
     assert {name for name in before if not torch.equal(before[name], after[name])} == linear
+    # merge.py makes the same of the last checkpoint, which holds the adapters alone.
+    merged = load(merge(out, tmp_path / "merged"), torch.bfloat16).state_dict()
+    assert all(torch.equal(merged[name], after[name]) for name in after)
+    (shard,) = (out / "checkpoint-2" / "model").glob("*.distcp")
+    assert shard.stat().st_size < (out / "final" / "model.safetensors").stat().st_size / 5
