@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from bounds import U64, rounding
+from programs import metrics, run_script, settings
 
 from checkpoint import (
     CheckpointError,
@@ -158,3 +159,37 @@ def test_a_run_from_elsewhere_continues_itself(tmp_path):
     (out / "run.json").write_text(json.dumps({"config": GRPOConfig(resume=path).model_dump(mode="json")}))
     refuse_another_run(GRPOConfig(resume=path), out, FREE_TO_CHANGE)
     assert parts.resume(out, path) == 3
+
+
+@pytest.mark.slow
+def test_a_continued_run_needs_no_more_memory_than_a_fresh_one(tiny_base, tiny_data, tmp_path):
+    """Peaks of real processes, of a model whose weights, gradients and moments are nearly all they hold."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    config = AutoConfig.from_pretrained(tiny_base)
+    wide = dict(hidden_size=960, num_attention_heads=30, intermediate_size=8192)  # 100M parameters
+    for name, value in wide.items():
+        setattr(config.text_config, name, value)
+    config.vision_config.out_hidden_size = config.text_config.hidden_size
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    weights_gb = sum(p.numel() for p in model.parameters()) * 4 / 2**30
+    model.save_pretrained(tmp_path / "model")
+    AutoProcessor.from_pretrained(tiny_base).save_pretrained(tmp_path / "model")
+    del model
+
+    def peak_gb(out, **overrides):
+        small = dict(model=tmp_path / "model", data=tiny_data, out=out, sampler="hf", val_every=0)
+        small |= dict(prompts_per_step=2, group_size=2, updates_per_step=1, max_completion_length=8)
+        small |= dict(tracker="none", samples_every=0, save_every=9)
+        run_script("train_grpo.py", "configs/tiny.yaml", *settings(**small | overrides))
+        return metrics(out, timings=True)[-1][
+            "mem_gb"
+        ]  # so far: of all before the last checkpoint is written
+
+    fresh = peak_gb(tmp_path / "fresh", steps=2)
+    continued = peak_gb(tmp_path / "continued", steps=3, resume=tmp_path / "fresh" / "checkpoint-2")
+    # Both hold weights, gradients and two moments in an update, the continued one already when it loads:
+    # zero gradients make the moments, and are gone when files are read, one tensor (6 % of the weights) at a
+    # time. There is room for no copy of the moments: beside what is loaded it would be 5 x weights_gb.
+    assert weights_gb > 0.35 and fresh > 4 * weights_gb
+    assert continued - fresh < weights_gb / 2
