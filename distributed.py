@@ -23,13 +23,15 @@ def make_accelerator(layers: list[str], timeout_min: float = 120, **options):
 
     Args: layers: names of the module classes that are gathered one at a time; timeout_min: minutes that a
         process waits for the others (torch's 10 are less than a large checkpoint may take); options: of the
-        Accelerator. Raises: ValueError if the launcher was configured for another kind of sharding.
+        Accelerator. Raises: ValueError if the launcher was configured for another kind of sharding, or
+        started one process where several were asked for.
     """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     refuse_other_sharding()
+    refuse_lone_processes()
     on_gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
     if on_gpu:
         launch_alone()
@@ -70,6 +72,19 @@ def refuse_other_sharding():
         raise ValueError(
             f"accelerate launch: expected no sharding of its own, since the trainer sets up FSDP2, got "
             f"{kind} (from {file}): move the file away, or name one with distributed_type MULTI_GPU"
+        )
+
+
+def refuse_lone_processes():
+    """Raises: ValueError if `accelerate launch` was asked for several processes and told them nothing.
+
+    Where a node has one GPU or none it starts one process with an address and no rank: each node would train
+    alone, all into one folder.
+    """
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ:
+        raise ValueError(
+            "accelerate launch: expected a process that knows its rank, got none: add --multi_gpu (on CPUs "
+            "as well), or unset MASTER_ADDR to train with one process"
         )
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from programs import REPO, run_script
 
-from distributed import refuse_other_sharding
+from distributed import refuse_lone_processes, refuse_other_sharding
 
 TURNS = """
 import sys, time
@@ -39,6 +39,19 @@ def test_another_kind_of_sharding_is_refused_by_name(env, kind, monkeypatch):
         return refuse_other_sharding()
     with pytest.raises(ValueError, match=f"expected no sharding of its own.* got {kind} .from .*MULTI_GPU"):
         refuse_other_sharding()
+
+
+def test_a_process_of_several_that_nobody_launched_is_refused(monkeypatch):
+    """What `accelerate launch --num_processes 2` without --multi_gpu sets on a machine without two GPUs."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    refuse_lone_processes()  # python train_grpo.py, in a job whose script sets the address
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(ValueError, match="expected a process that knows its rank, got none: add --multi_gpu"):
+        refuse_lone_processes()
+    monkeypatch.setenv("RANK", "0")
+    refuse_lone_processes()
 
 
 @pytest.mark.slow

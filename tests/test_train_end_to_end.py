@@ -1,5 +1,6 @@
 """The real loop in real processes: vLLM samples, weights reach it, kill -9 and Ctrl-C lose nothing."""
 
+import functools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from answers import parse_choice
 from data import load_samples
+from distributed import free_port
 from merge import merge
 
 pytestmark = pytest.mark.slow
@@ -129,29 +131,56 @@ HF = dict(sampler="hf", steps=3, max_completion_length=80, val_every=0, tracker=
 HF |= dict(keep_last=1)
 
 
+@pytest.fixture(scope="module")
+def straight(tiny_data, tmp_path_factory):
+    """Metrics of a run that nothing disturbs, by the number of its processes."""
+
+    @functools.cache
+    def run(processes):
+        out = tmp_path_factory.mktemp("straight")
+        run_script(*grpo(out, tiny_data, **HF), processes=processes)
+        return metrics(out)
+
+    return run
+
+
+def start_on_two_nodes(*arguments, **options) -> list[subprocess.Popen]:
+    """The commands of docs/recovery.md, of one process a node: this machine stands for both."""
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 2, "--num_processes", 2]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
+    return [start_script(*launch, "--machine_rank", rank, *arguments, **options) for rank in (0, 1)]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_every_phase_and_resumed(processes, tiny_data, tmp_path):
+def test_killed_at_every_phase_and_resumed(processes, straight, tiny_data, tmp_path):
     """One run, killed in its rollout, between updates, after its log line, while and after it saves."""
-    run_script(*grpo(tmp_path / "straight", tiny_data, **HF), processes=processes)
     killed = grpo(tmp_path / "killed", tiny_data, **HF)
     for moment in (("rollout", 1), ("update", 2), ("save", 1), ("log", 1), ("renamed", 2)):
         run_script("tests/kill_at.py", *moment, *killed[1:], processes=processes, status=-signal.SIGKILL)
     run_script(*killed, processes=processes)
     lines = metrics(tmp_path / "killed")
     assert len(lines) == 3 and all(m["grad_norm"] > 0 for m in lines)
-    assert lines == metrics(tmp_path / "straight")
+    assert lines == straight(processes)
     assert max(m["mismatch_max"] for m in lines) <= AGREED
     assert [p.name for p in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_sigterm_to_the_launcher_saves_what_two_processes_have(tiny_data, tmp_path):
+def test_two_nodes_compute_what_one_does(straight, tiny_data, tmp_path):
+    nodes = start_on_two_nodes(*grpo(tmp_path, tiny_data, **HF))
+    assert [node.wait(240) for node in nodes] == [0, 0]
+    assert metrics(tmp_path) == straight(2)
+
+
+def test_sigterm_to_one_node_stops_both_and_saves(tiny_data, tmp_path):
+    """Each process is saved whole though the launcher of only one of them got the signal."""
     out = tmp_path / "preempted"
     frozen = HF | {"steps": 50, "save_every": 100, "freeze_vision": True}
     longer = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
-    process = start_script(*grpo(out, tiny_data, **frozen), processes=2, stdout=subprocess.PIPE, env=longer)
-    wait_until(lambda: metrics(out), process)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=240)
+    nodes = start_on_two_nodes(*grpo(out, tiny_data, **frozen), stdout=subprocess.PIPE, env=longer)
+    wait_until(lambda: metrics(out), nodes[0])
+    nodes[1].send_signal(signal.SIGTERM)
+    printed, _ = nodes[0].communicate(timeout=240)
+    nodes[1].communicate(timeout=240)
     assert "continue with: accelerate launch train_grpo.py" in printed
     done = metrics(out)[-1]["step"]
     assert done < 50
