@@ -123,7 +123,7 @@ def pack(prompts: list[tuple[Prompt, list[list[int]]]], model) -> dict:
             predicted_at += [first + length - 1, *range(start, len(ids) - 1)]
     with_images = [prompt for prompt, _ in prompts if prompt.pixel_values is not None]
     return {
-        "segments": tuple(segments),  # a tuple: `flash_layout` remembers it by its value
+        "segments": tuple(segments),  # a tuple: `varlen_layout` remembers it by its value
         "input_ids": torch.tensor([ids]),  # (1, T)
         "position_ids": torch.cat(positions, dim=2),  # (4, 1, T)
         "target_ids": torch.tensor(targets, dtype=torch.long),  # (C,)

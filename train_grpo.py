@@ -65,14 +65,6 @@ from packing import (
 from results import grade, judge, summarise
 from rewards import Score, Weights, score_completion, vanilla_reward
 
-PREEMPTED = 75  # exit status after SIGTERM: state saved, run me again
-FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
-    "out resume keep_last keep_best save_every samples_every tracker vllm_memory vllm_max_seqs "
-    "vllm_max_batched_tokens tensor_parallel sleep_level max_tokens_per_micro_batch logit_chunk "
-    "gradient_checkpointing max_skipped val_data val_split val_limit val_every timeout_min image_threads "
-    "image_cache_gb max_bad_rows skip_bad_rows skip_long_prompts".split()  # bounds: the same rows pass
-)
-
 
 class GRPOConfig(Config):
     # data
@@ -666,6 +658,15 @@ def make_learner(accelerator, cfg: GRPOConfig, forbidden_ids: list[int], prompt_
 
 
 # ---- main --------------------------------------------------------------------------------------------------
+PREEMPTED = 75  # exit status after SIGTERM: state saved, run me again
+FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
+    "out resume keep_last keep_best save_every samples_every tracker vllm_memory vllm_max_seqs "
+    "vllm_max_batched_tokens tensor_parallel sleep_level max_tokens_per_micro_batch logit_chunk "
+    "gradient_checkpointing max_skipped val_data val_split val_limit val_every timeout_min image_threads "
+    "image_cache_gb max_bad_rows skip_bad_rows skip_long_prompts".split()  # bounds: the same rows pass
+)
+
+
 def main():
     cfg = GRPOConfig.parse_args()
     if cfg.dry_run:
