@@ -11,6 +11,7 @@ without padding. Writes `<out>/final`, a folder that `from_pretrained` and vLLM 
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from packing import check_family, micro_batches, pack, use_packed_attention
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume save_every log_every val_every val_data val_split val_limit max_tokens_per_micro_batch "
-    "gradient_checkpointing max_bad_rows".split()
+    "gradient_checkpointing max_bad_rows image_threads".split()
 )
 
 
@@ -47,6 +48,7 @@ class SFTConfig(Config):
     shuffle: bool = opt(True, "a new permutation every epoch; false: file order, for a curriculum")
     min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
     max_pixels: int = opt(2048 * 2048, "images are scaled into [min_pixels, max_pixels]", ge=784)
+    image_threads: int = opt(4, "threads that read and prepare images, per process", ge=1)
     max_length: int = opt(2048, "longest prompt, tokens with the image's", ge=1)
     # model
     model: str = opt("Qwen/Qwen2.5-VL-3B-Instruct", "Hub id or folder")
@@ -174,6 +176,8 @@ def train(cfg: SFTConfig):
         # The sampler ends a reply at this token, so a completion has to end with it.
         return encoder(sample), [*processor.tokenizer(text)["input_ids"], processor.tokenizer.eos_token_id]
 
+    pool = ThreadPoolExecutor(cfg.image_threads)
+
     # ---- model ----
     torch.manual_seed(cfg.seed)
     model = build_model(cfg)
@@ -205,7 +209,7 @@ def train(cfg: SFTConfig):
         """Token-mean loss and share of tokens predicted right, over all processes."""
         model.eval()
         total = torch.zeros(3, device=accelerator.device)
-        for batch in packed([sequence(val[i]) for i in range(rank, len(val), world)]):
+        for batch in packed(list(pool.map(sequence, val[rank::world]))):
             n = len(batch["target_ids"])
             loss, right = completion_loss_sum(model, batch)
             total += torch.stack([loss, right.float(), torch.tensor(float(n), device=loss.device)])
@@ -213,16 +217,23 @@ def train(cfg: SFTConfig):
         loss, right, n = accelerator.reduce(total, "sum").tolist()
         return {"val_loss": loss / n, "val_token_accuracy": right / n}
 
-    # ---- train ----
-    started, tokens_seen = time.time(), 0
-    model.train()
-    for step in range(first, steps):
+    def begin(step) -> list:
+        """The sequences of this process's share of an update, as they are prepared in threads."""
+        first_row = step * cfg.batch_size
         order = (
             batch_at(cfg.seed, step, cfg.batch_size, len(samples))
             if cfg.shuffle
-            else [i % len(samples) for i in range(step * cfg.batch_size, (step + 1) * cfg.batch_size)]
+            else [i % len(samples) for i in range(first_row, first_row + cfg.batch_size)]
         )
-        sequences = [sequence(samples[i]) for i in order[rank::world]]
+        return [pool.submit(sequence, samples[i]) for i in order[rank::world]]
+
+    # ---- train ----
+    started, tokens_seen = time.time(), 0
+    model.train()
+    begun = begin(first) if first < steps else []
+    for step in range(first, steps):
+        sequences = [one.result() for one in begun]
+        begun = begin(step + 1) if step + 1 < steps else []  # while this update is computed
         n_tokens = float(sum(len(ids) for _, ids in sequences))
         n_tokens = torch.tensor(n_tokens, device=accelerator.device)
         n_tokens = accelerator.reduce(n_tokens, "sum")  # one denominator for the whole update
