@@ -106,9 +106,7 @@ class GRPOConfig(Config):
     vllm_max_seqs: int | None = opt(None, "completions sampled at the same time; empty: vLLM's choice", ge=1)
     vllm_max_batched_tokens: int | None = opt(None, "tokens in one engine step; empty: vLLM's choice", ge=1)
     tensor_parallel: int = opt(1, "processes that share one vLLM engine", ge=1)
-    sleep_level: Literal[0, 1, 2] = opt(
-        1, "vLLM during the update on a GPU: 0 keeps its memory, 1 moves weights to the host, 2 drops them"
-    )
+    sleep_level: int = opt(1, "vLLM in updates: 0 stays, 1 moves weights to the host, 2 drops them", ge=0, le=2)
     resample_dead_groups: int = opt(0, "rounds of other prompts for groups of equal rewards", ge=0)
     # update
     steps: int = opt(75, "rollout + update rounds", ge=1)
