@@ -644,7 +644,8 @@ def make_learner(accelerator, cfg: GRPOConfig, forbidden_ids: list[int], prompt_
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},  # norms and biases
     ]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2))
+    betas, fused = (0.9, cfg.adam_beta2), accelerator.device.type == "cuda"  # unfused: one more copy of all
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
     del trained, groups  # they would hold on to the whole parameters
     policy, optimizer = accelerator.prepare(policy.train(), optimizer)  # train(): or nothing is checkpointed
     reference = policy if cfg.kl_coef else None

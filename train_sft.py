@@ -181,8 +181,9 @@ def train(cfg: SFTConfig):
     # ---- model ----
     torch.manual_seed(cfg.seed)
     model = build_model(cfg)
+    betas, fused = (0.9, cfg.adam_beta2), accelerator.device.type == "cuda"
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, cfg), lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2)
+        parameter_groups(model, cfg), lr=cfg.learning_rate, betas=betas, fused=fused
     )
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model, optimizer = accelerator.prepare(model, optimizer)
