@@ -49,7 +49,7 @@ from distributed import (
     remove_stale_shared_memory,
     whole_weights,
 )
-from dry_run import arithmetic, dry_run
+from dry_run import arithmetic, dry_run, read_gpus
 from lora import adapters_off, add_adapters
 from metrics import HELD_OUT, UpdateStats, check_mismatch, mem_gb, save_samples, step_line, step_metrics
 from packing import (
@@ -100,13 +100,16 @@ class GRPOConfig(Config):
     group_size: int = opt(8, "G: completions a prompt", ge=2)
     temperature: float = opt(1.0, "of the rollouts", gt=0)
     max_completion_length: int = opt(2048, "tokens; what has not ended by then is cut", ge=1)
-    # vLLM: raise vllm_memory until the update runs out (it sleeps meanwhile, so 0.6-0.8 is usual; with
-    # sleep_level 0 both must fit); more sequences at once cost KV cache, more batched tokens activations.
-    vllm_memory: float = opt(0.6, "share of the GPU's memory for vLLM (on a CPU: GiB of KV cache)", gt=0)
+    vllm_memory: float = opt(0.5, "share of the GPU's memory for vLLM (on a CPU: GiB of KV cache)", gt=0)
     vllm_max_seqs: int | None = opt(None, "completions sampled at the same time; empty: vLLM's choice", ge=1)
     vllm_max_batched_tokens: int | None = opt(None, "tokens in one engine step; empty: vLLM's choice", ge=1)
     tensor_parallel: int = opt(1, "processes that share one vLLM engine", ge=1)
-    sleep_level: int = opt(1, "vLLM in updates: 0 stays, 1 moves weights to the host, 2 drops them", ge=0, le=2)
+    sleep_level: int = opt(
+        1,
+        "vLLM in updates on a GPU: 0 keeps its memory, 1 moves weights to the host, 2 drops them",
+        ge=0,
+        le=2,
+    )
     resample_dead_groups: int = opt(0, "rounds of other prompts for groups of equal rewards", ge=0)
     # update
     steps: int = opt(75, "rollout + update rounds", ge=1)
@@ -143,6 +146,7 @@ class GRPOConfig(Config):
     tracker: Literal["tensorboard", "wandb", "none"] = opt("tensorboard", "besides metrics.jsonl")
     timeout_min: float = opt(120, "minutes that a process waits for the others before it gives up", gt=0)
     dry_run: bool = opt(False, "print what would run and what is missing, load no model, exit")
+    gpus: str | None = opt(None, "cards to plan for without having them, as 4x80GB")
 
     @model_validator(mode="after")
     def _check(self):
@@ -157,7 +161,7 @@ class GRPOConfig(Config):
             raise ValueError("lora_vision: expected lora_rank above 0 and no freeze_vision")
         if self.keep_best not in (None, *(names := [f"val_{k}" for k in HELD_OUT])):
             raise ValueError(f"keep_best: expected one of {names}, got {self.keep_best!r}")
-        _ = self.weights  # raises if they add up to more than 1
+        _ = self.weights, self.gpus and read_gpus(self.gpus)  # raise if they add up to more than 1; if unread
         return self
 
     @property
@@ -662,7 +666,7 @@ FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not
     "out resume keep_last keep_best save_every samples_every tracker vllm_memory vllm_max_seqs "
     "vllm_max_batched_tokens tensor_parallel sleep_level max_tokens_per_micro_batch logit_chunk "
     "gradient_checkpointing max_skipped val_data val_split val_limit val_every timeout_min image_threads "
-    "image_cache_gb max_bad_rows skip_bad_rows skip_long_prompts".split()  # bounds: the same rows pass
+    "image_cache_gb gpus max_bad_rows skip_bad_rows skip_long_prompts".split()  # bounds: the same rows pass
 )
 
 

@@ -551,6 +551,24 @@ GROUPS = [
     ("report.py", "tests/test_report.py", [
         ('if "exact" not in line', 'if "exact" in line'),
     ]),
+    # ---- dry_run.py ----
+    ("dry_run.py", "tests/test_dry_run.py -m 'not slow' -k 'not test_dry_run and not tiny'", [
+        ('{"Adam": 8 * trained / world}', '{"Adam": 4 * trained / world}'),
+        ('shards["reference"] = 2 * m.parameters / world', 'shards["reference"] = 2 * m.parameters'),
+        ("fingerprint = 16 *", "fingerprint = 8 *"),
+        ("not cfg.sleep_level else {}", "cfg.sleep_level else {}"),
+        ("inputs = T * m.layers * (2 * D if", "inputs = T * m.layers * (4 * D if"),
+        ("4 * m.layers * m.kv / cfg.tensor_parallel", "2 * m.layers * m.kv / cfg.tensor_parallel"),
+        ("max(cfg.max_tokens_per_micro_batch, prompt +", "min(cfg.max_tokens_per_micro_batch, prompt +"),
+        ("(4 if cfg.gradient_checkpointing else 3)", "(3 if cfg.gradient_checkpointing else 4)"),
+        ("(needed := sum(parts.values())) > USABLE", "(needed := max(parts.values())) > USABLE"),
+        ("m.in_features + m.out_features", "m.in_features * m.out_features"),
+        (".bit_length() // 2", ".bit_length()"),
+    ]),
+    ("dry_run.py", "tests/test_dry_run.py -k torch_counts", [
+        ("layer = T * (saved * again + most)", "layer = T * most"),
+        ("6 * m.tail * full", "2 * m.tail * full"),
+    ]),
 ]  # fmt: skip
 MUTANTS = [(file, old, new, tests) for file, tests, pairs in GROUPS for old, new in pairs]
 

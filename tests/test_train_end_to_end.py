@@ -256,19 +256,3 @@ def test_a_typo_is_named_with_the_nearest_key():
     done = run_script("train_grpo.py", "configs/tiny.yaml", "learnig_rate=1", status=2)
     assert "Traceback" not in done.stderr
     assert "learnig_rate" in done.stderr and "did you mean 'learning_rate'" in done.stderr
-
-
-def test_dry_run_says_what_is_missing_without_network_or_gpu():
-    asked = "train_grpo.py", "configs/7b.yaml", "dry_run=true"
-    done = run_script(*asked, status=1, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    assert "Traceback" not in done.stderr
-    assert "512 prompts x 8 = 4096 sequences a step, 4 updates of 1024, 75 steps" in done.stdout
-    assert "missing: data: OX-PIXL/STVQA-7K" in done.stdout
-    assert "missing: model: Qwen/Qwen2.5-VL-7B-Instruct" in done.stdout
-    assert "missing: GPU" in done.stdout and "memory per process at 8.29B parameters" in done.stdout
-
-
-def test_dry_run_of_the_tiny_config_finds_everything(tiny_data, tmp_path):
-    asked = "train_grpo.py", "configs/tiny.yaml", "dry_run=true"
-    done = run_script(*asked, *settings(data=tiny_data, out=tmp_path / "x"))
-    assert "nothing is missing" in done.stdout and not (tmp_path / "x").exists()
