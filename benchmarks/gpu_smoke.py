@@ -18,7 +18,7 @@ Needs the repository and its packages, no network, 30 GB of disk for temporary f
 | vllm_sleep_0-2 | the same with vLLM; the same greedy tokens after sleep and sync; free memory             |
 | evaluate       | evaluate.py on drawn rows through vLLM in a process of its own                           |
 
-Every stage runs in a process of its own and within its share of the minutes, so that a crash costs that stage
+Every stage runs in a process of its own, within twice its share of the time left: a crash costs that stage
 alone. It prints one line of JSON: stage, status (passed, failed or skipped), seconds, figures, error. A table
 ends the program, with status 1 if a stage failed. Peaks are of what torch allocated.
 """
@@ -26,6 +26,7 @@ ends the program, with status 1 if a stage failed. Peaks are of what torch alloc
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -631,17 +632,17 @@ def evaluate(report: Report, scratch: Path):
 
 
 STAGES = {  # name: (function, its share of the time: seconds of ten minutes)
-    "versions": (versions, 15),
-    "fork": (fork, 20),
-    "attention": (attention, 45),
+    "versions": (versions, 30),
+    "fork": (fork, 30),
+    "attention": (attention, 40),
     "head": (head, 35),
-    "model": (model, 95),
-    "checkpoint": (checkpoint, 90),
-    "grpo_hf": (lambda *at: tiny_grpo(*at, "hf"), 30),
-    "vllm_sleep_0": (lambda *at: vllm_sleep(*at, 0), 65),
-    "vllm_sleep_1": (lambda *at: vllm_sleep(*at, 1), 65),
-    "vllm_sleep_2": (lambda *at: vllm_sleep(*at, 2), 65),
-    "evaluate": (evaluate, 75),
+    "model": (model, 90),
+    "checkpoint": (checkpoint, 85),
+    "grpo_hf": (lambda *at: tiny_grpo(*at, "hf"), 40),
+    "vllm_sleep_0": (lambda *at: vllm_sleep(*at, 0), 60),
+    "vllm_sleep_1": (lambda *at: vllm_sleep(*at, 1), 60),
+    "vllm_sleep_2": (lambda *at: vllm_sleep(*at, 2), 60),
+    "evaluate": (evaluate, 70),
 }
 
 
@@ -667,6 +668,8 @@ def show_stage(name: str, scratch: Path) -> bool:
     """Run a stage here and print its line, alone on stdout; returns whether it failed."""
     stdout = os.dup(1)
     os.dup2(2, 1)  # what the stage and its engines print is no line of JSON
+    if not ON_GPU:
+        torch.set_num_threads(1)  # with so little to compute several would wait for each other
     line = run_stage(name, scratch)
     os.write(stdout, (json.dumps(line) + "\n").encode())
     return line["status"] == "failed"
@@ -723,8 +726,9 @@ def start_all(names: list[str], end: float, folder: Path) -> bool:
     """Run stages one after the other, print their lines and the table; returns whether any failed."""
     lines, logs = [], Path(tempfile.mkdtemp(prefix="gpu_smoke-logs-"))
     for k, name in enumerate(names):
-        shares = [STAGES[left][1] for left in names[k:]]  # what one leaves is the others'
-        limit_s = max(0.0, end - time.time()) * shares[0] / sum(shares)
+        # What one leaves is the others'; one that hangs takes at most twice its share of what is left.
+        shares, left = [STAGES[name][1] for name in names[k:]], max(0.0, end - time.time())
+        limit_s = left * min(1, 2 * shares[0] / sum(shares))
         scratch, log = folder / name, logs / f"{name}.log"
         scratch.mkdir()
         lines.append(start_stage(name, limit_s, scratch, log))
@@ -754,9 +758,10 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"expected stages of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
-    with tempfile.TemporaryDirectory(prefix="gpu_smoke-", ignore_cleanup_errors=True) as folder:
+    own = functools.partial(tempfile.TemporaryDirectory, prefix="gpu_smoke-", ignore_cleanup_errors=True)
+    with contextlib.nullcontext(args.scratch) if args.scratch else own() as folder:
         if args.stage:
-            failed = show_stage(args.stage, args.scratch or Path(folder))
+            failed = show_stage(args.stage, Path(folder))
         else:
             failed = start_all(args.stages or [*STAGES], time.time() + 60 * args.minutes, Path(folder))
     sys.stdout.flush()
