@@ -463,9 +463,10 @@ def draw_bars(summaries: Sequence[dict], path: Path):
 # ---- main ----
 def write_page(before_path, after_path, data: str, path: Path, n: int, seed: int, title: str):
     before, after = (read_records(p)[1] for p in (before_path, after_path))
-    pairs = pair_up(before, after)
-    rows = load_samples(data, "val", need_scene="terms" in before[0])
-    by_row = {int(row): i for i, row in enumerate(rows.rows)}
+    rows = load_samples(data, "val", need_scene="terms" in before[0], max_bad_rows=1)
+    by_row = {row: i for i, row in enumerate(rows.rows)}
+    # Evaluation asks some rows that training leaves out; the page does without them.
+    pairs = [pair for pair in pair_up(before, after) if pair[0]["row"] in by_row]
     chosen = choose([(b["category"], outcome(b, a)) for b, a in pairs], n, seed)
     samples = {i: rows[by_row[pairs[i][0]["row"]]] for i in chosen}
     for i, sample in samples.items():

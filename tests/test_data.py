@@ -231,6 +231,7 @@ def test_a_bad_row_is_named_or_left_out_and_counted(name, rows, tmp_path):
 @pytest.mark.parametrize("box, inside, overhang", [
     ([-1, 2, 20, 85], [0, 2, 20, 84], 1),
     ([1, -2, 20, 30], [1, 0, 20, 30], 2),
+    ([1, 70, 20, 89], [1, 70, 20, 84], 5),
     ([83, 10, 300.5, 60], [83, 10, 84, 60], 216.5),  # a pixel of it shows
 ])  # fmt: skip
 def test_a_box_over_the_edge_is_clipped_and_counted(box, inside, overhang, rows, tmp_path):
