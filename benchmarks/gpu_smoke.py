@@ -267,9 +267,6 @@ def text_kernels() -> dict:
 
 
 def vision_kernels() -> dict:
-    if not hasattr(packing, "vision_attention"):
-        return {}
-
     def used(q, k, v, segments):
         bounds = torch.tensor([0, *(end for _, end, *_ in segments)], dtype=torch.int32, device=q.device)
         most = {"cu_seq_lens_q": bounds, "max_length_q": max(end - start for start, end, *_ in segments)}
