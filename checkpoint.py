@@ -268,11 +268,9 @@ def load(accelerator, model, optimizer, checkpoint: Path) -> int:
 def check_adapters(checkpoint: Path, theirs: dict | None, ours: dict | None):
     """Raises: CheckpointError if a checkpoint's adapters, or their absence, do not fit this run's model."""
     if bool(theirs) != bool(ours):
-        kinds = {
-            True: "adapters (lora_rank)",
-            False: "all parameters (lora_rank=0, or LoRA of an older version)",
-        }
-        raise CheckpointError(f"{checkpoint}: expected {kinds[bool(ours)]}, got {kinds[bool(theirs)]}")
+        kinds = "all parameters (lora_rank=0)", "adapters (lora_rank)"
+        older = ", or LoRA of an older version" if ours else ""
+        raise CheckpointError(f"{checkpoint}: expected {kinds[bool(ours)]}, got {kinds[bool(theirs)]}{older}")
     for key in ("rank", "alpha") if ours else ():
         if theirs[key] != ours[key]:
             raise CheckpointError(f"{checkpoint}: lora_{key}: expected {ours[key]}, got {theirs[key]}")

@@ -208,7 +208,7 @@ def other_model(example, tmp_path_factory):
 
 
 @pytest.mark.parametrize("overrides, message", [
-    ({"lora_rank": 0}, r"expected all parameters \(lora_rank=0.*\), got adapters"),
+    ({"lora_rank": 0}, r"expected all parameters \(lora_rank=0\), got adapters \(lora_rank\)"),
     ({"lora_rank": 8}, "lora_rank: expected 8, got 4"),
     ({"lora_alpha": 7}, "lora_alpha: expected 7, got 6"),
 ])  # fmt: skip
@@ -216,6 +216,13 @@ def test_adapters_of_another_kind_are_not_continued(example, run, overrides, mes
     learner = make(example, kl_coef=0, **overrides)
     with pytest.raises(CheckpointError, match=f"checkpoint-3: {message}"):
         load(learner.accelerator, learner.policy, learner.optimizer, run.checkpoint)
+
+
+def test_a_checkpoint_of_all_parameters_is_not_taken_for_adapters(example, tmp_path):
+    dense, learner = make(example, lora_rank=0, kl_coef=0), make(example)
+    save(dense.accelerator, dense.policy, dense.optimizer, example.processor, tmp_path, 1, {}, keep_last=1)
+    with pytest.raises(CheckpointError, match="expected adapters .*, got all parameters .*older version"):
+        load(learner.accelerator, learner.policy, learner.optimizer, tmp_path / "checkpoint-1")
 
 
 def test_another_base_is_not_continued(example, run, other_model):
