@@ -36,6 +36,7 @@ METRICS = "tests/test_metrics.py"
 ANSWERS = "tests/test_answers.py"
 RESULTS = "tests/test_results.py"
 TESTSETS = "tests/test_testsets.py"
+LORA = "tests/test_lora.py -m 'not slow'"
 
 GROUPS = [
     # ---- rewards.py: grammar ----
@@ -311,6 +312,34 @@ GROUPS = [
         ("policy.parameters(), cfg.max_grad_norm)", "policy.parameters(), 1e9)"),
     ]),
     ("train_grpo.py", SHARDING, [("scale = accelerator.num_processes / n_tokens", "scale = 1 / n_tokens")]),
+    # ---- adapters ----
+    ("lora.py", LORA, [
+        ("and layer is not model.lm_head", "or layer is model.lm_head"),
+        ('(vision or ".visual." not in name)', "vision"),
+        ("p.data = p.data.float()", "pass"),
+        ('layer.set_scale("default", 0)', "pass"),
+        ('layer.set_scale("default", 1)', "pass"),
+        ("layer.merge()", "pass"),
+    ]),
+    ("distributed.py", LORA, [
+        ('.scaling["default"] * (b @ a)', '.lora_alpha["default"] * (b @ a)'),
+        ("p.float() + model", "p.float() - model"),
+        ('name.replace(".base_layer", "")', "name"),
+    ]),
+    ("checkpoint.py", LORA, [
+        ("        model_state = adapters_of(model_state)\n", ""),
+        ('for key in ("rank", "alpha") if ours', 'for key in ("rank",) if ours'),
+        ("if bool(theirs) != bool(ours):", "if False:"),
+        ("if ours and (problem", "if not ours and (problem"),
+    ]),
+    ("merge.py", LORA, [
+        ('held["alpha"] / rank * (b @ a)', 'held["alpha"] * (b @ a)'),
+        ("weight.data.float() +", "weight.data.float() -"),
+        ("if problem := other_base(", "if False and other_base("),
+        ("dtype=DTYPES[held[\"base_dtype\"]]", "dtype=dtype"),
+        ("    for p in model.parameters():  # model.to() would round the rotary frequencies as well\n"
+         "        p.data = p.data.to(dtype)\n", "    model.to(dtype)\n"),
+    ]),
     # ---- metrics.py ----
     ("metrics.py", METRICS, [
         ("max(self.mismatch_max, mismatch_max)", "mismatch_max"),
