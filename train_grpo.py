@@ -47,6 +47,7 @@ from distributed import (
     leave,
     make_accelerator,
     remove_stale_shared_memory,
+    return_freed_memory,
     whole_weights,
 )
 from dry_run import arithmetic, dry_run, read_gpus
@@ -514,6 +515,7 @@ class VLLMSampler:
             seed=0,
             logprobs_mode="processed_logprobs",  # after bias and temperature: of what was sampled from
             disable_log_stats=True,
+            mm_processor_cache_gb=0,  # of 4 GiB of images: rows come once an epoch
             **on_device,
             **{name: value for name, value in limits.items() if value},
         )
@@ -833,6 +835,7 @@ def train(cfg: GRPOConfig):
         log(m)
         light.clear()
         prompt_of.clear()
+        return_freed_memory()
         for one in updates:
             skipped = skipped + 1 if one.skipped else 0
         stopped_by = stop.agreed()

@@ -576,6 +576,11 @@ GROUPS = [
         ("        if not stated[1]:", "        if False:"),
         ("posinf=255", "posinf=0"),
     ]),
+    # ---- distributed.py ----
+    ("distributed.py", "tests/test_distributed.py -m 'not slow'", [
+        ("        trim(0)", "        trim"),
+        ('and "RANK" not in os.environ', 'and "RANK" in os.environ'),
+    ]),
     # ---- report.py ----
     ("report.py", "tests/test_report.py", [
         ('if "exact" not in line', 'if "exact" in line'),

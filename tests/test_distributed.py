@@ -3,10 +3,11 @@
 import subprocess
 import sys
 
+import psutil
 import pytest
 from programs import REPO, run_script
 
-from distributed import refuse_lone_processes, refuse_other_sharding
+from distributed import refuse_lone_processes, refuse_other_sharding, return_freed_memory
 
 TURNS = """
 import sys, time
@@ -52,6 +53,15 @@ def test_a_process_of_several_that_nobody_launched_is_refused(monkeypatch):
         refuse_lone_processes()
     monkeypatch.setenv("RANK", "0")
     refuse_lone_processes()
+
+
+def test_holes_in_the_heap_return_to_the_system():
+    """Every other block of 100 kB is freed: all of it comes back but the pages at the ends of a hole."""
+    blocks = [b"x" * 100_000 for _ in range(1000)]  # too small for glibc to map each by itself
+    del blocks[::2]
+    before = psutil.Process().memory_info().rss
+    return_freed_memory()
+    assert before - psutil.Process().memory_info().rss > 500 * (100_000 - 2 * 4096)
 
 
 @pytest.mark.slow
