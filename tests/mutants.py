@@ -37,6 +37,7 @@ ANSWERS = "tests/test_answers.py"
 RESULTS = "tests/test_results.py"
 TESTSETS = "tests/test_testsets.py"
 LORA = "tests/test_lora.py -m 'not slow'"
+DRY_RUN = "tests/test_dry_run.py"
 
 GROUPS = [
     # ---- rewards.py: grammar ----
@@ -586,7 +587,7 @@ GROUPS = [
         ('if "exact" not in line', 'if "exact" in line'),
     ]),
     # ---- dry_run.py ----
-    ("dry_run.py", "tests/test_dry_run.py -m 'not slow' -k 'not test_dry_run and not tiny'", [
+    ("dry_run.py", f"{DRY_RUN} -m 'not slow' -k 'not says_what and not finds and not elsewhere'", [
         ('{"Adam": 8 * trained / world}', '{"Adam": 4 * trained / world}'),
         ('shards["reference"] = 2 * m.parameters / world', 'shards["reference"] = 2 * m.parameters'),
         ("fingerprint = 16 *", "fingerprint = 8 *"),
@@ -599,7 +600,7 @@ GROUPS = [
         ("m.in_features + m.out_features", "m.in_features * m.out_features"),
         (".bit_length() // 2", ".bit_length()"),
     ]),
-    ("dry_run.py", "tests/test_dry_run.py -k torch_counts", [
+    ("dry_run.py", f"{DRY_RUN} -k torch_counts", [
         ("layer = T * (saved * again + most)", "layer = T * most"),
         ("6 * m.tail * full", "2 * m.tail * full"),
     ]),

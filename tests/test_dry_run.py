@@ -1,12 +1,16 @@
 """dry_run.py: its figures against parameter counts, torch's memory tracker and sums by hand; its advice."""
 
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from programs import run_script, settings
 
 from dry_run import (
@@ -20,7 +24,9 @@ from dry_run import (
     backward_bytes,
     checkpoint_bytes,
     dry_run,
+    find_cards,
     host_bytes,
+    lacking_here,
     largest_row,
     logit_rows,
     memory_table,
@@ -254,6 +260,30 @@ def test_cards_that_cannot_be_read_are_one_line(text):
     with pytest.raises(ValueError, match=r"gpus: expected cards x memory, as 4x80GB, got '") as caught:
         GRPOConfig(gpus=text)
     assert "\n" not in str(caught.value.errors()[0]["msg"])
+
+
+def test_the_cards_of_this_machine_are_read(monkeypatch):
+    """The smallest memory counts; a launcher says how many processes there are, and how many of them here."""
+    memories = [SimpleNamespace(total_memory=k * GIB) for k in (79, 78)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: memories[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA A100-SXM4-80GB")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert find_cards(shipped("3b")) == Cards(2, 2, 78 * GIB, ("A100",))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert find_cards(shipped("3b")) == Cards(4, 2, 78 * GIB, ("A100",))
+    assert find_cards(shipped("3b", "gpus=16x24GB")) == Cards(16, 8, int(23.76 * GIB), ("RTX 4090", "A10"))
+
+
+def test_too_little_host_memory_and_disk_are_missing(monkeypatch, tmp_path):
+    cfg, usage = shipped("7b", f"out={tmp_path}/none/yet"), SimpleNamespace(free=10 * 10**9)
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**12 if name == "SC_PAGE_SIZE" else 2**23)  # 32 GiB
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    host, disk = lacking_here(cfg, qwen("7B"), FOUR)
+    assert host == "host memory: 32 GiB of 147" and disk == f"disk: 10 GB free at {tmp_path}, of 398"
 
 
 def test_dry_run_says_what_is_missing_without_network_or_gpu():
