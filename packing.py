@@ -304,7 +304,9 @@ class ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # (2, C); the entropy is measured, not trained on
         hidden, weight, targets, bias = ctx.saved_tensors
-        grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        grad_hidden, grad_weight = [], None
+        if ctx.needs_input_grad[1]:  # not beside adapters
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         # d logp / d logits = (1[target] - p) / temperature: the bias is a constant, the temperature a factor.
         pieces = (x.split(ctx.chunk) for x in (hidden, targets, grad[0] / ctx.temperature))
         for h, t, g in zip(*pieces, strict=True):
@@ -314,12 +316,16 @@ class ChunkedLogProbs(torch.autograd.Function):
             d.scatter_add_(1, t[:, None], g[:, None].to(d.dtype))  # and its first, in place
             d = d.to(weight.dtype)
             grad_hidden.append(d @ weight)
+            if grad_weight is None:
+                continue
             # Into the sum at once, without a second (V, D).
             if half_on_gpu(d):
                 torch.addmm(grad_weight, d.T, h, out_dtype=torch.float32, out=grad_weight)
             else:
                 grad_weight.addmm_(d.T.float(), h.float())
-        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return torch.cat(grad_hidden), grad_weight, None, None, None, None
 
     @staticmethod
     def logits(hidden, weight, bias, temperature):

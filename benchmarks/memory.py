@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import Config, opt
 from data import Prompt
 from dry_run import GIB, Row, backward_bytes, published_config, sizes
-from packing import attention_implementation, pack, token_logps, use_logprob_head
+from packing import pack, token_logps, use_logprob_head, use_packed_attention
 from train_grpo import GRPOConfig
 
 WORLD = 4
@@ -85,9 +85,8 @@ def trace(config, tokens: int, chunk: int, prompts: int = 4, completions: int = 
     texts = [(Prompt(None, [], [], [1] * length, None, None), [completion] * completions)] * prompts
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model = AutoModelForImageTextToText.from_config(
-            config, attn_implementation=attention_implementation(), dtype=torch.float32
-        )
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        use_packed_attention(model)
         use_logprob_head(model, [5], 1.0, chunk)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.model.visual = torch.nn.Identity()
@@ -119,8 +118,9 @@ def main():
     cfg = MemoryConfig.parse_args()
     for model in cfg.models.split(","):
         for layers in cfg.layers.split(","):
-            config = text_config(model, int(layers) if layers else None)
-            seen, row = trace(config, cfg.tokens, cfg.logit_chunk)
+            depth = int(layers) if layers else None
+            seen, row = trace(text_config(model, depth), cfg.tokens, cfg.logit_chunk)  # leaves its mark on it
+            config = text_config(model, depth)
             parts = computed(config, row, cfg.logit_chunk)
             total = seen.pop("Total")
             depth = config.text_config.num_hidden_layers

@@ -124,7 +124,7 @@ def test_phases_of_7b_by_hand():
     tail = 2 * m.tail / GIB
     assert table["rollout"] == pytest.approx(fixed + 2 * shard + shard / 2 + tail + 39.6, abs=1e-6)
     assert table["optimizer step"] == pytest.approx(fixed + 3 * shard + shard / 2 + tail)
-    assert table["save"] - table["rollout"] == pytest.approx(16 * 152064 * 3584 / 4 / GIB)
+    assert table["save"] - table["rollout"] == pytest.approx(16 * 2**24 / GIB)  # sums, a part at a time
     assert table["update"] > table["optimizer step"] and table["load"] < table["resume"]
 
 
@@ -233,7 +233,7 @@ def test_host_memory_and_checkpoints_by_hand():
         {
             "processes": 16,
             "one whole model while loading": 4 * n,
-            "images at most": 38.4,
+            "images at most": 32,
             "sleeping engines": 8 * n,
         }
     )
@@ -283,7 +283,7 @@ def test_too_little_host_memory_and_disk_are_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sysconf", lambda name: 2**12 if name == "SC_PAGE_SIZE" else 2**23)  # 32 GiB
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     host, disk = lacking_here(cfg, qwen("7B"), FOUR)
-    assert host == "host memory: 32 GiB of 147" and disk == f"disk: 10 GB free at {tmp_path}, of 398"
+    assert host == "host memory: 32 GiB of 141" and disk == f"disk: 10 GB free at {tmp_path}, of 398"
 
 
 def test_dry_run_says_what_is_missing_without_network_or_gpu():
