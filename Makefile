@@ -4,7 +4,7 @@
 # make mutants every formula broken once, and the test that notices (an hour)
 # make house   the files: their size, their longest function, whom they import
 # make warm-start   the start of the demo, from nothing (12 minutes); assets/tiny holds the result
-# make bench   micro-benchmarks
+# make bench   all measurements (an hour on two cores; a GPU if there is one)
 # make lint    ruff: mistakes, and the format
 # make setup   only make .venv (PYTHON=/path/to/python3.11 chooses the interpreter); the others do it as well
 # make clean   remove the demo's results and caches; make clean-venv removes .venv
@@ -48,6 +48,7 @@ house: .venv/.ready
 	$(python) tests/test_house.py
 
 bench: .venv/.ready
+	test -d $(demo)/data || $(python) synthesize.py out=$(demo)/data
 	set -e; for script in benchmarks/*.py; do echo "$$script"; $(python) "$$script"; done
 
 lint: .venv/.ready
