@@ -162,7 +162,8 @@ class GRPOConfig(Config):
             raise ValueError("lora_vision: expected lora_rank above 0 and no freeze_vision")
         if self.keep_best not in (None, *(names := [f"val_{k}" for k in HELD_OUT])):
             raise ValueError(f"keep_best: expected one of {names}, got {self.keep_best!r}")
-        _ = self.weights, self.gpus and read_gpus(self.gpus)  # raise if they add up to more than 1; if unread
+        _ = self.weights  # raises if they add up to more than 1
+        _ = self.gpus and read_gpus(self.gpus)  # raises if it cannot be read
         return self
 
     @property

@@ -182,12 +182,10 @@ def test_a_continued_run_needs_no_more_memory_than_a_fresh_one(tiny_base, tiny_d
         small |= dict(prompts_per_step=2, group_size=2, updates_per_step=1, max_completion_length=8)
         small |= dict(tracker="none", samples_every=0, save_every=9)
         run_script("train_grpo.py", "configs/tiny.yaml", *settings(**small | overrides))
-        return metrics(out, timings=True)[-1][
-            "mem_gb"
-        ]  # so far: of all before the last checkpoint is written
+        return metrics(out, timings=True)[-1]["mem_gb"]  # before the last checkpoint is written
 
-    fresh = peak_gb(tmp_path / "fresh", steps=2)
-    continued = peak_gb(tmp_path / "continued", steps=3, resume=tmp_path / "fresh" / "checkpoint-2")
+    fresh = peak_gb(tmp_path / "fresh", steps=1)
+    continued = peak_gb(tmp_path / "continued", steps=2, resume=tmp_path / "fresh" / "checkpoint-1")
     # Both hold weights, gradients and two moments in an update, the continued one already when it loads:
     # zero gradients make the moments, and are gone when files are read, one tensor (6 % of the weights) at a
     # time. There is room for no copy of the moments: beside what is loaded it would be 5 x weights_gb.

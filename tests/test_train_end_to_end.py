@@ -100,10 +100,10 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(undisturbed, tiny_dat
     assert metrics(out) == metrics(undisturbed[0])
 
 
-def interrupted(out, data, steps, number):
-    """A run that got the signal once `steps` metrics lines stood: (exit status, what it printed)."""
-    process = start_script(*grpo(out, data, save_every=100), stdout=subprocess.PIPE)
-    wait_until(lambda: len(metrics(out)) >= steps, process)
+def interrupted(out, data, lines, number, **overrides):
+    """A run that got the signal once so many metrics lines stood: (exit status, what it printed)."""
+    process = start_script(*grpo(out, data, save_every=100, **overrides), stdout=subprocess.PIPE)
+    wait_until(lambda: len(metrics(out)) >= lines, process)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=240)
     return process.returncode, printed
@@ -118,15 +118,6 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_0(undisturbed, tiny_data, tmp_
     assert metrics(out) == metrics(undisturbed[0])[: done + 1]
 
 
-def test_sigterm_saves_and_exits_with_its_own_status(undisturbed, tiny_data, tmp_path):
-    out = tmp_path / "preempted"
-    status, printed = interrupted(out, tiny_data, 3, signal.SIGTERM)
-    assert status == 75 and "continue with: " in printed
-    run_script(*grpo(out, tiny_data, save_every=100))
-    assert metrics(out) == metrics(undisturbed[0])
-
-
-# ---- one and two processes, killed everywhere ----
 HF = dict(sampler="hf", steps=3, max_completion_length=80, val_every=0, tracker="none", samples_every=0)
 HF |= dict(keep_last=1)
 
@@ -144,6 +135,15 @@ def straight(tiny_data, tmp_path_factory):
     return run
 
 
+def test_sigterm_saves_and_exits_with_its_own_status(straight, tiny_data, tmp_path):
+    out = tmp_path / "preempted"
+    status, printed = interrupted(out, tiny_data, 1, signal.SIGTERM, **HF)
+    assert status == 75 and "continue with: " in printed and len(metrics(out)) < 3
+    run_script(*grpo(out, tiny_data, save_every=100, **HF))
+    assert metrics(out) == straight(1)
+
+
+# ---- one and two processes, killed everywhere ----
 def start_on_two_nodes(*arguments, **options) -> list[subprocess.Popen]:
     """The commands of docs/recovery.md, of one process a node: this machine stands for both."""
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 2, "--num_processes", 2]
@@ -151,11 +151,14 @@ def start_on_two_nodes(*arguments, **options) -> list[subprocess.Popen]:
     return [start_script(*launch, "--machine_rank", rank, *arguments, **options) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_every_phase_and_resumed(processes, straight, tiny_data, tmp_path):
+EVERY_PHASE = [("rollout", 1), ("update", 2), ("save", 1), ("log", 1), ("renamed", 2)]
+
+
+@pytest.mark.parametrize("processes, moments", [(1, EVERY_PHASE[1:3]), (2, EVERY_PHASE)])
+def test_killed_at_every_phase_and_resumed(processes, moments, straight, tiny_data, tmp_path):
     """One run, killed in its rollout, between updates, after its log line, while and after it saves."""
     killed = grpo(tmp_path / "killed", tiny_data, **HF)
-    for moment in (("rollout", 1), ("update", 2), ("save", 1), ("log", 1), ("renamed", 2)):
+    for moment in moments:
         run_script("tests/kill_at.py", *moment, *killed[1:], processes=processes, status=-signal.SIGKILL)
     run_script(*killed, processes=processes)
     lines = metrics(tmp_path / "killed")
@@ -214,8 +217,8 @@ def test_two_processes_with_vllm(tensor_parallel, undisturbed, tiny_data, tmp_pa
         # Two updates, the second from weights that AdamW may have moved the other way where a gradient is 0.
         assert lines[1]["grad_norm"] == pytest.approx(alone[1]["grad_norm"], rel=1e-2)
     # Sharded over two, merged in one: the folder answers as the trainer's engine did.
-    merged, provider = merge(out, tmp_path / "merged", "float32"), ("hf", "vllm")[tensor_parallel - 1]
-    flags = ["--dataset", tiny_data / "val.parquet", "--model_path", merged, "--provider", provider]
+    merged = merge(out, tmp_path / "merged", "float32")
+    flags = ["--dataset", tiny_data / "val.parquet", "--model_path", merged, "--provider", "hf"]
     flags += ["--min_pixels", "784", "--max_new_tokens", "192", "--out", tmp_path]
     run_script("evaluate.py", *flags, "--custom_filename", "merged")
     summary = json.loads((tmp_path / "merged.summary.json").read_text())
