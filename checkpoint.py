@@ -15,7 +15,6 @@ it was used in, and its fingerprint, so that another base is noticed.
 """
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -177,9 +176,8 @@ def row_sums(rows: torch.Tensor, first: int = 0) -> torch.Tensor:
     """The three sums of `fingerprint` over the rows of one tensor, which are numbered from `first`: (3,)."""
     sums = torch.zeros(3, dtype=torch.float64, device=rows.device)
     width = math.prod(rows.shape[1:])
-    for piece in rows.detach().split(
-        max(1, SUMMED_AT_ONCE // max(1, width))
-    ):  # in float64 all would be large
+    # In float64 a whole embedding would take 4 GB.
+    for piece in rows.detach().split(max(1, SUMMED_AT_ONCE // max(1, width))):
         flat = piece.double().reshape(len(piece), width)  # a shard may have no rows
         size = flat.abs().sum(1)
         number = torch.arange(first, first + len(size), dtype=torch.float64, device=size.device)
@@ -202,20 +200,21 @@ def adapters_of(state: dict) -> dict:
     return {name: value for name, value in state.items() if is_adapter(name)}
 
 
-@functools.lru_cache(1)  # a frozen base never changes
 def describe_adapters(accelerator, model) -> dict | None:
     """What a model's adapters are and belong to, as in trainer.json; None without adapters. Collective."""
     whole = accelerator.unwrap_model(model)
     if not (layers := adapted_layers(whole)):
         return None
-    layer = next(iter(layers.values()))
-    return {
-        "rank": layer.r["default"],
-        "alpha": layer.lora_alpha["default"],
-        "base": whole.name_or_path,
-        "base_dtype": str(layer.base_layer.weight.dtype).removeprefix("torch."),
-        "base_fingerprint": fingerprint(accelerator, model, lambda name: not is_adapter(name)),
-    }
+    if not hasattr(whole, "adapters"):  # once: a frozen base never changes
+        layer = next(iter(layers.values()))
+        whole.adapters = {
+            "rank": layer.r["default"],
+            "alpha": layer.lora_alpha["default"],
+            "base": whole.name_or_path,
+            "base_dtype": str(layer.base_layer.weight.dtype).removeprefix("torch."),
+            "base_fingerprint": fingerprint(accelerator, model, lambda name: not is_adapter(name)),
+        }
+    return whole.adapters
 
 
 def first_row(p) -> int:

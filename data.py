@@ -409,6 +409,8 @@ def row_to_sample(
     question, problem = get("question"), get("problem") or ""
     if not isinstance(question, str) or not question.strip():
         raise bad("question", "question", "a question", repr(question))
+    if not isinstance(problem, str):
+        raise bad("question", "problem", "a text", repr(problem)[:80])
     if token := CONTROL_TOKEN.search(question) or CONTROL_TOKEN.search(problem):
         raise bad("question", "question", "no control token of a model", token[0])
     question, problem = tidy(question), tidy(problem)

@@ -1,7 +1,7 @@
 """Processes: how they are set up, what they tell each other, and how they stop.
 
-Nothing here is about reinforcement learning. train_sft.py uses `gather` and `leave` only. Multi-node runs are
-accelerate's launcher's.
+Nothing here is about reinforcement learning. Only train_grpo.py is sharded. Multi-node runs are accelerate's
+launcher's.
 """
 
 import contextlib
@@ -115,7 +115,8 @@ def in_turn(accelerator):
 
     For what takes much host memory for a while: a model that is loaded whole and then sharded.
     """
-    place, n = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    n = max(gather([place])) + 1  # of the largest node: the others wait for it
     for _ in range(place):  # n times in all on every process, each for one that has finished
         accelerator.wait_for_everyone()
     yield

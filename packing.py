@@ -6,7 +6,7 @@
 A micro-batch is one row without padding. A prompt with its images is run once for all its completions, each
 of which sees the prompt and itself, exactly what it would see alone: with 750 prompt and 400 completion
 tokens and eight completions a prompt, 43 % of the tokens are left. Log-probs come from a head that never
-holds the logits of more than a few hundred tokens.
+holds the logits of more than `logit_chunk` tokens.
 
 Three places count differently, and a mistake between them is silent:
   row position      0 .. T-1, where a token lies in the packed row; segments and `predicted_at` are these;

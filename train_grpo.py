@@ -1,6 +1,6 @@
 """GRPO with the gated spatial reward: rollout (vLLM), reward, group advantage, clipped update, weight sync.
 
-    accelerate launch train_grpo.py configs/7b.yaml              # the paper's run: 4 x 80 GB, about 15 h
+    accelerate launch train_grpo.py configs/7b.yaml              # the paper's run: 4 x 80 GB, hours
     python train_grpo.py configs/tiny.yaml                       # the whole loop on a laptop CPU, minutes
     python train_grpo.py configs/7b.yaml dry_run=true            # what would run, and what is missing
 
@@ -16,6 +16,7 @@ Batch and seeds are functions of (seed, step): a resumed run repeats what an und
 Read down to `update`, then `train`: samplers and models between them are plumbing.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -129,8 +130,7 @@ class GRPOConfig(Config):
     max_skipped: int = opt(3, "updates in a row without a finite gradient that end the run", ge=1)
     freeze_vision: bool = opt(False, "train the language model only")
     lora_rank: int = opt(0, "of adapters on the language model's linear layers; 0: all parameters", ge=0)
-    # At the customary alpha of 32 LoRA takes ten times the learning rate of a full run (Schulman et al. 2025,
-    # "LoRA Without Regret"). Here that factor is in alpha.
+    # At the customary alpha of 32 LoRA takes ten times a full run's learning rate: here that factor is in it.
     lora_alpha: int = opt(320, "scale * lora_rank; at 320 the learning_rate of a full run serves", ge=1)
     lora_vision: bool = opt(False, "adapters on the vision tower's linear layers as well")
     max_tokens_per_micro_batch: int = opt(16384, "tokens packed into one forward pass, per process", ge=1)
@@ -769,8 +769,10 @@ def train(cfg: GRPOConfig):
         models = learner.policy, learner.optimizer, processor
         save(accelerator, *models, out, step, scores, cfg.keep_last, cfg.keep_best)
 
+    sample_of = functools.lru_cache(1)(data.__getitem__)  # a group's rollouts come one after the other
+
     def scored(r: Rollout) -> Rollout:
-        sample = data[r.row]
+        sample = sample_of(r.row)
         r.score = reward_of(r.text, sample, cfg)
         r.correct = judge(sample, r.text, "stop" if r.finished else "length")["correct"]
         return r
@@ -828,12 +830,12 @@ def train(cfg: GRPOConfig):
         m |= {"replaced": replaced, "gen_s": t1 - t0, "logp_s": t3 - t2, "update_s": t4 - t3}
         m |= {"sync_s": t5 - t4, "mem_gb": mem_gb(), "gen_tokens_per_s": m["tokens"] / m["gen_s"]}
         m["update_tokens_per_s"] = m.pop("trained") / m["update_s"]
-        check_mismatch(m, on_gpu=accelerator.device.type == "cuda")
         if val and (done % cfg.val_every == 0 or done == cfg.steps):
             m |= held_out(accelerator, sampler, val, cfg)
         if cfg.samples_every and (done % cfg.samples_every == 0 or done == 1) and accelerator.is_main_process:
             save_samples(out / "samples" / f"step-{done:05d}", groups, data, encoder)
         log(m)
+        check_mismatch(m, on_gpu=accelerator.device.type == "cuda")
         light.clear()
         prompt_of.clear()
         return_freed_memory()

@@ -22,7 +22,7 @@ from pydantic import model_validator
 from checkpoint import CheckpointError, refuse_another_run, resume, save
 from config import Config, opt, plain_errors, write_run_record
 from data import PromptEncoder, batch_at, load_samples, report_rows
-from distributed import gather, leave
+from distributed import gather, leave, refuse_lone_processes, refuse_other_sharding
 from lora import add_adapters, merge_adapters
 from packing import check_family, micro_batches, pack, use_packed_attention
 
@@ -138,6 +138,9 @@ def train(cfg: SFTConfig):
     from accelerate import Accelerator
     from transformers import AutoConfig, AutoProcessor
 
+    with plain_errors():
+        refuse_other_sharding()
+        refuse_lone_processes()
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
     out = Path(cfg.out)

@@ -22,7 +22,9 @@ from PIL import Image
 
 from config import write_run_record
 from data import (
+    COLUMNS,
     REASONS,
+    BadRow,
     PromptCache,
     PromptEncoder,
     batch_at,
@@ -33,6 +35,7 @@ from data import (
     open_image,
     report_rows,
     resize,
+    row_to_sample,
     smart_size,
     to_rgb,
 )
@@ -210,6 +213,12 @@ BAD = {  # what is wrong: (row -> row, reason, words of the message)
         r"column problem: expected the image's size \(84, 84\), got 'Image size: \(48 x 84\)'",
     ),
 }
+
+
+def test_a_prompt_that_is_a_chat_is_named(rows):
+    chat = [{"role": "user", "content": "Where is it?"}]
+    with pytest.raises(BadRow, match=r"row row-0 \(#0\), column problem: expected a text, got"):
+        row_to_sample(rows[0] | {"problem": chat}, COLUMNS, 0, True)
 
 
 @pytest.mark.parametrize("name", BAD)
