@@ -449,20 +449,3 @@ def test_vllms_own_server_gives_the_same_replies(greedy, tiny_start, tiny_data, 
         server.terminate()
         server.wait(60)
     assert said(tmp_path / "x.jsonl") == said(greedy / "vllm.jsonl")
-
-
-@pytest.mark.slow
-def test_vllm_samples_more_than_one_prefill_holds(tiny_base, tiny_data, tmp_path):
-    """24 prompts of 280 tokens: more than one prefill takes, where a CPU generator once had to be rewound."""
-    run_script(
-        "evaluate.py",
-        *flags(
-            tiny_base,
-            tiny_data,
-            tmp_path,
-            *("--max_new_tokens", "6", "--temperature", "1", "--provider", "vllm"),
-            *("--min_pixels", str(250 * 28 * 28), "--seed", "1", "--custom_filename", "sampled"),
-        ),
-    )
-    replies = [r["reply"] for r in read_records(tmp_path / "sampled.jsonl")[1]]
-    assert len(replies) == 24 and len(set(replies)) > 12
