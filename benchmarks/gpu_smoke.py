@@ -653,7 +653,7 @@ def run_stage(name: str, scratch: Path) -> dict:
         STAGES[name][0](report, scratch)
     except Skip as reason:
         status, error = "skipped", str(reason)
-    except BaseException as failure:  # whatever it is, it is what there is to say of this stage
+    except (Exception, SystemExit) as failure:  # whatever it is, it is what there is to say of this stage
         traceback.print_exc()
         report.failures.append(f"{type(failure).__name__}: {last_line(str(failure))}")
     if report.failures:
