@@ -390,6 +390,22 @@ def test_weights_of_the_engine_are_told_from_others(tiny_base, engine_run):
         check_weights({}, held)
 
 
+def test_every_part_of_a_fused_weight_counts():
+    layer = "model.language_model.layers.0."
+    parts = {"self_attn.q_proj": 1, "self_attn.k_proj": 2, "self_attn.v_proj": 4}
+    parts |= {"mlp.gate_proj": 8, "mlp.up_proj": 16}
+    sent = {f"{layer}{name}.weight": torch.tensor([-n, n], dtype=torch.float64) for name, n in parts.items()}
+    held = {"self_attn.qkv_proj": [-7, 7], "mlp.gate_up_proj": [-24, 24]}
+    held = {
+        f"language_model.model.layers.0.{name}.weight": torch.tensor(sums, dtype=torch.float64)
+        for name, sums in held.items()
+    }
+    check_weights(sent, held)
+    for name in sent:
+        with pytest.raises(RuntimeError, match="vLLM holds another language_model.model.layers.0."):
+            check_weights(sent | {name: sent[name] * 1.5}, held)
+
+
 @pytest.fixture(scope="module")
 def greedy(tiny_start, tiny_data, tmp_path_factory):
     """Folder with vllm.jsonl, hf.jsonl: greedy replies of the trained tiny model."""
