@@ -1,0 +1,592 @@
+"""Scene graphs: what is in an image, where, and how things stand to one another.
+
+A source (sources.py) gives a `RawGraph`, as its annotators wrote it; `clean` makes the `SceneGraph` that
+questions are asked of, and counts what it dropped by reason.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from math import hypot
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the upright original image
+
+
+# ---- as written ----
+@dataclass(frozen=True, slots=True)
+class RawObject:
+    """One box as its source has it."""
+
+    key: str  # names it within its image, for `RawGraph.relations`
+    names: tuple[str, ...]  # as written; several where annotators disagree
+    box: Box  # may stick out of the image
+    attributes: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()  # wider names that surely fit: a "red circle" is a "circle"
+    group: bool = False  # one box around several things (Open Images: IsGroupOf)
+    crowd: bool = False  # the same where the things are too many to tell apart (COCO: iscrowd)
+    depth: float | None = None  # of the object's middle, in any unit that grows away from the camera
+
+
+@dataclass(frozen=True, slots=True)
+class RawGraph:
+    """One image as its source has it."""
+
+    image_id: str
+    image: str  # where its pixels are, see `sources.image_bytes`
+    width: int
+    height: int
+    objects: tuple[RawObject, ...]
+    relations: tuple[tuple[str, str, str], ...]  # (key, predicate as written, key)
+    exhaustive: tuple[
+        str, ...
+    ] = ()  # names of which every instance in the image has its box; or none is there
+    image_group: str = ""  # images with the same one show the same scene and stay in one split
+    licence: str = ""
+    source: str = ""  # "vg", "psg", ...
+
+
+# ---- cleaned ----
+@dataclass(frozen=True, slots=True)
+class SceneObject:
+    """A thing with a box inside the image."""
+
+    id: str  # "traffic_light.1": the label as an identifier, numbered within the label from 1
+    label: str  # "traffic light": lower case, singular
+    box: Box  # x1 < x2 <= width, y1 < y2 <= height
+    attributes: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    group: bool = False
+    crowd: bool = False
+    uncertain: bool = False  # its names disagree: it may be meant by several words and is never asked about
+    depth: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Relationship:
+    subject: str  # an object's id
+    predicate: str  # one of PREDICATES' names, or as written in lower case where it is none of them
+    object: str
+
+
+@dataclass(frozen=True, slots=True)
+class SceneGraph:
+    """One image, cleaned."""
+
+    image_id: str
+    image: str
+    width: int
+    height: int
+    objects: tuple[SceneObject, ...]
+    relationships: tuple[Relationship, ...]
+    exhaustive: frozenset[str] = frozenset()  # labels and kinds
+    image_group: str = ""
+    licence: str = ""
+    source: str = ""
+
+    def as_dict(self) -> dict:
+        def fields(part):  # dataclasses.asdict copies deeply and takes ten times as long
+            return {name: getattr(part, name) for name in part.__slots__}
+
+        parts = {"objects": self.objects, "relationships": self.relationships}
+        parts = {name: [fields(p) for p in found] for name, found in parts.items()}
+        return fields(self) | parts | {"exhaustive": sorted(self.exhaustive)}
+
+    @staticmethod
+    def from_dict(d: dict) -> "SceneGraph":
+        objects = tuple(SceneObject(**{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()})
+                        for o in d["objects"])  # fmt: skip
+        relationships = tuple(Relationship(**r) for r in d["relationships"])
+        exhaustive = frozenset(d["exhaustive"])
+        return SceneGraph(
+            **d | {"objects": objects, "relationships": relationships, "exhaustive": exhaustive}
+        )
+
+
+# ---- words -------------------------------------------------------------------------------------------------
+IRREGULAR = {
+    "men": "man", "women": "woman", "people": "person", "children": "child", "feet": "foot",
+    "teeth": "tooth", "leaves": "leaf", "knives": "knife", "shelves": "shelf", "loaves": "loaf",
+    "halves": "half", "geese": "goose", "mice": "mouse", "wolves": "wolf", "calves": "calf", "oxen": "ox",
+    "bookshelves": "bookshelf", "buses": "bus", "glasses": "glasses", "policemen": "policeman",
+    "snowmen": "snowman", "movies": "movie", "cookies": "cookie", "pant": "pants", "short": "shorts",
+    "jean": "jeans", "ties": "tie", "shoes": "shoe", "horses": "horse", "vases": "vase", "houses": "house",
+    "noses": "nose", "purses": "purse", "hoses": "hose", "roses": "rose", "cases": "case",
+    "suitcases": "suitcase", "cheeses": "cheese", "axes": "axe",
+}  # fmt: skip
+# One thing under a plural word.
+PAIRS = frozenset(
+    "glasses sunglasses eyeglasses goggles scissors pants trousers jeans shorts leggings tights pajamas "
+    "skis headphones earphones binoculars pliers tongs stairs clothes".split()
+)
+NOT_PLURAL = re.compile(r"(ss|us|is|[^aeiou]ous|news|gas|lens|canvas|tennis|christmas|always)$")
+COLLECTIVE = frozenset(
+    "crowd group herd flock pile bunch stack row pack team audience traffic luggage furniture cattle "
+    "set line collection clothing silverware cluster couple family fleet foliage vegetation shrubbery "
+    "dishware".split()
+)
+# A head noun that tells nothing about the whole: a hot dog is no dog.
+NOT_ITS_HEAD = frozenset("hot dog,teddy bear,sea lion,parking meter,hair drier,fire hydrant".split(","))
+COLOURS = frozenset(
+    "red green blue orange black white yellow brown gray grey purple pink silver gold golden tan "
+    "beige".split()
+)
+ARTICLES = re.compile(r"^(?:(?:a|an|the|this|that|his|her|its|one) )+")
+NUMBERS = re.compile(r"^(?:two|three|four|five|six|several|many|multiple|few|some|lots of|various) ")
+SENTENCE = re.compile(r"\b(is|are|was|were|be|been|being|has|have)\b")
+SUFFIX = re.compile(r"-(?:other-merged|merged|other|stuff|brick|stone|tile|wood|blind)\b")  # panoptic COCO
+
+
+@cache
+def singular(word: str) -> str:
+    """A noun in singular; a word for a pair ("scissors") stays as it is."""
+    if word in PAIRS or word in IRREGULAR.values():
+        return word
+    if word in IRREGULAR:
+        return IRREGULAR[word]
+    if not word.endswith("s") or len(word) < 4 or NOT_PLURAL.search(word):
+        return word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    return word[:-2] if re.search(r"(ch|sh|x|ss|zz|oes)es$|[^aeiou]oes$", word) else word[:-1]
+
+
+@cache
+def plural(name: str) -> str:
+    """The plural of a name: of its last word."""
+    first, _, word = name.rpartition(" ")
+    for many, one in IRREGULAR.items():
+        if one == word and many != one and many not in ("pant", "short", "jean"):
+            return f"{first} {many}".strip()
+    if word in PAIRS or word in ("sheep", "deer", "fish", "aircraft"):
+        many = word
+    elif re.search(r"[^aeiou]y$", word):
+        many = word[:-1] + "ies"
+    else:
+        many = word + ("es" if re.search(r"(s|x|z|ch|sh|[^aeiou]o)$", word) else "s")
+    return f"{first} {many}".strip()
+
+
+def article(name: str) -> str:
+    """a or an, or nothing before a word for a pair."""
+    if name.rpartition(" ")[2] in PAIRS:
+        return ""
+    return "an" if re.match(r"[aeio]|u(?!ni|s)|hour", name) else "a"
+
+
+@lru_cache(maxsize=100_000)
+def label_of(text: str) -> tuple[str, bool] | None:
+    """(name in singular, whether it means several things) of a name as written; None: not usable."""
+    name = SUFFIX.sub("", " ".join(text.lower().split())).replace("-", " ").replace("_", " ")
+    name = ARTICLES.sub("", name.strip(" .,;:!?'\"")).strip()
+    name, several = NUMBERS.subn("", name)
+    first, of, rest = name.partition(" of ")
+    word = singular(first.rpartition(" ")[2])
+    group = bool(of) and word in COLLECTIVE
+    name = ARTICLES.sub("", rest if group or word == "pair" else first)
+    group |= word == "pair" and singular(name.rpartition(" ")[2]) not in PAIRS
+    group |= several > 0
+    if not re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) or SENTENCE.search(name):
+        return None
+    first, _, word = name.rpartition(" ")
+    one = singular(word)
+    group |= one != word and word not in ("pant", "short", "jean") or one in COLLECTIVE
+    return f"{first} {one}".strip(), group
+
+
+# Names between which annotators, and readers, do not choose reliably.
+ALIKE = [
+    frozenset(line.split(","))
+    for line in """\
+car,taxi,cab,suv,jeep,van,minivan,sedan,vehicle
+truck,pickup,pickup truck,lorry,van,vehicle
+bus,van,vehicle
+vehicle,motorcycle,train,trailer
+plane,airplane,jet,aircraft,aeroplane
+bike,bicycle,cycle
+motorcycle,motorbike,scooter,moped,bike
+train,engine,locomotive,train car
+boat,ship,sailboat,canoe,kayak,yacht,ferry,raft
+table,desk,counter,countertop,stand
+couch,sofa,loveseat,seat,bench
+chair,seat,stool,armchair,bench,recliner
+tree,plant,bush,shrub,palm,trunk,hedge
+leaf,plant,branch,flower,blossom
+building,house,tower,hotel,church,home,skyscraper
+shoe,sneaker,boot,sandal,footwear,slipper
+glass,glasses,sunglasses,eyeglasses,goggles,cup,mug
+cup,mug,glass,tumbler
+bag,purse,handbag,backpack,suitcase,luggage,sack
+sign,board,billboard,logo,poster,letter,label,corkboard,whiteboard,blackboard,chalkboard
+street,road,sidewalk,track,pavement,path,lane,highway,walkway
+phone,cell phone,cellphone,telephone
+tv,television,monitor,screen,computer,desktop
+laptop,computer,notebook
+computer,desktop,tower,case,cpu,pc
+jacket,coat,sweater,hoodie,blazer,vest
+shirt,blouse,top,jersey,t shirt,sweater
+pants,jeans,trousers,shorts,leggings
+hat,cap,helmet,beanie
+dog,puppy,animal
+cat,kitten,animal
+cow,bull,calf,cattle,ox,animal
+horse,pony,donkey,zebra,animal
+sheep,lamb,goat,animal
+bird,duck,pigeon,seagull,goose,parrot,animal
+bear,elephant,giraffe,lion,monkey,deer,animal
+picture,painting,photo,poster,frame,portrait
+lamp,light,lantern,bulb
+rock,stone,boulder
+trash can,garbage can,bin,trash bin,can
+rug,carpet,mat
+curtain,drape,blind
+pillow,cushion
+plate,dish,bowl,platter,saucer,tray
+racket,racquet
+bathtub,tub
+sofa,couch
+cabinet,cupboard,drawer,dresser
+snowboard,board,ski,skis
+surfboard,board
+skateboard,board
+pole,post,lamppost
+hill,mountain
+box,carton,crate,container
+bottle,jar,container
+refrigerator,fridge
+stove,oven
+donut,doughnut
+player,batter,catcher,pitcher,umpire
+umbrella,parasol
+knife,fork,spoon,utensil
+fence,railing,gate""".splitlines()
+]
+PERSON = frozenset(
+    "person man woman boy girl guy lady kid child baby player skier rider surfer batter catcher pitcher "
+    "umpire snowboarder skateboarder spectator pedestrian driver passenger worker chef police officer "
+    "policeman soldier human adult toddler student teacher bride groom male female gentleman father "
+    "mother customer cyclist biker farmer performer athlete tourist fan".split()
+)
+MALE = frozenset("man boy guy male gentleman father groom policeman".split())
+FEMALE = frozenset("woman girl lady female mother bride".split())
+
+
+def head(name: str) -> str:
+    return name if name in NOT_ITS_HEAD else name.rpartition(" ")[2]
+
+
+@cache
+def senses(name: str) -> frozenset:
+    """What a name shares with names that may mean the same thing."""
+    found = {head(name)} | {i for i, names in enumerate(ALIKE) if name in names or head(name) in names}
+    return frozenset(found | ({"person"} if head(name) in PERSON else set()))
+
+
+@cache
+def confusable(a: str, b: str) -> bool:
+    """Whether a thing that one annotator calls a could be called b by a reader."""
+    if a == b:
+        return True
+    if head(a) == head(b):
+        colours = {a.partition(" ")[0], b.partition(" ")[0]} & COLOURS
+        return len(colours) < 2  # a red circle is no blue circle; a street sign may be a stop sign
+    sexes = [(head(n) in MALE, head(n) in FEMALE) for n in (a, b)]
+    if sexes[0] != sexes[1] and all(map(any, sexes)):
+        return False
+    return bool(senses(a) & senses(b))
+
+
+def could_be_called(obj: SceneObject, name: str) -> bool:
+    """Whether a reader could mean an object by a name: by its own, a synonym, a wider or a narrower one."""
+    if name == obj.label or name in obj.kinds:
+        return True
+    if head(name) == head(
+        obj.label
+    ):  # its own colour speaks against "red circle", whatever a circle could be
+        return confusable(obj.label, name)
+    return confusable(obj.label, name) or any(confusable(k, name) for k in obj.kinds)
+
+
+# ---- predicates --------------------------------------------------------------------------------------------
+PREDICATES = {name: kind for kind, names in {
+    "support": "on,on top of,sitting on,standing on,lying on,parked on,walking on,running on,"
+        "mounted on,growing on,driving on,painted on,leaning on,on back of,jumping on,"
+        "crossing",
+    "contain": "in,inside,sitting in,standing in,lying in,walking in,swimming in,flying in,"
+        "covered in",
+    "vertical": "above,over,under,below,flying over,jumping over,hanging from",
+    "lateral": "left of,right of",
+    "depth": "in front of,behind",
+    "near": "near,next to,beside,by,close to,at,against,around,along,across from",
+    "contact": "holding,carrying,riding,touching,using,eating,drinking,kicking,throwing,"
+        "catching,pushing,pulling,lifting,hugging,kissing,hitting,swinging,biting,"
+        "feeding,petting,driving,playing,playing with,cleaning",
+    "gaze": "looking at,watching,facing,facing away from,pointing at",
+    "possess": "has,of,with,wearing,part of,belonging to,made of,and,for,attached to,covering,"
+        "from,to",
+}.items() for name in names.split(",")}  # fmt: skip
+VERBS = {
+    "sits": "sitting", "sit": "sitting", "sat": "sitting", "seated": "sitting", "stands": "standing",
+    "stand": "standing", "lies": "lying", "lays": "lying", "lay": "lying", "laying": "lying",
+    "laid": "lying", "parked": "parked", "holds": "holding", "hold": "holding", "held": "holding",
+    "carries": "carrying", "carry": "carrying", "rides": "riding", "ride": "riding", "wears": "wearing",
+    "wear": "wearing", "touches": "touching", "uses": "using", "eats": "eating", "walks": "walking",
+    "runs": "running", "looks": "looking", "look": "looking", "watches": "watching", "faces": "facing",
+    "throws": "throwing", "kicks": "kicking", "hits": "hitting", "pulls": "pulling", "pushes": "pushing",
+    "hangs": "hanging", "hanging": "hanging", "growing": "growing", "grows": "growing", "plays": "playing",
+    "have": "has", "having": "has", "had": "has",
+}  # fmt: skip
+SAME = {
+    "atop": "on top of", "upon": "on", "onto": "on", "on the top of": "on top of", "ontop of": "on top of",
+    "underneath": "under", "beneath": "under", "under of": "under", "inside of": "inside",
+    "within": "inside", "into": "in", "in side": "inside", "beside of": "beside", "adjacent to": "next to",
+    "alongside": "beside", "near to": "near", "in the front of": "in front of", "front of": "in front of",
+    "behind of": "behind", "in back of": "behind", "to the left of": "left of", "on the left of": "left of",
+    "to left of": "left of", "on left of": "left of", "to the right of": "right of",
+    "on the right of": "right of", "to right of": "right of", "on right of": "right of",
+    "on the back of": "on back of", "staring at": "looking at", "looking towards": "looking at",
+    "hanging on": "hanging from", "sitting at the": "at", "parked in": "in", "riding on": "riding",
+    "sitting on top of": "sitting on", "standing on top of": "standing on", "wearing a": "wearing",
+    "belongs to": "belonging to", "mounted to": "mounted on", "swinging at": "swinging",
+    "about to hit": "other",
+}  # fmt: skip
+
+
+@lru_cache(maxsize=100_000)
+def predicate(text: str) -> str | None:
+    """The name in PREDICATES of a predicate as written, or None."""
+    words = re.sub(r"[^a-z ]", " ", text.lower()).split()
+    while (
+        words and words[0] in ("is", "are", "was", "be", "being", "to", "the") and " ".join(words) not in SAME
+    ):
+        words = words[1:]
+    while words and words[-1] in ("a", "an", "the", "some", "his", "her", "its") and len(words) > 1:
+        words = words[:-1]
+    words = [VERBS.get(w, w) if i == 0 else w for i, w in enumerate(words)]
+    name = " ".join(words)
+    name = SAME.get(name, name)
+    return name if name in PREDICATES else None
+
+
+def clean(raw: RawGraph) -> tuple[SceneGraph, Counter]:
+    """The graph that questions can be asked of, and {reason: objects or relations dropped}.
+
+    Boxes that stick out by at most 2 px or 1 % of the side are clipped; others are dropped, as are slivers,
+    names that are no names, and doubles of one thing. A label of which something was dropped is no longer
+    exhaustive. Relations need both ends, are stated once, and must agree with each other and with the boxes.
+    """
+    dropped, known, lost = Counter(), [], set()  # known: (keys, object without id)
+    for o in raw.objects:
+        names = [n for n in map(label_of, o.names) if n]
+        box = clip(o.box, raw.width, raw.height)
+        reason = "name" if not names else box if isinstance(box, str) else None
+        if reason:
+            dropped[reason] += 1
+            lost |= {n for n, _ in names} | {*o.kinds}
+            continue
+        label, group = Counter(names).most_common(1)[0][0]
+        others = tuple(sorted({n for n, _ in names} - {label}))
+        uncertain = any(not confusable(n, label) for n in others)
+        kinds = tuple(dict.fromkeys((*o.kinds, *others)))
+        known.append(([o.key], SceneObject("", label, box, tuple(o.attributes), kinds, group or o.group,
+                                           o.crowd, uncertain, o.depth)))  # fmt: skip
+    known, doubles = merge(known)
+    dropped["duplicate"] += doubles
+    counts, objects, id_of = Counter(), [], {}
+    for keys, o in known:
+        stem = o.label.replace(" ", "_")
+        counts[stem] += 1
+        objects.append(replace(o, id=f"{stem}.{counts[stem]}"))
+        id_of |= dict.fromkeys(keys, objects[-1].id)
+        if o.group or o.crowd or o.uncertain:
+            lost |= {o.label, *o.kinds}
+    graph = SceneGraph(raw.image_id, raw.image, raw.width, raw.height, tuple(objects), (), frozenset(),
+                       raw.image_group or raw.image_id, raw.licence, raw.source)  # fmt: skip
+    relations = relate(graph, raw.relations, id_of, dropped)
+    exhaustive = {n[0] for n in map(label_of, raw.exhaustive) if n and n[0] not in lost}
+    return replace(graph, relationships=relations, exhaustive=frozenset(exhaustive)), +dropped
+
+
+def clip(box: Box, width: int, height: int) -> Box | str:
+    """The box inside the image, or why it is dropped."""
+    x1, y1, x2, y2 = box
+    if min(x1, y1) < -2 or x2 > width + 2 or y2 > height + 2:
+        over_x, over_y = max(-x1, x2 - width), max(-y1, y2 - height)
+        if over_x > max(2, 0.01 * width) or over_y > max(2, 0.01 * height):
+            return "box_outside"
+    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    return (x1, y1, x2, y2) if x2 - x1 >= 2 and y2 - y1 >= 2 else "box_tiny"
+
+
+def same_thing(a: SceneObject, b: SceneObject) -> bool:
+    """Whether two boxes are one thing, boxed twice."""
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.box, b.box
+    w, h = min(ax2, bx2) - max(ax1, bx1), min(ay2, by2) - max(ay1, by1)
+    if w <= 0 or h <= 0:
+        return False
+    small, large = sorted((area(a.box), area(b.box)))
+    shared = w * h
+    if a.label == b.label:
+        return shared >= 0.6 * (small + large - shared) or (shared >= 0.9 * small and small >= 0.6 * large)
+    return shared >= 0.9 * (small + large - shared) and confusable(a.label, b.label)
+
+
+def merge(known: list) -> tuple[list, int]:
+    """(keys, object) pairs without doubles, in their order, and how many were doubles.
+
+    The larger box stays; the label with more words wins, then the first in the alphabet.
+    """
+    kept, doubles = [], 0
+    for keys, o in known:
+        for i, (others, p) in enumerate(kept):
+            if same_thing(o, p):
+                labels = o.label, p.label
+                label = min(labels, key=lambda n: (-len(n.split()), n))
+                kept[i] = (others + keys, replace(
+                    p, label=label, box=max(o.box, p.box, key=lambda b: (area(b), b)),
+                    attributes=tuple(dict.fromkeys(p.attributes + o.attributes)),
+                    kinds=tuple(dict.fromkeys(n for n in (*p.kinds, *o.kinds, *labels) if n != label)),
+                    group=o.group or p.group, crowd=o.crowd or p.crowd, uncertain=o.uncertain or p.uncertain,
+                    depth=o.depth if p.depth is None else p.depth))  # fmt: skip
+                doubles += 1
+                break
+        else:
+            kept.append((keys, o))
+    return kept, doubles
+
+
+# (predicate, predicate of the same pair that contradicts it); of the swapped pair it contradicts itself
+OPPOSITE = [("on", "under"), ("above", "below"), ("above", "under"), ("over", "under"), ("over", "below"),
+            ("on", "below"), ("in front of", "behind"), ("left of", "right of"),
+            ("facing", "facing away from"),
+            ("inside", "on top of")]  # fmt: skip
+ONE_WAY = frozenset(p for pair in OPPOSITE for p in pair) - {"facing", "facing away from"} | {
+    "in",
+    "holding",
+    "carrying",
+}
+
+
+def relate(graph: SceneGraph, relations, id_of: dict, dropped: Counter) -> tuple[Relationship, ...]:
+    """The relations that have both ends, once each, without those that contradict each other or the boxes."""
+    boxes, found = {o.id: o.box for o in graph.objects}, {}
+    for subject, text, object_ in relations:
+        a, b = id_of.get(subject), id_of.get(object_)
+        name = predicate(text) or " ".join(text.lower().split())
+        if a is None or b is None:
+            dropped["unknown_end"] += 1
+        elif not name:
+            dropped["predicate"] += 1
+        elif a == b:
+            dropped["self_relation"] += 1
+        elif (a, name, b) in found:
+            dropped["duplicate_relation"] += 1
+        elif not agrees(name, boxes[a], boxes[b], diagonal(graph)):
+            dropped["box_check"] += 1
+        else:
+            found[a, name, b] = True
+    wrong = {t for t in found if t[1] in ONE_WAY and (t[2], t[1], t[0]) in found}
+    for p, q in OPPOSITE:
+        for a, name, b in found:
+            if name == p and (a, q, b) in found:
+                wrong |= {(a, p, b), (a, q, b)}
+    dropped["contradiction"] += len(wrong)
+    return tuple(Relationship(*t) for t in found if t not in wrong)
+
+
+def agrees(name: str, a: Box, b: Box, d: float) -> bool:
+    """Whether boxes can stand in a relation, d the image's diagonal."""
+    kind = PREDICATES.get(name)
+    if kind in ("support", "contact") or name in ("wearing", "hanging from"):
+        return gap(a, b) <= 0.02 * d
+    if kind == "contain" and name in ("in", "inside"):
+        return overlap_share(a, b) >= 0.8
+    if kind == "near":
+        return gap(a, b) <= max(
+            0.02 * d, 0.5 * max(min(a[2] - a[0], b[2] - b[0]), min(a[3] - a[1], b[3] - b[1]))
+        )
+    if name in ("above", "over", "under", "below"):
+        upper, lower = (a, b) if name in ("above", "over") else (b, a)
+        return upper[1] + upper[3] < lower[1] + lower[3] and upper[1] < lower[1]
+    if kind == "lateral":
+        left, right = (a, b) if name == "left of" else (b, a)
+        return left[0] + left[2] < right[0] + right[2]
+    return True
+
+
+# ---- geometry ----------------------------------------------------------------------------------------------
+def area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def centre(box: Box) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def shared_area(a: Box, b: Box) -> float:
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return w * h if w > 0 and h > 0 else 0.0
+
+
+def iou(a: Box, b: Box) -> float:
+    shared = shared_area(a, b)
+    return shared / (area(a) + area(b) - shared)
+
+
+def overlap_share(a: Box, b: Box) -> float:
+    """How much of a lies in b, 0 to 1."""
+    return shared_area(a, b) / area(a)
+
+
+def gap(a: Box, b: Box) -> float:
+    """Distance of two boxes in pixels; 0 where they touch or overlap."""
+    return hypot(max(a[0] - b[2], b[0] - a[2], 0.0), max(a[1] - b[3], b[1] - a[3], 0.0))
+
+
+def diagonal(graph: SceneGraph) -> float:
+    return hypot(graph.width, graph.height)
+
+
+# ---- what can be asked about -------------------------------------------------------------------------------
+PARTS = frozenset(
+    "head face hair eye nose mouth ear neck arm hand finger leg foot knee shoulder elbow back chest "
+    "tail paw wing beak horn trunk mane fur body wheel tire window door handle windshield roof "
+    "headlight bumper license plate engine seat leaf branch screen button pocket sleeve collar logo "
+    "label letter number word sticker top bottom side edge corner end part front knob lid leg strap "
+    "lace stem petal skin tooth tongue lip chin beard mustache shade shadow reflection armrest rest "
+    "frame pane hoof antler claw feather spot stripe design print pattern".split()
+)
+CLOTHING = frozenset(
+    "shirt t-shirt pants jeans shorts jacket coat sweater dress skirt suit tie hat cap helmet glove "
+    "shoe sneaker boot sock sandal glasses sunglasses goggles belt scarf vest uniform jersey hoodie "
+    "blouse watch bracelet necklace ring earring headband wetsuit apron outfit clothes backpack".split()
+)
+STUFF = frozenset(
+    "sky ground grass floor wall water road snow sand ceiling background street sidewalk pavement dirt "
+    "field beach ocean sea river lake cloud air room area scene land hill mountain track playingfield "
+    "gravel railroad floor counter forest wave court lawn yard platform fence wall building city light "
+    "picnic day night outside inside outdoors indoors colour color paint space thing object item stuff "
+    "view sunlight sun shadow cover padding material fabric surface stripe pattern line spot hole mess "
+    "display".split()
+)
+
+
+def is_nameable(graph: SceneGraph, obj: SceneObject, min_share: float = 0.005) -> bool:
+    """Whether a question may name an object, apart from whether it is the only one of its name.
+
+    It is one certain thing of some size, no part of another, not worn, and no stuff without a shape.
+    """
+    x1, y1, x2, y2 = obj.box
+    if obj.group or obj.crowd or obj.uncertain or head(obj.label) in PARTS | STUFF | COLOURS:
+        return False
+    if min(x2 - x1, y2 - y1) < 12 or area(obj.box) < min_share * graph.width * graph.height:
+        return False
+    if head(obj.label) in CLOTHING:
+        people = (o for o in graph.objects if head(o.label) in PERSON)
+        return all(shared_area(obj.box, o.box) == 0 for o in people)
+    return True
+
+
+def unique(graph: SceneGraph, obj: SceneObject) -> bool:
+    """Whether nothing else in the graph could be meant by an object's label."""
+    return not any(o is not obj and could_be_called(o, obj.label) for o in graph.objects)
