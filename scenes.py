@@ -259,7 +259,9 @@ donut,doughnut
 player,batter,catcher,pitcher,umpire
 umbrella,parasol
 knife,fork,spoon,utensil
-fence,railing,gate""".splitlines()
+fence,railing,gate
+food,meal,snack,fruit,apple,banana,orange,pizza
+food,meal,snack,vegetable,sandwich,cake,donut,bread,meat,broccoli,carrot,hot dog""".splitlines()
 ]
 PERSON = frozenset(
     "person man woman boy girl guy lady kid child baby player skier rider surfer batter catcher pitcher "

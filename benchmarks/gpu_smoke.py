@@ -58,7 +58,8 @@ from data import PromptCache, PromptEncoder, Sample  # noqa: E402
 from distributed import make_accelerator, whole_weights  # noqa: E402
 from merge import merge  # noqa: E402
 from metrics import check_mismatch, step_metrics  # noqa: E402
-from synthesize import rows, stvqa_features, write_parquet  # noqa: E402
+from stvqa import write_parquet  # noqa: E402
+from tiny import rows  # noqa: E402
 
 TINY = REPO / "assets" / "tiny"
 PACKAGES = "torch transformers accelerate vllm flash-attn datasets numpy triton".split()
@@ -619,7 +620,7 @@ def tiny_grpo(report: Report, scratch: Path, engine: str, sleep_level: int = 0):
 
 def evaluate(report: Report, scratch: Path):
     need("vllm", "datasets")
-    write_parquet(scratch / "val.parquet", rows(32, 0, "val", set()), stvqa_features())
+    write_parquet(scratch / "val.parquet", rows(32, 0, "val", set()))
     command = [sys.executable, "evaluate.py", "--dataset", str(scratch / "val.parquet")]
     command += ["--model_path", str(TINY), "--provider", "vllm", "--min_pixels", "784"]
     command += ["--max_new_tokens", "192", "--out", str(scratch), "--custom_filename", "answers"]

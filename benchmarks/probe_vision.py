@@ -6,7 +6,6 @@ A probe is a linear classifier from a cell's image token to a property of its sh
 of 1,200 drawn scenes and tested on the rest. Chance: colour 0.20, shape 0.33, cell 0.11.
 """
 
-import random
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from synthesize import COLORS, GRID, SHAPES, build_base_model, draw_scene, render  # noqa: E402
+from tiny import COLORS, GRID, SHAPES, build_base_model, cell_of, draw_graphs, render  # noqa: E402
 
 
 def cell_features(folder, scenes):
@@ -28,7 +27,8 @@ def cell_features(folder, scenes):
     )
     with torch.no_grad():
         features = model.model.visual(images["pixel_values"], grid_thw=images["image_grid_thw"]).pooler_output
-    features = features[[i * GRID**2 + s.cell for i, scene in enumerate(scenes) for s in scene]]
+    cells = [i * GRID**2 + cell_of(s.box) for i, scene in enumerate(scenes) for s in scene.objects]
+    features = features[cells]
     return (features - features.mean(0)) / features.std(0)
 
 
@@ -46,13 +46,12 @@ def probe(features, labels):
 
 
 def main():
-    rng = random.Random(0)
-    scenes = [draw_scene(rng) for _ in range(1200)]
-    shapes = [s for scene in scenes for s in scene]
+    scenes = list(draw_graphs(1200, seed=0))
+    shapes = [s for scene in scenes for s in scene.objects]
     labels = {
-        "colour": [list(COLORS).index(s.color) for s in shapes],
-        "shape": [SHAPES.index(s.kind) for s in shapes],
-        "cell": [s.cell for s in shapes],
+        "colour": [list(COLORS).index(s.attributes[0]) for s in shapes],
+        "shape": [SHAPES.index(s.kinds[0]) for s in shapes],
+        "cell": [cell_of(s.box) for s in shapes],
     }
     with tempfile.TemporaryDirectory() as untrained:
         build_base_model(untrained, seed=0)

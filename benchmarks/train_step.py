@@ -41,7 +41,8 @@ def build(folder, width, layers, vocabulary, prompts):
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from synthesize import build_base_model, rows, stvqa_features, write_parquet
+    from stvqa import write_parquet
+    from tiny import build_base_model, rows
 
     build_base_model(folder, seed=0)
     if vocabulary:
@@ -54,7 +55,7 @@ def build(folder, width, layers, vocabulary, prompts):
         processor = AutoProcessor.from_pretrained(folder)
         AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
         processor.save_pretrained(folder)
-    write_parquet(Path(folder) / "train.parquet", rows(prompts, 0, "train", set()), stvqa_features())
+    write_parquet(Path(folder) / "train.parquet", rows(prompts, 0, "train", set()))
 
 
 def given_completions(prompts):

@@ -17,7 +17,7 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """Folder of an untrained tiny Qwen2.5-VL with its processor."""
-    from synthesize import build_base_model
+    from tiny import build_base_model
 
     folder = tmp_path_factory.mktemp("tiny") / "base_model"
     build_base_model(folder, seed=0)
@@ -27,11 +27,12 @@ def tiny_base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """Folder with train.parquet (32 rows) and val.parquet (24 rows) of the drawn set."""
-    from synthesize import rows, stvqa_features, write_parquet
+    from stvqa import write_parquet
+    from tiny import rows
 
     folder, taken = tmp_path_factory.mktemp("tiny_data"), set()
     for name, n in (("val", 24), ("train", 32)):
-        write_parquet(folder / f"{name}.parquet", rows(n, 0, name, taken), stvqa_features())
+        write_parquet(folder / f"{name}.parquet", rows(n, 0, name, taken))
     return folder
 
 

@@ -383,9 +383,10 @@ def mmstar():
 
 
 def stvqa():
-    from synthesize import rows, stvqa_features
+    from stvqa import stvqa_features
+    from tiny import rows
 
-    return stvqa_features(), list(rows(6, 0, "val", set()))
+    return stvqa_features(), rows(6, 0, "val", set())
 
 
 TABLES = {

@@ -226,11 +226,9 @@ def rows(n: int, counts: dict[str, int], seed: int = 0, n_photos: int = 1):
 
 
 def write(path, rows):
-    from datasets import Dataset
+    from stvqa import write_parquet
 
-    from synthesize import stvqa_features
-
-    Dataset.from_list(list(rows), features=stvqa_features()).to_parquet(str(path))
+    write_parquet(path, rows)
     return str(path)
 
 

@@ -42,19 +42,14 @@ from data import (
 from packing import micro_batches
 from results import judge
 from rewards import score_completion
-from synthesize import answer_slots, draw_question, render, stvqa_features, stvqa_row
+from stvqa import stvqa_features
 
 
 @pytest.fixture(scope="module")
 def rows():
-    import random
+    import tiny
 
-    rng, slots = random.Random(0), answer_slots()
-    made = []
-    for i in range(6):
-        shapes, question = draw_question(rng, slots)
-        made.append(stvqa_row(f"row-{i}", render(shapes), question))
-    return made
+    return [row | {"image_id": f"row-{i}"} for i, row in enumerate(tiny.rows(6, 0, "row", set()))]
 
 
 def write(rows, path):
@@ -626,63 +621,3 @@ def test_micro_batches_keep_order_and_budget(sequences, budget):
     for g in groups:
         runs = [key for key, _ in itertools.groupby(sequences[i][0] for i in g)]  # each pays its prompt once
         assert len(g) == 1 or sum(prompts[k] for k in runs) + sum(sequences[i][1] for i in g) <= budget
-
-
-# ---- the tiny set ----
-def test_tiny_set_is_balanced_exact_and_deterministic():
-    from synthesize import CATEGORY_SHARE, COLUMNS
-    from synthesize import rows as make_rows
-
-    taken = set()
-    val = make_rows(64, 0, "val", taken)
-    train = make_rows(600, 0, "train", taken)
-    assert val == make_rows(64, 0, "val", set())
-    assert len(taken) == 664
-    assert not {r["images"]["bytes"] for r in val} & {r["images"]["bytes"] for r in train}
-    assert set(train[0]) == set(COLUMNS)
-    assert set(Counter(r["category"] for r in train)) == set(CATEGORY_SHARE)
-    for n in (2, 3, 4):  # exactly balanced over the letters
-        letters = Counter(r["answer_only"] for r in train if len(r["options"]) == n)
-        assert len(letters) == n and max(letters.values()) - min(letters.values()) <= 1
-    for r in train:
-        assert r["options"]["ABCD".index(r["answer_only"])] == r["answer_text_only"]
-        assert len(set(r["options"])) == len(r["options"])
-
-
-def test_worked_examples_are_well_formed_and_careful_ones_perfect():
-    import random
-
-    from rewards import spatial_reward
-    from synthesize import POSITIONS, worked_example
-
-    rng, slots, right = random.Random(5), answer_slots(), []
-    for _ in range(400):
-        shapes, q = draw_question(rng, slots)
-        truth = stvqa_row("x", render(shapes), q)["answer_option_text"]
-        careful, hasty = worked_example(q), worked_example(q, hasty=True)
-        # CIoU's denominators hold 1e-7 more than areas of (12 / 84)^2 and up
-        assert spatial_reward(careful, truth, (84, 84))["reward"] == pytest.approx(1, abs=1e-5)
-        score = spatial_reward(hasty, truth, (84, 84))
-        assert score["format"] == 1 and score["count"] == 1 and score["spatial"] < 0.95
-        assert f"{POSITIONS[q.shapes[0].cell]} {q.shapes[0].name}" in careful.split("</observe>")[0]
-        assert all(f"(A) {q.options[0]}" in text for text in (careful, hasty))
-        right.append(score["accuracy"])
-    # 2 to 4 options; three standard deviations of a mean of 400 (and the seed is fixed)
-    assert np.mean(right) == pytest.approx(np.mean([1 / 3, 1 / 2, 1 / 4]), abs=3 * 0.5 / 20)
-
-
-def test_gold_boxes_are_where_the_paint_is():
-    import random
-
-    from synthesize import COLORS
-
-    rng = random.Random(3)
-    for _ in range(20):
-        shapes, _ = draw_question(rng, answer_slots())
-        pixels = np.array(render(shapes)).astype(int)
-        for s in shapes:
-            x1, y1, x2, y2 = s.box
-            painted = (pixels == COLORS[s.color]).all(-1)
-            mine = painted[y1:y2, x1:x2]
-            sides = (mine[0], mine[-1], mine[:, 0], mine[:, -1])
-            assert all(side.any() for side in sides)
