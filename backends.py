@@ -12,6 +12,7 @@ is true of both.
 """
 
 import base64
+import contextlib
 import gc
 import importlib.metadata
 import io
@@ -401,7 +402,7 @@ def api_replies(
     encoder: PromptEncoder,
     decoding: Decoding,
 ) -> Replies:
-    """Replies of `complete` (text, images as base64 PNG, seed -> Reply), decoding.concurrency at a time.
+    """Replies of `complete` (text, images as base64 PNG, seed, instructions -> Reply), some at a time.
 
     The client library waits and asks again after 429, 5xx, timeouts and cut connections by itself
     (exponential backoff with jitter, Retry-After); an answer that cannot be read is asked for again here. A
@@ -413,14 +414,15 @@ def api_replies(
         started, error = time.time(), ""
         try:
             images = [png(image) for image in encoder.images(sample)]
-            text = encoder.messages(sample)[0]["content"][-1]["text"]
+            *first, user = encoder.messages(sample)
+            text, system = user["content"][-1]["text"], first[0]["content"] if first else ""
         except (OSError, ValueError) as failure:  # a damaged image
             return Reply("", "failed", error=f"{type(failure).__name__}: {failure}")
         for _ in range(3):
             asked = time.time()
             try:
                 return replace(
-                    complete(text, images, decoding.seed_of(sample)), latency_s=time.time() - asked
+                    complete(text, images, decoding.seed_of(sample), system), latency_s=time.time() - asked
                 )
             except (sdk.AuthenticationError, sdk.PermissionDeniedError, sdk.NotFoundError) as refusal:
                 raise NoService(f"{type(refusal).__name__}: {refusal}".replace(key, "***")[:500]) from None
@@ -447,19 +449,29 @@ def api_replies(
 
     for _ in range(decoding.concurrency):  # daemons: a program that ends does not wait for a slow server
         threading.Thread(target=work, daemon=True).start()
-    items, in_flight = iter(enumerate(samples)), 0
+    items, in_flight, refusal = iter(enumerate(samples)), 0, None
     try:
         while True:
-            while in_flight < 2 * decoding.concurrency and (job := next(items, None)):
+            while refusal is None and in_flight < 2 * decoding.concurrency and (job := next(items, None)):
                 todo.put(job)
                 in_flight += 1
             if not in_flight:
+                if refusal:
+                    raise refusal
                 return
             i, reply = done.get()
             in_flight -= 1
-            if isinstance(reply, Exception):
+            if isinstance(
+                reply, NoService
+            ):  # what others were told meanwhile is handed on before it is raised
+                refusal = reply
+                with contextlib.suppress(queue.Empty):
+                    while todo.get_nowait():
+                        in_flight -= 1
+            elif isinstance(reply, Exception):
                 raise reply
-            yield i, reply
+            else:
+                yield i, reply
     finally:
         stopped.set()
         for _ in range(decoding.concurrency):
@@ -495,9 +507,10 @@ def openai_replies(
     # Servers of one's own know the first, OpenAI's newer models want the second.
     limit = "max_tokens" if decoding.base_url else "max_completion_tokens"
 
-    def complete(text, images, seed):
+    def complete(text, images, seed, system):
         content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{i}"}} for i in images]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": text}]})
         answer = client.chat.completions.create(
             model=model, messages=messages, seed=seed, **sampling, **{limit: decoding.max_new_tokens}
         )
@@ -524,16 +537,25 @@ def anthropic_replies(
         api_key=key, base_url=decoding.base_url, timeout=decoding.timeout_s, max_retries=decoding.retries
     )
 
-    def complete(text, images, seed):
+    def complete(text, images, seed, system):
         sources = [{"type": "base64", "media_type": "image/png", "data": i} for i in images]
         content = [{"type": "image", "source": source} for source in sources]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
         answer = client.messages.create(  # no argument for a temperature, and no seed at all
-            model=model, messages=messages, max_tokens=decoding.max_new_tokens, extra_body=dict(sampling)
+            model=model,
+            messages=messages,
+            max_tokens=decoding.max_new_tokens,
+            extra_body=dict(sampling),
+            # The same for many calls: the server keeps what it has computed of it.
+            system=[{"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}]
+            if system
+            else [],
         )
         text = "".join(block.text for block in answer.content if block.type == "text")
         why = "length" if answer.stop_reason == "max_tokens" else "stop"
-        return Reply(text, why, answer.usage.output_tokens, answer.usage.input_tokens)
+        usage = answer.usage  # what its cache has written or read is counted apart
+        cached = (usage.cache_creation_input_tokens or 0) + (usage.cache_read_input_tokens or 0)
+        return Reply(text, why, usage.output_tokens, usage.input_tokens + cached)
 
     return api_replies(complete, anthropic, key, sampling, samples, encoder, decoding)
 

@@ -10,7 +10,7 @@ KEY = "sk-secret-0123456789"
 
 
 def text_of(body: dict) -> str:
-    return body["messages"][0]["content"][-1]["text"]
+    return body["messages"][-1]["content"][-1]["text"]
 
 
 def openai_answer(text: str) -> dict:
