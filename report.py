@@ -307,24 +307,13 @@ def whole_page(
     buttons: dict[str, tuple[str, int]],
     items: list[str],
 ) -> str:
-    """One HTML file. selects: {data attribute of the articles: its values}; buttons: {outcome: (name, n)}.
-
-    The template's script and style have no placeholders: the script's hash, which the page's policy demands,
-    is that of the text between its tags.
-    """
-    template = PAGE.read_text(encoding="utf-8")
-    script = re.search("<script>(.*)</script>", template, re.S)[1]
-
-    def select(name, values):
-        options = "".join(f'<option value="{e(v)}">{e(v)}</option>' for v in values)
-        return f'<select id="{name}"><option value="">{name}: all</option>{options}</select>'
-
-    return Template(template).substitute(
+    """One HTML file. selects: {data attribute of the articles: its values}; buttons: {outcome: (name, n)}."""
+    return fill(
+        PAGE,
         title=e(title),
         summary=summary,
         note=note,
         total=len(items),
-        policy=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         selects="".join(select(name, values) for name, values in selects.items()),
         buttons="".join(
             f'<button data-outcome="{k}">{name} <small>{n}</small></button>'
@@ -332,6 +321,23 @@ def whole_page(
         ),
         items="".join(items),
     )
+
+
+def select(name: str, values: Sequence[str]) -> str:
+    options = "".join(f'<option value="{e(v)}">{e(v)}</option>' for v in values)
+    return f'<select id="{name}" aria-label="{name}"><option value="">{name}: all</option>{options}</select>'
+
+
+def fill(path: Path, **values) -> str:
+    """A template of a page with its $placeholders filled in, $policy among them.
+
+    Script and style have no placeholders: the script's hash, which the page's policy demands, is that of the
+    text between its tags.
+    """
+    template = path.read_text(encoding="utf-8")
+    script = re.search("<script>(.*)</script>", template, re.S)[1]
+    policy = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Template(template).substitute(values, policy=policy)
 
 
 # ---- the page of any results ----
