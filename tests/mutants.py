@@ -38,6 +38,9 @@ RESULTS = "tests/test_results.py"
 TESTSETS = "tests/test_testsets.py"
 LORA = "tests/test_lora.py -m 'not slow'"
 DRY_RUN = "tests/test_dry_run.py"
+SCENES = "tests/test_scenes.py"
+QUESTIONS = "tests/test_questions.py tests/test_truth.py"
+SOURCES = "tests/test_sources.py -k 'not big and not memory'"
 
 GROUPS = [
     # ---- rewards.py: grammar ----
@@ -604,7 +607,130 @@ GROUPS = [
         ("layer = T * (saved * again + most)", "layer = T * most"),
         ("6 * m.tail * full", "2 * m.tail * full"),
     ]),
+    # ---- sources.py ----
+    ("sources.py", SOURCES, [
+        ("x + w + 0.0, y + h + 0.0", "w + 0.0, h + 0.0"),
+        ("if 0 <= w < FAR and 0 <= h < FAR", "if w < FAR and 0 <= h < FAR"),
+        ("-FAR < y < FAR:  # NaN", "True:  # NaN"),
+        ("-FAR < x1 <= x2 < FAR", "-FAR < x1 < FAR and x2 < FAR"),
+        ("if stated and size != stated:", "if stated and size < stated:"),
+        ("return path, *size", "return path, *(stated or (1, 1))"),
+        ('if ".." in parts or name.startswith("/"):', 'if name.startswith("/"):'),
+        ('if ".." in parts or name.startswith("/"):', 'if ".." in parts:'),
+        ("for parent in above for name", "for parent in above[:1] for name"),
+        ("if graph.image_id in seen:", "if False:"),
+        # streams
+        ("cut = open_string or error.pos >=", "cut = error.pos >="),
+        ("if self.ended or not cut:", "if self.ended:"),
+        ("if len(self.text) - self.at > LONGEST:", "if False:"),
+        ("if self.text[end - 1] in '}]\"' or end", "if True or end"),
+        ("len(self.text[self.marked : self.at].encode())", "self.at - self.marked"),
+        ("self.marked = self.at\n        return", "return"),
+        ("3 if self.file.read(3) == codecs.BOM_UTF8 else 0", "0"),
+        ("final=not data", "final=False"),
+        ("new, self.ended = error.object[: error.start].decode(), True", 'new, self.ended = "", True'),
+        ("(got := self.peek()) or self.fault", "(got := self.peek())"),
+        ("(got := self.peek()) or self.fault", "(got := self.peek()) and self.fault"),
+        ("if record is not None and image_of(record) == image_id:", "if record is not None:"),
+        ("self.starts.setdefault(image_of(record), byte)", "self.starts.setdefault(image_of(record), 1)"),
+        ("if self.broken:\n            raise", "if False:\n            raise"),
+        # Visual Genome
+        ("self.merged.setdefault(copy, key)", "pass"),
+        ("for copy in (key, *copies_of(o)):", "for copy in (key,):"),
+        ("if len(names) == 1:", "if names:"),
+        ("names += (name,)", "pass"),
+        ("name.lower().strip() not in {n.lower().strip() for n in names}", "True"),
+        ("tuple(dict.fromkeys(attributes + more))", "attributes + more"),
+        ("if self.known[key] == thing:", "if True:"),
+        ('for kind in ("coco", "flickr"):', 'for kind in ("flickr", "coco"):'),
+        # VG150
+        ("scale = max(stated) / 1024", "scale = stated[0] / 1024"),
+        ("corners(x - w / 2, y - h / 2, w, h", "corners(x, y, w, h"),
+        ("range(first, last + 1)", "range(first, last)"),
+        ("if not all(end in rows for end in ends):", "if False:"),
+        ('SPLITS = {"train": 0, "test": 2}', 'SPLITS = {"train": 0, "test": 1}'),
+        ("image_of(record) not in CORRUPT", "image_of(record)"),
+        ("if not 0 <= first <= last <", "if not first <= last <"),
+        # the others
+        ('split or "train")[int(row)]', '"train")[int(row)]'),
+        ("name if dot and number.isdecimal() else key", "key"),
+        ('("XMin", "XMax", "YMin", "YMax")', '("XMin", "YMin", "XMax", "YMax")'),
+        ("return x1 * width, y1 * height", "return x1 * height, y1 * width"),
+        ("strict=True)) <= SAME_BOX", "strict=True)) <= 0"),
+        ("number < boxed and not objects[number][2]", "not objects[number][2]"),
+        ("number < boxed and not objects[number][2]", "number < boxed"),
+        ('("1" if instances else "0")', '"1"'),
+        ("for run in self.order[first:last]", "for run in self.order[first : first + 1]"),
+        ('(image_id in names["test"]) == (split == "test")', "True"),
+        ("xywh(box) if mode == 1 else xyxy(box)", "xyxy(box)"),
+        ('classes = names["thing"] + names["stuff"]', 'classes = names["stuff"] + names["thing"]'),
+        ("if not 0 <= value < limit:", "if not value < limit:"),
+        ('for name in names["thing"] if name not in crowds', 'for name in names["thing"]'),
+        ("if category in complete - crowds", "if category in complete"),
+        ('complete = seen - set(numbers(record, "not_exhaustive_category_ids"))', "complete = set(seen)"),
+        ('complete |= set(numbers(record, "neg_category_ids"))', "pass"),
+        ("licences = {} if given else dict(COCO_LICENCES)", "licences = dict(COCO_LICENCES)"),
+        ("boxes.corners[4 * row : 4 * row + 4]", "boxes.corners[4 * n : 4 * n + 4]"),
+        ("if number in boxes.bad:", "if False:"),
+    ]),
+    # ---- scenes.py ----
+    ("scenes.py", SCENES, [
+        ("shared >= 0.6 * (small + large - shared)", "shared >= 0.8 * (small + large - shared)"),
+        ("group |= several > 0", "pass"),
+        ("if o.group or o.crowd or o.uncertain:", "if o.group or o.uncertain:"),
+        ("return overlap_share(a, b) >= 0.8", "return overlap_share(a, b) >= 0.5"),
+        ("return gap(a, b) <= 0.02 * d", "return gap(a, b) <= 0.05 * d"),
+        ("return len(colours) < 2", "return True"),
+        ("wrong |= {(a, p, b), (a, q, b)}", "wrong |= {(a, p, b)}"),
+    ]),
+    # ---- questions.py ----
+    ("questions.py", QUESTIONS, [
+        ("if abs(dx) >= 2 * abs(dy):", "if abs(dx) >= abs(dy):"),
+        ("return (name, margin) if margin >= 1 else None", "return name, margin"),
+        ("/ (0.02 * graph.width)", "/ (0.2 * graph.width)"),
+        ("least = max(2 * gaps[o.id], gaps[o.id] + 0.08 * view.d)", "least = gaps[o.id]"),
+        ("block = range(1, 5) if len(of) <= 4 else range(5, 9)", "block = range(1, 9)"),
+        ("/ 1.5, sides)", ", sides)"),
+        ("angle(a, b, x) >= 45", "angle(a, b, x) >= 20"),
+    ]),
+    # ---- selection.py ----
+    ("selection.py", "tests/test_selection.py", [
+        ("return one + other if other else []", "return one"),
+        ("at = turn[len(wrong)] % (len(wrong) + 1)", "at = 0"),
+        ("(self.chance[form[0]] + 0.02)", "1"),
+        ("max(1.1 * self.spent[form], self.spent[form] + 1)", "10**9"),
+        ("of_image[q.image_id] < per_image and", ""),
+        ("and fact not in facts", ""),
+        ("hash01(seed, \"split\", image_group) < val_share", "val_share > 0.05"),
+        ("self.taken[v] / LEVEL_SHARES[v]", "self.taken[v]"),
+        ("supply[category] = len(chosen[category])", "return []"),
+    ]),
+    # ---- writer.py, votes.py, synthesize.py ----
+    ("writer.py", "tests/test_writer.py", [
+        ("if len(could) > 1:", "if False:"),
+        ("return contradiction(graph, question) or question", "return question"),
+        ("if len({o.lower() for o in options}) < len(options)", "if False"),
+        ("if not purse.allows(len(asked) - answered):", "if False:"),
+        ("if key in finished or len(past) >= len(TEMPERATURES):", "if len(past) >= len(TEMPERATURES):"),
+        ('elif not record["fault"].startswith("failed"):', "else:"),
+    ]),
+    ("votes.py", "tests/test_votes.py", [
+        ("if states[:n].count(state) >= 2:", "if states[:n].count(state) >= 1:"),
+        ('ordered = sorted(records, key=lambda r: r["vote"])', "ordered = records"),
+        ("if n not in cast", ""),
+        ("return list(orders[number % len(orders)])", "return list(orders[0])"),
+        ('set(states) == {"right"}', "True"),
+    ]),
+    ("synthesize.py", "tests/test_synthesize.py", [
+        ('whole += len(line) if line.endswith(b"\\n") else 0', "whole += len(line)"),
+        ("elif settings not in (None, header[\"settings\"]):", "elif False:"),
+        ('if decisions.get(q.key) != "drop"', ""),
+        ("if excluded & {", "if set() & {"),
+        ('keep = {k for k in items if not votes.is_blind(said[name].get(k, []))}', "keep = set(items)"),
+        ('names[i] = f"{stem}.{numbers[stem]}"', "names[i] = i"),
+    ]),
 ]  # fmt: skip
+
 MUTANTS = [(file, old, new, tests) for file, tests, pairs in GROUPS for old, new in pairs]
 
 
