@@ -10,6 +10,7 @@ question says "in the image" or "looks". Options never stand in the question, an
 tell which is right: all four directions, all four corners, a block of numbers.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -82,9 +83,9 @@ FORMS = {
     "reach/what": ("reach", ("What is the {a} {verb}?",)),
     "reach/how": ("reach", ("What is the {a} doing with the {b}?",)),
     "size/largest": ("size", ("Which of these looks largest in the image?",
-                              "Which of these takes up the largest area of the image?")),
+                              "Which of these appears largest in the image?")),
     "size/smallest": ("size", ("Which of these looks smallest in the image?",
-                               "Which of these takes up the smallest area of the image?")),
+                               "Which of these appears smallest in the image?")),
     "size/tallest": ("size", ("Which of these looks tallest in the image?",)),
     "orientation/gaze": ("orientation", ("What is the {a} {verb}?",)),
     "location/quadrant": ("instance_location", ("In which part of the image is the {a}?",
@@ -100,7 +101,8 @@ FORMS = {
     "count/label": ("count", ("How many {many} are there in the image?",
                               "How many {many} does the image show?")),
     "existence/label": ("existence", ("Is there {a} in the image?", "Does the image show {a}?")),
-    "existence/triple": ("existence", ("Is there {a} {verb} {b} in the image?",)),  # with "a" or "an"
+    "existence/triple": ("existence", ("Is the {a} {verb} the {b} in the image?",
+                                       "In the image, is the {a} {verb} the {b}?")),
 }  # fmt: skip
 
 
@@ -120,15 +122,24 @@ EXCLUDES = (
 DIRECTIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HANDS = ("holding", "carrying", "lifting", "touching", "using", "eating", "drinking")
 REACH = (*HANDS, "riding", "kicking", "throwing", "pushing", "pulling", "hugging")
-# {deed: deeds that are not done to the same thing at the same time}; each is as well right as wrong.
-OTHER_DEEDS = {
-    "carrying": ("riding", "kicking", "throwing"),
-    "riding": ("carrying", "kicking", "throwing", "eating"),
-    "kicking": ("carrying", "riding", "throwing", "eating"),
-    "throwing": ("carrying", "riding", "kicking", "eating", "pushing"),
-    "eating": ("riding", "kicking", "throwing"),
-    "pushing": ("throwing", "kicking"),
+# Deeds that are not done to the same thing at the same time, each of which is often done to such things.
+OTHER_DEEDS = (
+    (("throwing", "kicking", "carrying"), frozenset("ball football frisbee".split())),
+    (("riding", "carrying", "throwing"), frozenset("surfboard skateboard snowboard".split())),
+)
+# {deed: what it may be done to}: an option that nobody could ride gives away what is ridden.
+DONE_TO = {
+    "riding": "horse pony donkey elephant camel bike bicycle motorcycle scooter skateboard surfboard "
+    "snowboard boat bus train carriage wagon",
+    "eating": "pizza sandwich hot dog cake donut apple banana orange carrot grass leaf fruit food hay bread",
+    "drinking": "coffee tea water beer wine juice milk soda",
+    "throwing": "ball football frisbee rock stick",
+    "kicking": "ball football can bottle box",
+    "pushing": "cart stroller wheelchair bike bicycle motorcycle suitcase wagon chair",
+    "pulling": "cart carriage wagon suitcase sled boat trailer",
+    "hugging": "person man woman boy girl child baby dog cat bear pillow",
 }
+DONE_TO = {deed: frozenset(things.split()) for deed, things in DONE_TO.items()}
 # What nobody has in hand: as an option it would give the answer away.
 HEAVY = frozenset(
     "car truck bus van train plane airplane boat ship motorcycle bike bicycle tree bush house tower "
@@ -151,8 +162,14 @@ ANIMALS = frozenset(
 )
 GAZE = ("looking at", "watching", "facing", "pointing at")
 OWN_FRONT = frozenset(
-    "tv television computer laptop house chair couch sofa car truck bus van motorcycle bike".split()
+    "tv television monitor computer laptop house building church store shop hotel chair couch sofa bench bed "
+    "desk car taxi truck bus van train plane airplane boat motorcycle bike bicycle refrigerator stove oven "
+    "cabinet toilet clock statue".split()
 )
+# Of what stands under them one may say "next to", too.
+TALL = frozenset("tree palm plant bush lamp light sign flag lamppost statue tower".split())
+# Several may share one box.
+BUNCHES = frozenset("banana grape carrot orange apple book flower leaf donut magazine paper cd".split())
 THIN = frozenset("pole wire rope string cord cable line fence branch stick".split())
 
 
@@ -173,16 +190,17 @@ def excluded(graph: SceneGraph, a: SceneObject, asserted: str, b: SceneObject) -
 def direction(graph: SceneGraph, a: SceneObject, b: SceneObject) -> tuple[str, float] | None:
     """(where a is relative to b in the image, margin as a multiple of the least), where one of four is true.
 
-    Boxes are apart on that axis by 2 % of the side, and centres differ twice as much as on the other.
+    Boxes are apart on that axis by 2 % of the side. Centres differ twice as much as on the other axis, and
+    four times where the boxes are apart on it too: what is aside and wholly higher is also "above".
     """
     (ax, ay), (bx, by) = centre(a.box), centre(b.box)
-    dx, dy = bx - ax, by - ay
-    if abs(dx) >= 2 * abs(dy):
-        name, apart = ("left of", b.box[0] - a.box[2]) if dx > 0 else ("right of", a.box[0] - b.box[2])
-        margin = apart / (0.02 * graph.width)
-    elif abs(dy) >= 2 * abs(dx):
-        name, apart = ("above", b.box[1] - a.box[3]) if dy > 0 else ("below", a.box[1] - b.box[3])
-        margin = apart / (0.02 * graph.height)
+    dx, dy = abs(bx - ax), abs(by - ay)
+    apart_x = max(a.box[0] - b.box[2], b.box[0] - a.box[2])
+    apart_y = max(a.box[1] - b.box[3], b.box[1] - a.box[3])
+    if dx >= (4 if apart_y > 0 else 2) * dy:
+        name, margin = "left of" if ax < bx else "right of", apart_x / (0.02 * graph.width)
+    elif dy >= (4 if apart_x > 0 else 2) * dx:
+        name, margin = "above" if ay < by else "below", apart_y / (0.02 * graph.height)
     else:
         return None
     return (name, margin) if margin >= 1 else None
@@ -198,14 +216,20 @@ MEANS = (
     | {"carrying": {"holding"}}
 )
 OPPOSED = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}  # axis, sign of b - a
+# {said of b and a: what is then said of a and b}
+INVERSE = {"in front of": "behind", "behind": "in front of", "above": "below", "over": "under",
+           "below": "above", "under": "above", "next to": "next to", "beside": "beside"}  # fmt: skip
 
 
 def holds(graph: SceneGraph, a_id: str, predicate: str, b_id: str) -> bool | None:
     """Whether the graph says that a stands in this relation to b; None where it does not say."""
     known = {o.id: o for o in graph.objects}
+    if a_id not in known or b_id not in known or a_id == b_id:
+        return None
     a, b = known[a_id], known[b_id]
     said = {r.predicate for r in graph.relationships if (r.subject, r.object) == (a_id, b_id)}
     back = {r.predicate for r in graph.relationships if (r.subject, r.object) == (b_id, a_id)}
+    said |= {INVERSE[p] for p in back if p in INVERSE}
     if any(predicate == p or predicate in MEANS.get(p, ()) for p in said):
         return True
     if predicate in back and predicate in EXCLUDES and predicate != "next to":
@@ -266,15 +290,17 @@ class View:
         if o.id in self.small:
             return True
         worn = any(p == "wearing" for (_, i), said in self.between.items() if i == o.id for p in said)
-        size = min(o.box[2] - o.box[0], o.box[3] - o.box[1])
-        big = area(o.box) >= 0.002 * self.graph.width * self.graph.height and size >= 12
-        return (head(o.label) in CLOTHING and not worn and big and o.id in self.certain
-                and bool(article(o.label))
-                and unique(self.graph, o))  # fmt: skip
+        fit = head(o.label) in CLOTHING and not worn and self.seen(o) and o.id in self.certain
+        return fit and bool(article(o.label)) and unique(self.graph, o)
 
     def ground(self, o: SceneObject) -> bool:
         """Whether it may be named as what others stand on."""
         return head(o.label) in STUFF and o.id in self.certain and unique(self.graph, o)
+
+    def seen(self, o: SceneObject) -> bool:
+        """Large enough to be found by who looks for it."""
+        size = min(o.box[2] - o.box[0], o.box[3] - o.box[1])
+        return size >= 12 and area(o.box) >= 0.002 * self.graph.width * self.graph.height
 
     def whole(self, o: SceneObject) -> bool:
         """Not cut by the edge of the image."""
@@ -336,8 +362,18 @@ def place(view: "View", a: SceneObject, p: str, b: SceneObject) -> tuple[str, tu
         return (word, false) if aside > 0 and level >= least else None
     false = {
         "on": {"under": True, "inside": out, "next to": within},
-        "under": {"on": True, "inside": hollow, "above": True, "next to": within},
-        "inside": {"on": head(b.label) in CONTAINERS, "under": True, "above": True, "next to": True},
+        "under": {
+            "on": True,
+            "inside": hollow,
+            "above": True,
+            "next to": within and head(b.label) not in TALL,
+        },
+        "inside": {
+            "on": head(b.label) in CONTAINERS | {"car", "truck"},
+            "under": True,
+            "above": True,
+            "next to": True,
+        },
         "above": {"on": gap(a.box, b.box) >= 0.02 * view.d, "under": True, "inside": out},
     }[word]
     return word, tuple(w for w, is_false in false.items() if is_false)
@@ -356,13 +392,29 @@ def relation_by_triple(view: View) -> Iterator[Fact]:
         (p,) = spatial
         if p not in predicates or confusable(a.label, b.label) or not (found := place(view, a, p, b)):
             continue
-        word, wrong = found
-        if o not in view.small and word != "on":
-            continue
-        if len(wrong) >= 2 or word in ("behind", "in front of"):
-            yield Fact("relation/triple", {"a": a.label, "b": b.label}, word, word,
-                       tuple(view.pick(wrong, 3, s, o)), ids(a, b), ((s, p, o),), 1.5,
-                       f"the graph says: {s} {p} {o}")  # fmt: skip
+        word, false = found
+        if o in view.small or word == "on":
+            if wrong := other_places(view, a, word, false, b):
+                yield Fact("relation/triple", {"a": a.label, "b": b.label}, word, word, wrong, ids(a, b),
+                           ((s, p, o),), 1.5, f"the graph says: {s} {p} {o}")  # fmt: skip
+
+
+PLACES = ("on", "under", "next to")
+
+
+def other_places(view: View, a: SceneObject, word: str, false: tuple, b: SceneObject) -> tuple[str, ...]:
+    """The wrong options beside the word for a place; none where the question would give itself away.
+
+    Each set of options is shown with each of its words as the answer: on, under and next to, often with
+    inside; the postures; behind and in front of.
+    """
+    if word in REST or word in BACK:
+        return false
+    if word not in (*PLACES, "inside") or not {*PLACES} - {word} <= {*false}:
+        return ()
+    fits = word in ("under", "next to", "inside") or overlap_share(a.box, b.box) < 0.6
+    shown = word == "inside" or int(digest(view.graph.image_id, "inside", a.id, b.id)[:4], 16) % 10 < 7
+    return tuple(w for w in (*PLACES, *(["inside"] if fits and shown else [])) if w != word)
 
 
 SPATIAL = ("support", "contain", "vertical", "near", "depth", "lateral")
@@ -381,6 +433,8 @@ def relation_in_image(view: View) -> Iterator[Fact]:
                 continue
         if {"in front of", "behind", "above", "below", "over", "under", "left of", "right of"} & set(said):
             continue
+        if said and not holds(view.graph, a.id, name, b.id):
+            continue  # b is said to be on a
         yield Fact("relation/image", {"a": a.label, "b": b.label}, name, name,
                    tuple(d for d in DIRECTIONS if d != name), ids(a, b), ((a.id, name, b.id),), margin,
                    f"boxes apart by {margin:.1f} times the least")  # fmt: skip
@@ -396,10 +450,10 @@ def reach(view: View) -> Iterator[Fact]:
         a, b = view.small.get(s), view.known[objects[0]]
         if len(objects) != 1 or a is None or not view.handy(b) or confusable(a.label, b.label):
             continue
-        o, by_hand = b.id, p not in ("riding", "pushing", "pulling", "hugging")
+        o = b.id
         others = [x for x in view.named if x not in (a, b) and not view.linked(x.id, s)
                   and gap(x.box, a.box) >= 0.03 * view.d and not confusable(x.label, b.label)
-                  and (not by_hand or not (alive(x) or head(x.label) in HEAVY))]  # fmt: skip
+                  and could_be_done(p, x)]  # fmt: skip
         others = apart(view.pick(others, 9, "reach", s))[:3]
         fact = f"the graph says: {s} {p} {o}, and {p} nothing else"
         if len(others) >= 2:
@@ -407,10 +461,22 @@ def reach(view: View) -> Iterator[Fact]:
                        tuple(x.label for x in others), ids(a, b, *others), ((s, p, o),), 1.5,
                        fact)  # fmt: skip
         deeds = {q for q in view.between[s, o] if PREDICATES.get(q) not in ("near", None)}
-        if p in OTHER_DEEDS and alive(a) and deeds == {p} and (o, s) not in view.between:
-            wrong = view.pick(OTHER_DEEDS[p], 3, "how", s)
-            yield Fact("reach/how", {"a": a.label, "b": b.label}, p, p, tuple(wrong), ids(a, b), ((s, p, o),),
-                       1.5, fact)  # fmt: skip
+        if alive(a) and deeds == {p} and (o, s) not in view.between and (wrong := other_deeds(p, b)):
+            yield Fact("reach/how", {"a": a.label, "b": b.label}, p, p, wrong, ids(a, b), ((s, p, o),), 1.5,
+                       fact)  # fmt: skip
+
+
+def could_be_done(deed: str, x: SceneObject) -> bool:
+    """Whether a reader who sees no image would believe that this is done to such a thing."""
+    if deed in DONE_TO:
+        return head(x.label) in DONE_TO[deed]
+    return not (alive(x) or head(x.label) in HEAVY)
+
+
+def other_deeds(deed: str, b: SceneObject) -> tuple[str, ...]:
+    """What is not done to a thing while the deed is, though it often is to such things."""
+    return next((tuple(d for d in deeds if d != deed) for deeds, things in OTHER_DEEDS
+                 if deed in deeds and head(b.label) in things), ())  # fmt: skip
 
 
 def size(view: View) -> Iterator[Fact]:
@@ -424,8 +490,8 @@ def size(view: View) -> Iterator[Fact]:
             if form == "size/tallest":
                 return high(o) / high(x) / 1.3
             big, small = (o, x) if form == "size/largest" else (x, o)
-            sides = min(wide(big) / wide(small), high(big) / high(small)) / 1.1
-            return min(area(big.box) / area(small.box) / 1.5, sides)
+            sides = min(wide(big) / wide(small), high(big) / high(small)) / 1.2
+            return min(area(big.box) / area(small.box) / 2.2, sides)  # a triangle fills half of its box
 
         for form in ("size/largest", "size/smallest", "size/tallest"):
             if form == "size/tallest" and head(o.label) in FLAT:
@@ -567,7 +633,7 @@ def distance(view: View) -> Iterator[Fact]:
 def count(view: View) -> Iterator[Fact]:
     graph = view.graph
     for name in sorted({o.label for o in view.objects} | {k for o in view.objects for k in o.kinds}):
-        if name not in graph.exhaustive:
+        if name not in graph.exhaustive or not countable(name) or head(name) in BUNCHES:
             continue
         of = [o for o in view.objects if name == o.label or name in o.kinds]
         if any(could_be_called(o, name) for o in view.objects if o not in of) or not 1 <= len(of) <= 8:
@@ -588,7 +654,7 @@ def existence(view: View) -> Iterator[Fact]:
     for name in view.pick(filter(countable, graph.exhaustive), 24, "existence"):
         of = [o for o in view.objects if name == o.label or name in o.kinds]
         slots = {"a": f"{article(name)} {name}".strip()}
-        if of and not any(o.uncertain for o in of):
+        if of and not any(o.uncertain for o in of) and any(view.seen(o) for o in of):
             yield Fact(
                 "existence/label", slots, name, "yes", ("no",), ids(*of), (), 1.5, f"{of[0].id} is there"
             )
@@ -598,31 +664,29 @@ def existence(view: View) -> Iterator[Fact]:
 
 
 def existence_of_triple(view: View) -> Iterator[Fact]:
-    """Yes where a triple says so; no where the only two of their names stand otherwise."""
-    graph = view.graph
+    """Yes where a triple says so; no where the two stand otherwise.
+
+    Both are the only ones of their names and the question says "the": elsewhere in the image, and without
+    boxes, others of their names may stand as they like.
+    """
     for (s, o), predicates in view.between.items():
-        a, b = view.known[s], view.known[o]
-        if not {s, o} <= view.certain or not all(map(countable, (a.label, b.label))):
+        a, b = view.small.get(s), view.small.get(o)
+        back = view.between.get((o, s), [])
+        if a is None or b is None or confusable(a.label, b.label):
             continue
-        if confusable(a.label, b.label) or not all(is_nameable(graph, x, 0.002) for x in (a, b)):
+        if any(PREDICATES.get(p) in SPATIAL for p in back):
             continue
-        only = len(predicates) == 1 and (o, s) not in view.between and s in view.small and o in view.small
-        done = set()
+        alone, done = len(predicates) == 1 and not back, set()
         for p in predicates:
-            word, wrong = place(view, a, p, b) or (p, OTHER_DEEDS.get(p) if alive(a) else None)
-            if not wrong or word == "next to" or word in done:
+            word, false = place(view, a, p, b) or (p, other_deeds(p, b) if alive(a) else ())
+            if not false or word == "next to" or word in done:
                 continue
             done.add(word)
-            wrong = view.pick([w for w in wrong if w != "next to"], 1, "swap", s, o) if only else []
-            for verb, answer in [(word, "yes"), *((w, "no") for w in wrong)]:
-                slots = {
-                    "a": f"{article(a.label)} {a.label}",
-                    "verb": verb,
-                    "b": f"{article(b.label)} {b.label}",
-                }
-                yield Fact("existence/triple", slots, verb, answer, ("no" if answer == "yes" else "yes",),
-                           ids(a, b), ((s, p, o),), 1.5,
-                           f"the graph says: {s} {p} {o}" + ", the only ones" * (answer == "no"))  # fmt: skip
+            false = view.pick([w for w in false if w != "next to"], 1, "swap", s, o) if alone else []
+            for verb, answer in [(word, "yes"), *((w, "no") for w in false)]:
+                yield Fact("existence/triple", {"a": a.label, "verb": verb, "b": b.label}, verb, answer,
+                           ("no" if answer == "yes" else "yes",), ids(a, b), ((s, p, o),), 1.5,
+                           f"the graph says: {s} {p} {o}")  # fmt: skip
 
 
 def countable(name: str) -> bool:
@@ -710,15 +774,30 @@ def contradiction(graph: SceneGraph, q: Question) -> str | None:
         return f"objects: expected ids of the graph, got {unknown[0]}"
     if not q.objects:
         return "objects: expected at least one id, got none"
-    if len({o.strip().lower().rstrip(".") for o in options}) < len(options) or not 2 <= len(options) <= 4:
+    if len({plain(o) for o in options}) < len(options) or not 2 <= len(options) <= 4:
         return f"options: expected 2 to 4 distinct texts, got {options}"
     used = [known[i] for i in q.objects]
-    truth = {option: option_holds(graph, q, used, option.lower()) for option in options}
+    labels = {o.label for o in used}
+    if q.category not in ("count", "existence"):
+        for o in used:
+            if len(could := referents(graph, o.label)) > 1:
+                return f"objects: {o.label} could be any of {', '.join(could[:4])}"
+    things = [plain(o) in labels for o in options]
+    if q.category in ("size", "distance", "depth") and any(things) and not all(things):
+        unknown = [o for o, thing in zip(options, things, strict=True) if not thing and "same" not in o]
+        if unknown:
+            return f"options: {unknown[0]} is none of the objects"
+    truth = {option: option_holds(graph, q, used, plain(option)) for option in options}
     if truth[q.answer] is False:
         return f"answer: {q.answer} is against the graph"
     if right := [o for o in q.wrong if truth[o]]:
         return f"options: {right[0]} is right too"
     return None
+
+
+def plain(option: str) -> str:
+    """An option without article and full stop, in lower case."""
+    return option.strip().lower().rstrip(".").removeprefix("the ").strip()
 
 
 LARGEST, SMALLEST = (
@@ -735,14 +814,18 @@ SIDES = {
 }
 
 
+IN_THE_IMAGE = re.compile(r"\bin (the|this) (image|picture|photo|photograph|scene)\b,?")
+
+
 def option_holds(graph: SceneGraph, q: Question, used: list[SceneObject], option: str) -> bool | None:
     """Whether an option would be right; None: the graph does not say."""
     text, named = q.text.lower(), {o.label: o for o in used}
-    rivals = [named[o.lower()] for o in (q.answer, *q.wrong) if o.lower() in named]
+    rivals = [named[plain(o)] for o in (q.answer, *q.wrong) if plain(o) in named]
     asked = [o for o in used if o not in rivals]
     if q.category == "relation" and len(used) == 2:
         return holds(graph, used[0].id, canonical(option) or option, used[1].id)
     if q.category == "existence" and option in ("yes", "no"):
+        text = IN_THE_IMAGE.sub(" ", text)  # no verb of the question's
         there = sorted((o for o in used if f" {o.label}" in text), key=lambda o: text.index(f" {o.label}"))
         verbs = sorted((p for p in PREDICATES if f" {p} " in text), key=len)
         truth = None

@@ -104,67 +104,92 @@ class SceneGraph:
 
 
 # ---- words -------------------------------------------------------------------------------------------------
-IRREGULAR = {
-    "men": "man", "women": "woman", "people": "person", "children": "child", "feet": "foot",
-    "teeth": "tooth", "leaves": "leaf", "knives": "knife", "shelves": "shelf", "loaves": "loaf",
-    "halves": "half", "geese": "goose", "mice": "mouse", "wolves": "wolf", "calves": "calf", "oxen": "ox",
-    "bookshelves": "bookshelf", "buses": "bus", "glasses": "glasses", "policemen": "policeman",
-    "snowmen": "snowman", "movies": "movie", "cookies": "cookie", "pant": "pants", "short": "shorts",
-    "jean": "jeans", "ties": "tie", "shoes": "shoe", "horses": "horse", "vases": "vase", "houses": "house",
-    "noses": "nose", "purses": "purse", "hoses": "hose", "roses": "rose", "cases": "case",
-    "suitcases": "suitcase", "cheeses": "cheese", "axes": "axe",
-}  # fmt: skip
+SINGULAR = dict(
+    pair.split(":")
+    for pair in """\
+men:man women:woman people:person persons:person children:child feet:foot teeth:tooth geese:goose mice:mouse
+oxen:ox leaves:leaf knives:knife shelves:shelf bookshelves:bookshelf loaves:loaf halves:half wolves:wolf
+calves:calf scarves:scarf hooves:hoof wives:wife cacti:cactus antennae:antenna buses:bus gases:gas lenses:lens
+canvases:canvas irises:iris axes:axe movies:movie cookies:cookie brownies:brownie hoodies:hoodie
+selfies:selfie smoothies:smoothie veggies:veggie zombies:zombie neckties:necktie bowties:bowtie
+shoes:shoe snowshoes:snowshoe canoes:canoe toes:toe horseshoes:horseshoe headaches:headache mustaches:mustache
+niches:niche quiches:quiche taxis:taxi kiwis:kiwi bikinis:bikini
+martinis:martini zucchinis:zucchini menus:menu emus:emu tutus:tutu quizzes:quiz""".split()
+)
+# What some vocabularies cut an s off.
+RESPELLED = {
+    "pant": "pants",
+    "short": "shorts",
+    "jean": "jeans",
+    "trouser": "trousers",
+    "scissor": "scissors",
+}
 # One thing under a plural word.
 PAIRS = frozenset(
     "glasses sunglasses eyeglasses goggles scissors pants trousers jeans shorts leggings tights pajamas "
     "skis headphones earphones binoculars pliers tongs stairs clothes".split()
 )
-NOT_PLURAL = re.compile(r"(ss|us|is|[^aeiou]ous|news|gas|lens|canvas|tennis|christmas|always)$")
+NOT_PLURAL = re.compile(
+    r"(ss|us|\b(news|gas|lens|canvas|christmas|always|species|series|tennis|iris|trellis|chassis|oasis|"
+    r"clematis|pelvis|debris|axis|basis))$"
+)
 COLLECTIVE = frozenset(
     "crowd group herd flock pile bunch stack row pack team audience traffic luggage furniture cattle "
     "set line collection clothing silverware cluster couple family fleet foliage vegetation shrubbery "
     "dishware".split()
 )
 # A head noun that tells nothing about the whole: a hot dog is no dog.
-NOT_ITS_HEAD = frozenset("hot dog,teddy bear,sea lion,parking meter,hair drier,fire hydrant".split(","))
+NOT_ITS_HEAD = frozenset(
+    "hot dog,teddy bear,sea lion,parking meter,hair drier,fire hydrant,license plate,licence plate".split(",")
+)
 COLOURS = frozenset(
     "red green blue orange black white yellow brown gray grey purple pink silver gold golden tan "
     "beige".split()
 )
-ARTICLES = re.compile(r"^(?:(?:a|an|the|this|that|his|her|its|one) )+")
-NUMBERS = re.compile(r"^(?:two|three|four|five|six|several|many|multiple|few|some|lots of|various) ")
+ARTICLES = re.compile(r"^(?:(?:a|an|the|this|that|these|those|his|her|its|their|one|all|both) )+")
+NUMBERS = re.compile(
+    r"^(?:two|three|four|five|six|seven|eight|several|many|multiple|few|some|lots of|various) "
+)
+WHERE = re.compile(r" (?:in|on|with|at|by|for|from|near|under|behind) .*")  # "man in shirt" is a man
 SENTENCE = re.compile(r"\b(is|are|was|were|be|been|being|has|have)\b")
-SUFFIX = re.compile(r"-(?:other-merged|merged|other|stuff|brick|stone|tile|wood|blind)\b")  # panoptic COCO
+SUFFIX = re.compile(r"-(?:other-merged|merged|other|stuff|brick|stone|tile|wood)\b")  # panoptic COCO
 
 
 @cache
-def singular(word: str) -> str:
-    """A noun in singular; a word for a pair ("scissors") stays as it is."""
-    if word in PAIRS or word in IRREGULAR.values():
-        return word
-    if word in IRREGULAR:
-        return IRREGULAR[word]
-    if not word.endswith("s") or len(word) < 4 or NOT_PLURAL.search(word):
-        return word
-    if word.endswith("ies"):
-        return word[:-3] + "y"
-    return word[:-2] if re.search(r"(ch|sh|x|ss|zz|oes)es$|[^aeiou]oes$", word) else word[:-1]
+def singular(name: str) -> str:
+    """A name in singular: its last word; one for a pair ("scissors") stays as it is."""
+    first, space, word = name.rpartition(" ")
+    if word == "glasses" and first not in ("", "eye", "reading", "safety", "dark"):  # one drinks from these
+        one = "glass"
+    elif word in SINGULAR or word in RESPELLED:
+        one = SINGULAR.get(word) or RESPELLED[word]
+    elif word.endswith("men") and len(word) > 4 and word not in ("specimen", "abdomen"):
+        one = word[:-2] + "an"
+    elif word in PAIRS or not word.endswith("s") or len(word) < 3 or NOT_PLURAL.search(word):
+        one = word
+    elif word.endswith("ies"):
+        one = word[:-3] + "y" if len(word) > 4 else word[:-1]  # berries; ties
+    else:
+        one = word[:-2] if re.search(r"(ch|sh|x|ss|zz|[^oa]us)es$|[^aeiou]oes$", word) else word[:-1]
+    return first + space + one
 
 
 @cache
 def plural(name: str) -> str:
     """The plural of a name: of its last word."""
-    first, _, word = name.rpartition(" ")
-    for many, one in IRREGULAR.items():
-        if one == word and many != one and many not in ("pant", "short", "jean"):
-            return f"{first} {many}".strip()
-    if word in PAIRS or word in ("sheep", "deer", "fish", "aircraft"):
+    first, space, word = name.rpartition(" ")
+    irregular = [many for many, one in SINGULAR.items() if one == word]
+    if irregular:
+        many = "people" if word == "person" else irregular[0]
+    elif word in PAIRS or word in ("sheep", "deer", "fish", "aircraft"):
         many = word
+    elif re.search(r"[^u]man$", word) and word not in ("german", "roman", "ottoman"):
+        many = word[:-2] + "en"
     elif re.search(r"[^aeiou]y$", word):
         many = word[:-1] + "ies"
     else:
         many = word + ("es" if re.search(r"(s|x|z|ch|sh|[^aeiou]o)$", word) else "s")
-    return f"{first} {many}".strip()
+    return first + space + many
 
 
 def article(name: str) -> str:
@@ -178,29 +203,29 @@ def article(name: str) -> str:
 def label_of(text: str) -> tuple[str, bool] | None:
     """(name in singular, whether it means several things) of a name as written; None: not usable."""
     name = SUFFIX.sub("", " ".join(text.lower().split())).replace("-", " ").replace("_", " ")
+    name = re.sub(r"^.*'s? (?=.)", "", name)  # "man's hat" is a hat
     name = ARTICLES.sub("", name.strip(" .,;:!?'\"")).strip()
     name, several = NUMBERS.subn("", name)
     first, of, rest = name.partition(" of ")
     word = singular(first.rpartition(" ")[2])
     group = bool(of) and word in COLLECTIVE
-    name = ARTICLES.sub("", rest if group or word == "pair" else first)
-    group |= word == "pair" and singular(name.rpartition(" ")[2]) not in PAIRS
-    group |= several > 0
+    name = NUMBERS.sub("", ARTICLES.sub("", rest)) if group or of and word == "pair" else first
+    name = WHERE.sub("", name)
+    group |= several > 0 or bool(of) and word == "pair" and name.rpartition(" ")[2] not in PAIRS
     if not re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) or SENTENCE.search(name):
         return None
-    first, _, word = name.rpartition(" ")
-    one = singular(word)
-    group |= one != word and word not in ("pant", "short", "jean") or one in COLLECTIVE
-    return f"{first} {one}".strip(), group
+    word, one = name.rpartition(" ")[2], singular(name)
+    group |= one != name and word not in RESPELLED or one.rpartition(" ")[2] in COLLECTIVE
+    return one, group
 
 
 # Names between which annotators, and readers, do not choose reliably.
 ALIKE = [
     frozenset(line.split(","))
     for line in """\
-car,taxi,cab,suv,jeep,van,minivan,sedan,vehicle
-truck,pickup,pickup truck,lorry,van,vehicle
-bus,van,vehicle
+car,taxi,cab,suv,jeep,van,minivan,sedan,vehicle,traffic
+truck,pickup,pickup truck,lorry,van,vehicle,traffic
+bus,van,vehicle,traffic
 vehicle,motorcycle,train,trailer
 plane,airplane,jet,aircraft,aeroplane
 bike,bicycle,cycle
@@ -229,11 +254,11 @@ pants,jeans,trousers,shorts,leggings
 hat,cap,helmet,beanie
 dog,puppy,animal
 cat,kitten,animal
-cow,bull,calf,cattle,ox,animal
-horse,pony,donkey,zebra,animal
-sheep,lamb,goat,animal
-bird,duck,pigeon,seagull,goose,parrot,animal
-bear,elephant,giraffe,lion,monkey,deer,animal
+cow,bull,calf,cattle,ox,animal,herd
+horse,pony,donkey,zebra,animal,herd
+sheep,lamb,goat,animal,herd,flock
+bird,duck,pigeon,seagull,goose,parrot,animal,flock
+bear,elephant,giraffe,lion,monkey,deer,animal,herd
 picture,painting,photo,poster,frame,portrait
 lamp,light,lantern,bulb
 rock,stone,boulder
@@ -259,16 +284,18 @@ donut,doughnut
 player,batter,catcher,pitcher,umpire
 umbrella,parasol
 knife,fork,spoon,utensil
-fence,railing,gate
-food,meal,snack,fruit,apple,banana,orange,pizza
-food,meal,snack,vegetable,sandwich,cake,donut,bread,meat,broccoli,carrot,hot dog""".splitlines()
+fence,railing,gate""".splitlines()
 ]
+FOOD = "apple,banana,orange,pizza,sandwich,cake,donut,bread,meat,broccoli,carrot,hot dog,fruit,vegetable"
+ALIKE += [frozenset({"food", "meal", "snack", name}) for name in FOOD.split(",")]
 PERSON = frozenset(
     "person man woman boy girl guy lady kid child baby player skier rider surfer batter catcher pitcher "
     "umpire snowboarder skateboarder spectator pedestrian driver passenger worker chef police officer "
     "policeman soldier human adult toddler student teacher bride groom male female gentleman father "
-    "mother customer cyclist biker farmer performer athlete tourist fan".split()
+    "mother customer cyclist biker farmer performer athlete tourist fan crowd audience team family "
+    "couple".split()
 )
+WIDE = frozenset("person human adult animal vehicle plant building food container player".split())
 MALE = frozenset("man boy guy male gentleman father groom policeman".split())
 FEMALE = frozenset("woman girl lady female mother bride".split())
 
@@ -374,39 +401,44 @@ def clean(raw: RawGraph) -> tuple[SceneGraph, Counter]:
     """The graph that questions can be asked of, and {reason: objects or relations dropped}.
 
     Boxes that stick out by at most 2 px or 1 % of the side are clipped; others are dropped, as are slivers,
-    names that are no names, and doubles of one thing. A label of which something was dropped is no longer
-    exhaustive. Relations need both ends, are stated once, and must agree with each other and with the boxes.
+    names that are no names, and doubles of one thing. Relations need both ends, are stated once, and must
+    agree with each other and with the boxes. A name is exhaustive no longer if it could mean something that
+    was dropped, is a double, a group, or of uncertain name: a count of it would be wrong.
     """
-    dropped, known, lost = Counter(), [], set()  # known: (keys, object without id)
+    dropped, known, lost = Counter(), [], []  # known: (keys, object without id)
     for o in raw.objects:
         names = [n for n in map(label_of, o.names) if n]
         box = clip(o.box, raw.width, raw.height)
-        reason = "name" if not names else box if isinstance(box, str) else None
-        if reason:
-            dropped[reason] += 1
-            lost |= {n for n, _ in names} | {*o.kinds}
+        if not names:
+            dropped["name"] += 1
+            words = {singular(w) for name in o.names for w in re.findall("[a-z]+", name.lower())}
+            lost += [SceneObject("", w, o.box) for w in words]
             continue
-        label, group = Counter(names).most_common(1)[0][0]
+        label = Counter(n for n, _ in names).most_common(1)[0][0]
         others = tuple(sorted({n for n, _ in names} - {label}))
         uncertain = any(not confusable(n, label) for n in others)
         kinds = tuple(dict.fromkeys((*o.kinds, *others)))
-        known.append(([o.key], SceneObject("", label, box, tuple(o.attributes), kinds, group or o.group,
-                                           o.crowd, uncertain, o.depth)))  # fmt: skip
+        group = o.group or any(several for _, several in names)
+        if isinstance(box, str):
+            dropped[box] += 1
+            lost.append(SceneObject("", label, o.box, (), kinds))
+        else:
+            known.append(([o.key], SceneObject("", label, box, tuple(o.attributes), kinds, group, o.crowd,
+                                               uncertain, o.depth)))  # fmt: skip
     known, doubles = merge(known)
-    dropped["duplicate"] += doubles
+    dropped["duplicate"] += len(doubles)
     counts, objects, id_of = Counter(), [], {}
     for keys, o in known:
         stem = o.label.replace(" ", "_")
         counts[stem] += 1
         objects.append(replace(o, id=f"{stem}.{counts[stem]}"))
         id_of |= dict.fromkeys(keys, objects[-1].id)
-        if o.group or o.crowd or o.uncertain:
-            lost |= {o.label, *o.kinds}
-    graph = SceneGraph(raw.image_id, raw.image, raw.width, raw.height, tuple(objects), (), frozenset(),
+    lost += doubles + [o for o in objects if o.group or o.crowd or o.uncertain]
+    names = {n[0] for n in map(label_of, raw.exhaustive) if n}
+    names = frozenset(n for n in names if not any(could_be_called(o, n) for o in lost))
+    graph = SceneGraph(raw.image_id, raw.image, raw.width, raw.height, tuple(objects), (), names,
                        raw.image_group or raw.image_id, raw.licence, raw.source)  # fmt: skip
-    relations = relate(graph, raw.relations, id_of, dropped)
-    exhaustive = {n[0] for n in map(label_of, raw.exhaustive) if n and n[0] not in lost}
-    return replace(graph, relationships=relations, exhaustive=frozenset(exhaustive)), +dropped
+    return replace(graph, relationships=relate(graph, raw.relations, id_of, dropped)), +dropped
 
 
 def clip(box: Box, width: int, height: int) -> Box | str:
@@ -422,39 +454,40 @@ def clip(box: Box, width: int, height: int) -> Box | str:
 
 def same_thing(a: SceneObject, b: SceneObject) -> bool:
     """Whether two boxes are one thing, boxed twice."""
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.box, b.box
-    w, h = min(ax2, bx2) - max(ax1, bx1), min(ay2, by2) - max(ay1, by1)
-    if w <= 0 or h <= 0:
+    shared = shared_area(a.box, b.box)
+    if not shared or a.uncertain or b.uncertain:  # uncertain: stays, in the way of all it may be
         return False
     small, large = sorted((area(a.box), area(b.box)))
-    shared = w * h
-    if a.label == b.label:
+    if a.label == b.label and (a.group, a.crowd) == (b.group, b.crowd):
         return shared >= 0.6 * (small + large - shared) or (shared >= 0.9 * small and small >= 0.6 * large)
     return shared >= 0.9 * (small + large - shared) and confusable(a.label, b.label)
 
 
-def merge(known: list) -> tuple[list, int]:
-    """(keys, object) pairs without doubles, in their order, and how many were doubles.
+def rank(o: SceneObject) -> tuple:
+    """The first of several boxes around one thing stays: a group, the narrower name, the larger box."""
+    specific = -len(o.label.split()), o.label in WIDE
+    return not (o.group or o.crowd), *specific, -area(o.box), o.label, o.box, o.kinds, o.attributes
 
-    The larger box stays; the label with more words wins, then the first in the alphabet.
+
+def merge(known: list) -> tuple[list, list[SceneObject]]:
+    """(keys, object) pairs without doubles, in their order, and the doubles.
+
+    What stays does not depend on the order, and no two that stay are one thing.
     """
-    kept, doubles = [], 0
-    for keys, o in known:
-        for i, (others, p) in enumerate(kept):
-            if same_thing(o, p):
-                labels = o.label, p.label
-                label = min(labels, key=lambda n: (-len(n.split()), n))
-                kept[i] = (others + keys, replace(
-                    p, label=label, box=max(o.box, p.box, key=lambda b: (area(b), b)),
-                    attributes=tuple(dict.fromkeys(p.attributes + o.attributes)),
-                    kinds=tuple(dict.fromkeys(n for n in (*p.kinds, *o.kinds, *labels) if n != label)),
-                    group=o.group or p.group, crowd=o.crowd or p.crowd, uncertain=o.uncertain or p.uncertain,
-                    depth=o.depth if p.depth is None else p.depth))  # fmt: skip
-                doubles += 1
-                break
-        else:
-            kept.append((keys, o))
-    return kept, doubles
+    kept, doubles = {}, []  # {place in the source: (keys, object)}
+    for place in sorted(range(len(known)), key=lambda i: rank(known[i][1])):
+        keys, o = known[place]
+        best = next((i for i, (_, p) in kept.items() if same_thing(o, p)), None)
+        if best is None:
+            kept[place] = keys, o
+            continue
+        doubles.append(o)
+        others, p = kept[best]
+        kinds = tuple(dict.fromkeys(n for n in (*p.kinds, *o.kinds, o.label) if n != p.label))
+        attributes = tuple(dict.fromkeys(p.attributes + o.attributes))
+        depth = o.depth if p.depth is None else p.depth
+        kept[best] = others + keys, replace(p, attributes=attributes, kinds=kinds, depth=depth)
+    return [kept[place] for place in sorted(kept)], doubles
 
 
 # (predicate, predicate of the same pair that contradicts it); of the swapped pair it contradicts itself
@@ -553,7 +586,7 @@ def diagonal(graph: SceneGraph) -> float:
 PARTS = frozenset(
     "head face hair eye nose mouth ear neck arm hand finger leg foot knee shoulder elbow back chest "
     "tail paw wing beak horn trunk mane fur body wheel tire window door handle windshield roof "
-    "headlight bumper license plate engine seat leaf branch screen button pocket sleeve collar logo "
+    "headlight bumper engine seat leaf branch screen button pocket sleeve collar logo "
     "label letter number word sticker top bottom side edge corner end part front knob lid leg strap "
     "lace stem petal skin tooth tongue lip chin beard mustache shade shadow reflection armrest rest "
     "frame pane hoof antler claw feather spot stripe design print pattern".split()
@@ -573,13 +606,19 @@ STUFF = frozenset(
 )
 
 
+UNNAMED = PARTS | STUFF | COLOURS | {"license plate", "licence plate"}
+# Things of their own, though their last word is of those above.
+WHOLE = frozenset("traffic light,stop light,street light,projector screen".split(","))
+
+
 def is_nameable(graph: SceneGraph, obj: SceneObject, min_share: float = 0.005) -> bool:
     """Whether a question may name an object, apart from whether it is the only one of its name.
 
     It is one certain thing of some size, no part of another, not worn, and no stuff without a shape.
     """
     x1, y1, x2, y2 = obj.box
-    if obj.group or obj.crowd or obj.uncertain or head(obj.label) in PARTS | STUFF | COLOURS:
+    vague = head(obj.label) in UNNAMED and obj.label not in WHOLE
+    if obj.group or obj.crowd or obj.uncertain or vague:
         return False
     if min(x2 - x1, y2 - y1) < 12 or area(obj.box) < min_share * graph.width * graph.height:
         return False

@@ -7,9 +7,9 @@ A scene is a 3 x 3 grid of 28-pixel cells (one merged vision patch each) holding
 on a pale gradient. Everything about it is known: every label is exhaustive, so that questions, options, gold
 boxes and answers are exact.
 
-Worked examples are a curriculum: examples by careful annotators, then some of which most were written in a
-hurry. A model that has imitated them all knows both ways and prefers the hasty one; finding out which way
-pays is left to reinforcement learning.
+Worked examples are a curriculum: where things are; then all kinds of questions, by careful annotators; then
+some of which most were written in a hurry. A model that has imitated them all knows both ways and prefers the
+hasty one; finding out which way pays is left to reinforcement learning.
 """
 
 import io
@@ -242,13 +242,16 @@ def cell_box(box) -> tuple[int, int, int, int]:
     return x, y, x + CELL, y + CELL
 
 
+LOCATE, MIXED = {"instance_location": 1.0}, {"relation": 0.35, "instance_location": 0.2}  # shares of a stage
+
+
 def worked_rows(
-    n: int, seed: int, stage: str, hasty: float, taken: set, at_once: int = 2000
+    n: int, seed: int, stage: str, shares: dict, hasty: float, taken: set, at_once: int = 2000
 ) -> Iterator[dict]:
-    """n rows with a `completion`, a share `hasty` of them by hasty annotators; scenes as in `rows`."""
+    """n rows with a `completion`, a share `hasty` of them by hasty annotators; no scene is in `taken`."""
     rng = random.Random(f"{seed} {stage}")
     for start in range(0, n, at_once):
-        asked = ask(min(at_once, n - start), f"{seed} {stage} {start}", {"relation": 0.5}, taken)
+        asked = ask(min(at_once, n - start), f"{seed} {stage} {start}", shares, taken)
         for i, (graph, q, options) in enumerate(asked, start):
             completion = worked_example(graph, q, options, hasty=rng.random() < hasty)
             yield row(graph, q, options, f"{stage}-{i:06d}") | {"completion": completion}
@@ -257,10 +260,11 @@ def worked_rows(
 def write_worked(cfg, out: Path, taken: set):
     """worked.parquet, worked_val.parquet and base_model/ for train_sft.py; no scene is in `taken`."""
     features = stvqa_features(completion="string")
-    careful = worked_rows(cfg.n_careful, cfg.seed, "careful", 0, taken)
-    mixed = worked_rows(cfg.n_mixed, cfg.seed, "mixed", cfg.hasty, taken)
-    write_parquet(out / "worked.parquet", itertools.chain(careful, mixed), features)
-    held_out = worked_rows(cfg.n_val or 512, cfg.seed, "held_out", 0, taken)
+    locate = worked_rows(cfg.n_careful // 4, cfg.seed, "locate", LOCATE, 0, taken)
+    careful = worked_rows(cfg.n_careful - cfg.n_careful // 4, cfg.seed, "careful", MIXED, 0, taken)
+    mixed = worked_rows(cfg.n_mixed, cfg.seed, "mixed", MIXED, cfg.hasty, taken)
+    write_parquet(out / "worked.parquet", itertools.chain(locate, careful, mixed), features)
+    held_out = worked_rows(cfg.n_val or 512, cfg.seed, "held_out", MIXED, 0, taken)
     write_parquet(out / "worked_val.parquet", held_out, features)
     build_base_model(out / "base_model", cfg.seed)
     print(f"worked    wrote {out}/worked.parquet, worked_val.parquet, base_model/")

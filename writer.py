@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from backends import APIS, PROVIDERS, Decoding, NoService
 from data import PromptEncoder, Sample
-from questions import CATEGORIES, FORMS, Question, contradiction, referents
-from scenes import SceneGraph, centre, plural, singular
+from questions import CATEGORIES, FORMS, HANDS, Question, contradiction, referents
+from scenes import SceneGraph, centre, plural, predicate, singular
 
 TEMPERATURES = (0.3, 0.7, 1.0)  # of the first attempt, the second, the third
 MIN_PIXELS, MAX_PIXELS = 784, 802_816  # of a picture as the model is shown it
-# Dollars per million tokens in and out, as listed in November 2026. Prices change: prices=in,out wins. What a
+# Dollars per million tokens in and out, as others list them; they change, and prices=in,out wins. What a
 # server reads from its cache is counted in full, so that it costs less than is said.
 PRICES = {
     "claude-opus-4-5": (5, 25), "claude-opus-5": (5, 25), "claude-sonnet-4-5": (3, 15),
@@ -139,16 +139,16 @@ OUTAGE = re.compile(
 
 def replies_of(
     model: str, requests: Iterable[Request], purse: Purse, *, temperature: float, max_new_tokens: int,
-    base_url: str | None = None, concurrency: int = 16, seed: int = 0,
+    base_url: str | None = None, concurrency: int = 16, **service,
 ) -> Iterator[tuple]:  # fmt: skip
-    """(subject of the request, Reply, dollars) as they arrive.
+    """(subject of the request, Reply, dollars) as they arrive. Args: service: others of `backends.Decoding`.
 
     Raises: BudgetSpent, or NoService after 2 * concurrency failures of the server in a row; both when nothing
     is on its way any more, so that all that was paid for has been handed on.
     """
     provider, _, name = model.partition(":")
-    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, base_url=base_url,
-                        concurrency=concurrency)  # fmt: skip
+    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, base_url=base_url,
+                        concurrency=concurrency, **service)  # fmt: skip
     if provider not in APIS:
         yield from local_replies(provider, name, Samples(requests), decoding)
         return
@@ -296,12 +296,14 @@ def read_reply(
         return f"level: expected {level}, as asked for, got {said.level}"
     if re.search(r"[<>|{}]|\b[a-z_]+\.\d+\b", " ".join([question, *options])):
         return "question: expected names of objects, got an id or a tag"
-    fault = words_fault(graph, category, question, answer) or names_fault(
+    fault = words_fault(graph, category, question, answer, said.objects) or names_fault(
         graph, category, question, options, said.objects
     )
     if fault:
         return fault[:300]
     ids = in_order(graph, category, question, options, said.objects)
+    if category == "reach" and (fault := deed_fault(graph, options, answer, ids)):
+        return fault
     written = Question(
         "w" + sha256(f"{task}|{question}|{answer}".encode()).hexdigest()[:15],
         graph.image_id, category, f"{category}/written", category, question, answer,
@@ -358,7 +360,7 @@ ENDS = frozenset(
 )
 # The graph is asked without them; "third" alone is a part of the image.
 TWISTED = re.compile(
-    r"\b(?:not|\w+n't|except|besides|other than|neither|nor|never|without"
+    r"\b(?:no|not|\w+n't|except|besides|other than|neither|nor|never|without"
     r"|(?:second|third|fourth|next)[ -](?:\w+est|most))\b", re.I
 )  # fmt: skip
 PLAIN_COUNT = frozenset(
@@ -392,7 +394,7 @@ def strangers(graph: SceneGraph, text: str, kinds: bool) -> list[str]:
     return out
 
 
-def words_fault(graph: SceneGraph, category: str, text: str, answer: str) -> str | None:
+def words_fault(graph: SceneGraph, category: str, text: str, answer: str, ids: list[str]) -> str | None:
     """Why a question cannot be judged by its scene: what it speaks of, or in whose view."""
     if found := TWISTED.search(text):
         return f"question: expected what is so, plainly asked, got {found[0]!r}"
@@ -406,7 +408,7 @@ def words_fault(graph: SceneGraph, category: str, text: str, answer: str) -> str
         gone = [s for s in strange if singular(s) in graph.exhaustive and not referents(graph, singular(s))]
         if answer.lower() == "no" and len(strange) == len(gone) == 1:
             return None
-        if answer.lower() == "yes" and all(referents(graph, singular(s)) for s in strange):
+        if answer.lower() == "yes" and all({*referents(graph, singular(s))} & {*ids} for s in strange):
             return None
         return f"answer: the scene does not say whether there is {strange[0]!r}"
     return f"question: expected names of the scene, got {strange[0]!r}" if strange else None
@@ -462,6 +464,18 @@ def names_fault(
     if category == "relation" and len(set(ids)) != 2:
         return f"objects: expected the two that the relation is between, got {len(set(ids))}"
     return None
+
+
+def deed_fault(graph: SceneGraph, options: list[str], answer: str, ids: tuple[str, ...]) -> str | None:
+    """What speaks against verbs as options: the scene states the deed, and no other that may go with it."""
+    said = {p for _, p, _ in facts(graph, ids)}
+    deeds = {o: predicate(o) for o in options}
+    if any(o.lower() in names_in(graph, False) for o in options):
+        return None  # options are things
+    if deeds[answer] not in said:
+        return f"answer: the scene states {', '.join(sorted(said))}, got {answer!r}"
+    also = [o for o in options if o != answer and (deeds[o] in said or {deeds[o], deeds[answer]} <= {*HANDS})]
+    return f"options: {also[0]} may be right, too" if also else None
 
 
 def count_fault(graph: SceneGraph, text: str, options: list[str], ids: list[str]) -> str | None:

@@ -50,7 +50,7 @@ def main():
             break  # faster than it was killed
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        killed, longest = killed + 1, longest * 1.3
+        killed, longest = killed + 1, min(longest * 1.3, 1.5)
     else:
         _, status = os.waitpid(start(arguments), 0)
         assert status == 0, status

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import permutations
 from math import nan
 
 import pytest
@@ -78,6 +79,24 @@ def cleaned(*objects, **more):
         ("sky-other-merged", "sky", False),
         ("wall-brick", "wall", False),
         ("cup.", "cup", False),
+        ("fishermen", "fisherman", True),
+        ("wine glasses", "wine glass", True),
+        ("reading glasses", "reading glasses", False),
+        ("toes", "toe", True),
+        ("canoes", "canoe", True),
+        ("sandwiches", "sandwich", True),
+        ("lenses", "lens", True),
+        ("ties", "tie", True),
+        ("berries", "berry", True),
+        ("taxis", "taxi", True),
+        ("octopuses", "octopus", True),
+        ("houses", "house", True),
+        ("tvs", "tv", True),
+        ("man in red shirt", "man", False),
+        ("man's hats", "hat", True),
+        ("group of two men", "man", True),
+        ("all trees", "tree", True),
+        ("window-blind", "window blind", False),
     ],
 )
 def test_names_as_written(text, label, group):
@@ -124,6 +143,9 @@ def test_plurals_lead_back():
         ("cup", "table", False),
         ("laptop", "computer", True),
         ("couch", "sofa", True),
+        ("crowd", "man", True),
+        ("herd", "cow", True),
+        ("traffic", "car", True),
     ],
 )
 def test_names_that_are_mixed_up(a, b, can):
@@ -272,6 +294,67 @@ def test_a_label_of_which_something_was_dropped_is_no_longer_exhaustive():
     assert graph.exhaustive == {"cup", "plate"}
     graph, _ = cleaned(keep, obj("b", "cups", 100, 100, 300, 300), exhaustive=names)
     assert "cup" not in graph.exhaustive
+
+
+@pytest.mark.parametrize(
+    "things, left",
+    [
+        ([("man", 0, 0, 1, 99)], {"dog"}),  # too thin for an object, and somebody all the same
+        ([("person", 0, 0, 99, 99), ("person", 9, 0, 99, 99)], {"dog"}),  # two, perhaps, in one box
+        ([("crowd", 0, 0, 99, 99)], {"dog"}),
+        ([("man is here", 0, 0, 99, 99)], {"dog"}),
+        ([(("man", "statue"), 0, 0, 99, 99)], {"dog"}),
+        ([("man", 0, 0, 99, 99), ("teddy bear", 0, 0, 1, 1)], {"man", "person", "dog"}),
+        ([("man", 0, 0, 99, 99), ("plate", 9, 0, 99, 99), ("plate", 0, 0, 99, 99)], {"man", "person", "dog"}),
+    ],
+)
+def test_a_name_is_exhaustive_only_while_every_one_of_them_is_an_object(things, left):
+    objects = [obj(str(i), *thing) for i, thing in enumerate(things)]
+    graph, _ = cleaned(*objects, exhaustive=["man", "people", "dog"])
+    assert graph.exhaustive == left
+
+
+def test_the_order_of_boxes_does_not_matter():
+    cars = [obj(str(x), "car", x, 0, 100 + x, 100) for x in (0, 20, 40, 60)]  # each is like the next
+    names = [obj("a", "person", 0, 200, 100, 400), obj("b", "man", 0, 200, 100, 396),
+             obj("c", "old man", 2, 200, 100, 400), obj("d", "men", 0, 201, 100, 400)]  # fmt: skip
+    for things, left in ((cars, {("car", 0), ("car", 40)}), (names[:3], {("old man", 2)}),
+                         (names, {("man", 0)})):  # fmt: skip
+        for order in permutations(things):
+            graph, dropped = cleaned(*order)
+            assert {(o.label, o.box[0]) for o in graph.objects} == left
+            assert dropped == {"duplicate": len(things) - len(left)}
+            again, dropped = clean(as_raw(graph))
+            assert again.objects == graph.objects and not dropped
+    assert graph.objects[0].group  # whether one man or several is in that box nobody can tell
+
+
+def as_raw(graph):
+    fields = [
+        (o.id, (o.label,), o.box, o.attributes, o.kinds, o.group, o.crowd, o.depth) for o in graph.objects
+    ]
+    relations = [(r.subject, r.predicate, r.object) for r in graph.relationships]
+    return raw(*(RawObject(*f) for f in fields), relations=relations, exhaustive=graph.exhaustive)
+
+
+@pytest.mark.parametrize(
+    "name, can",
+    [
+        ("plate", True),
+        ("license plate", False),
+        ("traffic light", True),
+        ("light", False),
+        ("brick wall", False),
+    ],
+)
+def test_words_that_name_no_thing(name, can):
+    graph, _ = cleaned(obj("a", name, 0, 0, 100, 100))
+    assert is_nameable(graph, graph.objects[0]) is can
+
+
+def test_a_man_in_a_shirt_is_a_man():
+    graph, _ = cleaned(obj("a", "man", 0, 0, 100, 300), obj("b", "man in shirt", 200, 0, 300, 300))
+    assert not any(unique(graph, o) for o in graph.objects)
 
 
 def test_nameable_and_unique():

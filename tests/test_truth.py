@@ -138,7 +138,7 @@ RIGHT = {
     "no": q("existence/label", "Is there a zebra in the image?", "no", ("yes",), ("dog.1",)),
     "yes3": q(
         "existence/triple",
-        "Is there a cat inside a box in the image?",
+        "Is the cat inside the box in the image?",
         "yes",
         ("no",),
         ("cat.1", "box.1"),
@@ -146,7 +146,7 @@ RIGHT = {
     ),
     "no3": q(
         "existence/triple",
-        "Is there a cat under a box in the image?",
+        "Is the cat under the box in the image?",
         "no",
         ("yes",),
         ("cat.1", "box.1"),
@@ -234,8 +234,8 @@ WRONG = {
     "is not there": ("yes", {"text": "Is there a zebra in the image?"}, "no zebra"),
     "no, but it may have no box": ("no", {"text": "Is there a horse in the image?"}, "may have no box"),
     "other options than yes and no": ("yes", {"wrong": ("maybe",)}, "yes and no"),
-    "yes without a triple": ("yes3", {"text": "Is there a cat on a box in the image?"}, "no triple"),
-    "no where it is so": ("no3", {"text": "Is there a cat inside a box in the image?"}, "may be true"),
+    "yes without a triple": ("yes3", {"text": "Is the cat on the box in the image?"}, "no triple"),
+    "no where it is so": ("no3", {"text": "Is the cat inside the box in the image?"}, "may be true"),
     "no about others": ("no3", {"objects": ("dog.1", "box.1")}, "are not"),
 }
 

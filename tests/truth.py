@@ -617,13 +617,14 @@ class Reader:
         ):
             return self.fault(True, f"objects: {self.q.objects} are not {a} and {b}")
         fit, (x, y) = SAYS.get(verb, {verb}), used
+        for name in (a, b):
+            self.one(name)  # "the cat" is one cat
         if yes:
             self.fault(not self.said[x.id, y.id] & fit, f"answer: no triple says {x.id} {verb} {y.id}")
             self.fault(x.uncertain or y.uncertain, "objects: uncertain")
             self.facts(*[((x.id, p, y.id),) for p in self.said[x.id, y.id] & fit])
         else:
-            x, y = self.one(a), self.one(b)
-            if x and y:
+            if len(meant(self.graph, a)) == len(meant(self.graph, b)) == 1:
                 self.fault(not any(self.false(x, verb, y, p) for p in self.said[x.id, y.id]),
                            f"answer: {verb} may be true")  # fmt: skip
                 self.fault(bool(self.said[x.id, y.id] & fit), f"answer: a triple says {verb}")
