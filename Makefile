@@ -3,7 +3,7 @@
 # make quick   lint and the tests that are fast: a minute, for people at work
 # make mutants every formula broken once, and the test that notices (an hour)
 # make house   the files: their size, their longest function, whom they import
-# make warm-start   the start of the demo, from nothing (12 minutes); assets/tiny holds the result
+# make warm-start   the start of the demo, from nothing (20 minutes); assets/tiny holds the result
 # make bench   all measurements (an hour on two cores; a GPU if there is one)
 # make lint    ruff: mistakes, and the format
 # make setup   only make .venv (PYTHON=/path/to/python3.11 chooses the interpreter); the others do it as well

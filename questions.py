@@ -433,8 +433,9 @@ def relation_in_image(view: View) -> Iterator[Fact]:
                 continue
         if {"in front of", "behind", "above", "below", "over", "under", "left of", "right of"} & set(said):
             continue
-        if said and not holds(view.graph, a.id, name, b.id):
-            continue  # b is said to be on a
+        back = DIRECTIONS[name]
+        if said and not (holds(view.graph, a.id, name, b.id) and holds(view.graph, b.id, back, a.id)):
+            continue  # what is said speaks against it: the lower one is on the higher one
         yield Fact("relation/image", {"a": a.label, "b": b.label}, name, name,
                    tuple(d for d in DIRECTIONS if d != name), ids(a, b), ((a.id, name, b.id),), margin,
                    f"boxes apart by {margin:.1f} times the least")  # fmt: skip

@@ -354,47 +354,80 @@ PREDICATES = {name: kind for kind, names in {
     "possess": "has,of,with,wearing,part of,belonging to,made of,and,for,attached to,covering,"
         "from,to",
 }.items() for name in names.split(",")}  # fmt: skip
+# {form: -ing form}: "holds", "hold" -> "holding".
 VERBS = {
-    "sits": "sitting", "sit": "sitting", "sat": "sitting", "seated": "sitting", "stands": "standing",
-    "stand": "standing", "lies": "lying", "lays": "lying", "lay": "lying", "laying": "lying",
-    "laid": "lying", "parked": "parked", "holds": "holding", "hold": "holding", "held": "holding",
-    "carries": "carrying", "carry": "carrying", "rides": "riding", "ride": "riding", "wears": "wearing",
-    "wear": "wearing", "touches": "touching", "uses": "using", "eats": "eating", "walks": "walking",
-    "runs": "running", "looks": "looking", "look": "looking", "watches": "watching", "faces": "facing",
-    "throws": "throwing", "kicks": "kicking", "hits": "hitting", "pulls": "pulling", "pushes": "pushing",
-    "hangs": "hanging", "hanging": "hanging", "growing": "growing", "grows": "growing", "plays": "playing",
-    "have": "has", "having": "has", "had": "has",
+    form: doing or verb + "ing"
+    for verb, _, doing in (
+        word.partition(":")
+        for word in """\
+hold carry touch use:using eat drink ride:riding play push pull kick hug:hugging kiss pet:petting lift throw
+catch hit:hitting swing bite:biting feed clean drive:driving look watch face:facing point wear sit:sitting
+stand lie:lying lay:lying walk run:running jump fly swim:swimming hang lean grow cross cover mount belong
+rest float sleep park work""".split()
+    )
+    for form in (verb, verb + "s", verb + "es", verb[:-1] + "ies")
+} | {
+    "sat": "sitting", "seated": "sitting", "laying": "lying", "laid": "lying", "held": "holding",
+    "hung": "hanging", "parking": "parked", "parks": "parked", "leaned": "leaning", "have": "has",
+    "having": "has", "had": "has", "mounting": "mounted",
 }  # fmt: skip
-SAME = {
-    "atop": "on top of", "upon": "on", "onto": "on", "on the top of": "on top of", "ontop of": "on top of",
-    "underneath": "under", "beneath": "under", "under of": "under", "inside of": "inside",
-    "within": "inside", "into": "in", "in side": "inside", "beside of": "beside", "adjacent to": "next to",
-    "alongside": "beside", "near to": "near", "in the front of": "in front of", "front of": "in front of",
-    "behind of": "behind", "in back of": "behind", "to the left of": "left of", "on the left of": "left of",
-    "to left of": "left of", "on left of": "left of", "to the right of": "right of",
-    "on the right of": "right of", "to right of": "right of", "on right of": "right of",
-    "on the back of": "on back of", "staring at": "looking at", "looking towards": "looking at",
-    "hanging on": "hanging from", "sitting at the": "at", "parked in": "in", "riding on": "riding",
-    "sitting on top of": "sitting on", "standing on top of": "standing on", "wearing a": "wearing",
-    "belongs to": "belonging to", "mounted to": "mounted on", "swinging at": "swinging",
-    "about to hit": "other",
-}  # fmt: skip
+# How a thing rests or moves: "resting on" is on, "standing next to" is next to.
+STANCES = frozenset(
+    "sitting standing lying walking running jumping flying swimming hanging growing resting floating "
+    "sleeping parked driving riding placed set piled stacked perched situated located docked mounted "
+    "grazing crouching kneeling waiting posing leaning".split()
+)
+SAME = {alias: name for name, aliases in {
+    "on top of": "atop,ontop of,on top",
+    "on": "upon,onto",
+    "under": "underneath,beneath,under of",
+    "inside": "inside of,within,in side",
+    "in": "into,parked in",
+    "beside": "beside of,alongside",
+    "next to": "adjacent to,next",
+    "near": "near to",
+    "in front of": "front of,in front",
+    "behind": "behind of,in back of",
+    "left of": "to left of,on left of,on left side of,to left side of",
+    "right of": "to right of,on right of,on right side of,to right side of",
+    "looking at": "staring at,looking towards,looking toward",
+    "hanging from": "hanging on",
+    "leaning on": "leaning against,propped against",
+    "attached to": "attached,taped to,fixed to",
+    "close to": "close",
+    "facing away from": "facing away",
+    "facing": "facing towards,facing toward",
+    "riding": "riding on",
+    "belonging to": "belongs to",
+    "mounted on": "mounted to",
+    "swinging": "swinging at",
+}.items() for alias in aliases.split(",")}  # fmt: skip
 
 
 @lru_cache(maxsize=100_000)
 def predicate(text: str) -> str | None:
     """The name in PREDICATES of a predicate as written, or None."""
-    words = re.sub(r"[^a-z ]", " ", text.lower()).split()
-    while (
-        words and words[0] in ("is", "are", "was", "be", "being", "to", "the") and " ".join(words) not in SAME
-    ):
-        words = words[1:]
-    while words and words[-1] in ("a", "an", "the", "some", "his", "her", "its") and len(words) > 1:
-        words = words[:-1]
-    words = [VERBS.get(w, w) if i == 0 else w for i, w in enumerate(words)]
-    name = " ".join(words)
-    name = SAME.get(name, name)
-    return name if name in PREDICATES else None
+    words = re.sub("[^a-z ]", " ", text.lower()).split()
+    words = [
+        w for w in words if w not in ("a", "an", "the", "some", "is", "are", "was", "were", "be", "being")
+    ]
+    while len(words) > 1 and words[-1] in ("his", "her", "its", "their"):
+        words.pop()
+    if not words:
+        return None
+    verb, rest = VERBS.get(words[0], words[0]), " ".join(words[1:])
+    rest = SAME.get(rest, rest)
+    for name in (" ".join(words), f"{verb} {rest}".strip(), f"{verb} {' '.join(words[1:])}".strip()):
+        name = SAME.get(name, name)
+        if name in PREDICATES:
+            return name
+    short = {"on top of": "on", "inside": "in"}.get(rest)  # "sitting on top of"
+    if short and f"{verb} {short}" in PREDICATES:
+        return f"{verb} {short}"
+    return rest if verb in STANCES and PREDICATES.get(rest) in PLACES else None
+
+
+PLACES = frozenset(("support", "contain", "vertical", "lateral", "depth", "near"))
 
 
 def clean(raw: RawGraph) -> tuple[SceneGraph, Counter]:
@@ -475,9 +508,12 @@ def merge(known: list) -> tuple[list, list[SceneObject]]:
     What stays does not depend on the order, and no two that stay are one thing.
     """
     kept, doubles = {}, []  # {place in the source: (keys, object)}
+    sizes = [area(o.box) for _, o in known]  # boxes of one thing differ by less than 1 : 0.6
     for place in sorted(range(len(known)), key=lambda i: rank(known[i][1])):
         keys, o = known[place]
-        best = next((i for i, (_, p) in kept.items() if same_thing(o, p)), None)
+        least, most = 0.6 * sizes[place], sizes[place] / 0.6
+        alike = (i for i, (_, p) in kept.items() if least <= sizes[i] <= most and same_thing(o, p))
+        best = next(alike, None)
         if best is None:
             kept[place] = keys, o
             continue
@@ -490,16 +526,22 @@ def merge(known: list) -> tuple[list, list[SceneObject]]:
     return [kept[place] for place in sorted(kept)], doubles
 
 
-# (predicate, predicate of the same pair that contradicts it); of the swapped pair it contradicts itself
-OPPOSITE = [("on", "under"), ("above", "below"), ("above", "under"), ("over", "under"), ("over", "below"),
-            ("on", "below"), ("in front of", "behind"), ("left of", "right of"),
-            ("facing", "facing away from"),
-            ("inside", "on top of")]  # fmt: skip
-ONE_WAY = frozenset(p for pair in OPPOSITE for p in pair) - {"facing", "facing away from"} | {
-    "in",
-    "holding",
-    "carrying",
+# Where a predicate puts its subject as seen from its object: {name: (axis, side)}; it is not on both sides.
+ON = "on,on top of,on back of,sitting on,standing on,lying on,parked on,walking on,running on,driving on"
+SIDE = {
+    name: (axis, side)
+    for axis, there, back in (
+        ("vertical", f"above,over,{ON}", "under,below"),
+        ("depth", "in front of", "behind"),
+        ("lateral", "left of", "right of"),
+        ("within", "in,inside,sitting in,standing in,lying in,walking in,swimming in,flying in", ""),
+        ("hands", "holding,carrying", ""),
+    )
+    for side, names in ((1, there), (-1, back))
+    for name in filter(None, names.split(","))
 }
+# Of one and the same direction only: two people may face one another.
+OPPOSITE = (("facing", "facing away from"), ("inside", "on top of"))
 
 
 def relate(graph: SceneGraph, relations, id_of: dict, dropped: Counter) -> tuple[Relationship, ...]:
@@ -520,11 +562,17 @@ def relate(graph: SceneGraph, relations, id_of: dict, dropped: Counter) -> tuple
             dropped["box_check"] += 1
         else:
             found[a, name, b] = True
-    wrong = {t for t in found if t[1] in ONE_WAY and (t[2], t[1], t[0]) in found}
-    for p, q in OPPOSITE:
+    sides = {}  # {(subject, object, axis): sides}
+    for a, name, b in found:
+        if name in SIDE:
+            axis, side = SIDE[name]
+            sides.setdefault((a, b, axis), set()).add(side)
+            sides.setdefault((b, a, axis), set()).add(-side)
+    wrong = {t for t in found if t[1] in SIDE and len(sides[t[0], t[2], SIDE[t[1]][0]]) == 2}
+    for pair in OPPOSITE:
         for a, name, b in found:
-            if name == p and (a, q, b) in found:
-                wrong |= {(a, p, b), (a, q, b)}
+            if name in pair and {(a, p, b) for p in pair} <= found.keys():
+                wrong.add((a, name, b))
     dropped["contradiction"] += len(wrong)
     return tuple(Relationship(*t) for t in found if t not in wrong)
 

@@ -402,3 +402,13 @@ def test_rating():
     (q, _) = [q for q in candidates(graph) if q.form == "relation/image"]
     # area 5 % of at most 10, margin 4 of at most 4, three rivals of at most 3: 1 + 9 * (0.5 + 1 + 1) / 3
     assert q.rating == 8
+
+
+def test_a_graph_that_contradicts_itself_is_not_asked():
+    cat, box = thing("cat", 100, 100, 200, 200), thing("box", 80, 150, 300, 400)
+    said = (("cat.1", "on", "box.1"), ("box.1", "in", "cat.1"))
+    assert not asked("existence/triple", scene(cat, box, said=said))
+    dog, phone = thing("dog", 100, 100, 200, 200), thing("phone", 100, 220, 200, 300)
+    on, under = ("dog.1", "sitting on", "phone.1"), ("phone.1", "sitting on", "dog.1")
+    for said, n in (((), 2), ((on,), 2), ((under,), 0), ((on, under), 0)):
+        assert len(asked("relation/image", scene(dog, phone, said=said))) == n, said

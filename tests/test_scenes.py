@@ -173,6 +173,29 @@ def test_an_object_answers_to_its_kinds_but_not_to_another_colour():
         ("holds", "holding"),
         ("in front of", "in front of"),
         ("of", "of"),
+        ("sits on", "sitting on"),
+        ("lies on the", "lying on"),
+        ("seated inside", "sitting in"),
+        ("carries a", "carrying"),
+        ("driving", "driving"),
+        ("uses", "using"),
+        ("faces toward", "facing"),
+        ("leans against", "leaning on"),
+        ("propped against the", "leaning on"),
+        ("taped to", "attached to"),
+        ("hung on", "hanging from"),
+        ("standing next to a", "next to"),
+        ("rests on", "on"),
+        ("is placed underneath", "under"),
+        ("on the left side of", "left of"),
+        ("part of a", "part of"),
+        ("to", "to"),
+        ("worn by", None),
+        ("walking", None),
+        ("walking a", None),
+        ("sitting", None),
+        ("walking to", None),  # where to is not where
+        ("talking about on", None),
         ("can", None),
         ("", None),
         ("attache dto", None),
@@ -239,6 +262,8 @@ def test_boxes_are_clipped_or_dropped():
         (("couch", 0, 0, 100, 100), ("sofa", 0, 0, 100, 95), 1),
         (("couch", 0, 0, 100, 100), ("sofa", 0, 0, 100, 85), 2),
         (("cup", 0, 0, 100, 100), ("dog", 0, 0, 100, 100), 2),
+        (("trees", 0, 0, 100, 100), ("tree", 0, 0, 100, 70), 2),  # one of them
+        (("cup", 0, 0, 100, 100), (("cup", "hat"), 0, 0, 100, 100), 2),  # it may be a hat
     ],
 )
 def test_doubles_are_one_thing_in_either_order(first, second, n):
@@ -273,6 +298,28 @@ def test_contradictions_go_both():
     assert not graph.relationships and dropped["contradiction"] == 2
     graph, dropped = cleaned(*things, relations=[("a", "in front of", "b"), ("b", "behind", "a")])
     assert len(graph.relationships) == 2
+
+
+@pytest.mark.parametrize(
+    "relations, left",
+    [
+        ([("a", "sitting on", "b"), ("a", "under", "b")], 0),
+        ([("a", "on", "b"), ("b", "on top of", "a")], 0),
+        ([("a", "under", "b"), ("b", "above", "a")], 2),
+        ([("a", "behind", "b"), ("b", "behind", "a")], 0),
+        ([("a", "behind", "b"), ("b", "in front of", "a"), ("a", "on", "b")], 3),
+        ([("a", "facing", "b"), ("b", "facing", "a")], 2),
+        ([("a", "facing", "b"), ("a", "facing away from", "b"), ("b", "facing", "a")], 1),
+        ([("a", "next to", "b"), ("b", "next to", "a")], 2),
+        ([("a", "facing", "b"), ("a", "next to", "b"), ("a", "facing away from", "b")], 1),
+    ],
+)
+def test_a_thing_is_on_one_side_of_another(relations, left):
+    graph, dropped = cleaned(
+        obj("a", "cup", 10, 20, 60, 70), obj("b", "plate", 10, 10, 60, 60), relations=relations
+    )
+    assert len(graph.relationships) == left
+    assert dropped == ({"contradiction": len(relations) - left} if left < len(relations) else {})
 
 
 def test_names_that_disagree_make_an_object_uncertain():
@@ -327,6 +374,22 @@ def test_the_order_of_boxes_does_not_matter():
             again, dropped = clean(as_raw(graph))
             assert again.objects == graph.objects and not dropped
     assert graph.objects[0].group  # whether one man or several is in that box nobody can tell
+
+
+@pytest.mark.parametrize(
+    "first, second, label, box",
+    [
+        (("cup", 0, 0, 100, 100), ("cup", 0, 0, 100, 90), "cup", (0, 0, 100, 100)),
+        (("animal", 0, 0, 100, 100), ("dog", 0, 0, 100, 95), "dog", (0, 0, 100, 95)),
+        (("bottle", 0, 0, 100, 100), ("wine bottle", 0, 0, 100, 95), "wine bottle", (0, 0, 100, 95)),
+    ],
+)
+def test_the_narrower_name_stays_then_the_larger_box(first, second, label, box):
+    a, b = obj("a", *first, attributes=("red",), depth=2.0), obj("b", *second, attributes=("old",))
+    for pair in ((a, b), (b, a)):
+        (kept,) = cleaned(*pair)[0].objects
+        assert (kept.label, kept.box, kept.depth) == (label, box, 2.0)
+        assert set(kept.attributes) == {"red", "old"} and could_be_called(kept, first[0])
 
 
 def as_raw(graph):

@@ -160,7 +160,8 @@ def test_only_what_the_votes_allow_is_in_the_set(asked):
         states = [vote["state"] for vote in sorted(item["votes"], key=lambda v: v["vote"])]
         states = [state for state in states if state in ("right", "wrong")]
         assert states.count("right") == 2 and states.count("wrong") <= 1
-        assert "wrong" in [vote["state"] for vote in item["blind"]]
+        blind = [vote["state"] for vote in item["blind"]]
+        assert "wrong" in blind or blind.count("right") < 3  # too few could be read: not decided, so it stays
         assert item["writer"] == "openai:m" and item["form"].endswith("/written")
     assert "cost" in (out / "README.md").read_text()
 
