@@ -23,7 +23,7 @@ class RawObject:
     box: Box  # may stick out of the image
     attributes: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()  # wider names that surely fit: a "red circle" is a "circle"
-    group: bool = False  # one box around several things (Open Images: IsGroupOf)
+    group: bool = False  # one box around several (Open Images: IsGroupOf; of PSG all stuff)
     crowd: bool = False  # the same where the things are too many to tell apart (COCO: iscrowd)
     depth: float | None = None  # of the object's middle, in any unit that grows away from the camera
 
@@ -284,7 +284,9 @@ donut,doughnut
 player,batter,catcher,pitcher,umpire
 umbrella,parasol
 knife,fork,spoon,utensil
-fence,railing,gate""".splitlines()
+fence,railing,gate
+shelf,bookshelf,bookcase
+paper,paperwork,document,note,sticky note,post it,post it note,envelope,letter""".splitlines()
 ]
 FOOD = "apple,banana,orange,pizza,sandwich,cake,donut,bread,meat,broccoli,carrot,hot dog,fruit,vegetable"
 ALIKE += [frozenset({"food", "meal", "snack", name}) for name in FOOD.split(",")]
@@ -451,7 +453,8 @@ def clean(raw: RawGraph) -> tuple[SceneGraph, Counter]:
         others = tuple(sorted({n for n, _ in names} - {label}))
         uncertain = any(not confusable(n, label) for n in others)
         kinds = tuple(dict.fromkeys((*o.kinds, *others)))
-        group = o.group or any(several for _, several in names)
+        # A road has no number: it is one in a box around all of it.
+        group = o.group and head(label) not in STUFF or any(several for _, several in names)
         if isinstance(box, str):
             dropped[box] += 1
             lost.append(SceneObject("", label, o.box, (), kinds))
@@ -459,6 +462,7 @@ def clean(raw: RawGraph) -> tuple[SceneGraph, Counter]:
             known.append(([o.key], SceneObject("", label, box, tuple(o.attributes), kinds, group, o.crowd,
                                                uncertain, o.depth)))  # fmt: skip
     known, doubles = merge(known)
+    known = doubt(known)
     dropped["duplicate"] += len(doubles)
     counts, objects, id_of = Counter(), [], {}
     for keys, o in known:
@@ -526,6 +530,24 @@ def merge(known: list) -> tuple[list, list[SceneObject]]:
     return [kept[place] for place in sorted(kept)], doubles
 
 
+def doubt(known: list) -> list:
+    """The pairs; what has one box under two names that exclude each other is uncertain ("bed", "couch")."""
+    doubted = {}  # {place: the other's label}
+    for i, (_, a) in enumerate(known):
+        for j, (_, b) in enumerate(known[:i]):
+            x, y = abs(a.box[0] - b.box[0]), abs(a.box[1] - b.box[1])  # most pairs are far apart
+            if (
+                x < 0.1 * (a.box[2] - a.box[0])
+                and y < 0.1 * (a.box[3] - a.box[1])
+                and iou(a.box, b.box) >= 0.9
+            ):
+                doubted |= {i: b.label, j: a.label}
+    return [
+        (keys, replace(o, uncertain=True, kinds=(*o.kinds, doubted[i])) if i in doubted else o)
+        for i, (keys, o) in enumerate(known)
+    ]
+
+
 # Where a predicate puts its subject as seen from its object: {name: (axis, side)}; it is not on both sides.
 ON = "on,on top of,on back of,sitting on,standing on,lying on,parked on,walking on,running on,driving on"
 SIDE = {
@@ -581,7 +603,8 @@ def agrees(name: str, a: Box, b: Box, d: float) -> bool:
     """Whether boxes can stand in a relation, d the image's diagonal."""
     kind = PREDICATES.get(name)
     if kind in ("support", "contact") or name in ("wearing", "hanging from"):
-        return gap(a, b) <= 0.02 * d
+        below = kind == "support" and a[1] >= b[3]  # it hangs there, at best
+        return gap(a, b) <= 0.02 * d and not below
     if kind == "contain" and name in ("in", "inside"):
         return overlap_share(a, b) >= 0.8
     if kind == "near":

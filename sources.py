@@ -1000,7 +1000,11 @@ def psg_graph(image_id: str, record, names: dict, pictures: Pictures) -> RawGrap
         raise Bad(f"expected a segment for each annotation, got {len(segments)} for {len(boxes)}")
     objects, crowds = [], set()
     for row, (o, segment) in enumerate(zip(boxes, segments, strict=True)):
-        label = classes[index(o, "category_id", len(classes))]
+        number = index(o, "category_id", len(classes))
+        label, stuff = (
+            classes[number],
+            number >= len(names["thing"]),
+        )  # of stuff all that there is has one box
         mode = get(o, "bbox_mode", int, 0)
         if mode not in (0, 1):
             raise Bad(f"bbox_mode: expected 0 (corners) or 1 (corner and size), got {mode}")
@@ -1008,7 +1012,7 @@ def psg_graph(image_id: str, record, names: dict, pictures: Pictures) -> RawGrap
         box = xywh(box) if mode == 1 else xyxy(box)
         crowd = bool(get(segment, "iscrowd", int, 0))
         crowds |= {label} if crowd else set()
-        objects.append(RawObject(str(row), (label,), box, crowd=crowd))
+        objects.append(RawObject(str(row), (label,), box, group=stuff, crowd=crowd))
     relations = []
     limits = {"subject": len(objects), "object": len(objects), "predicate": len(names["predicate"])}
     for r in get(record, "relations", list, []):

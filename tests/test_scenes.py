@@ -218,6 +218,7 @@ def test_geometry():
     [
         ("on", (0, 0, 10, 10), (0, 10, 10, 20), True),
         ("on", (0, 0, 10, 10), (0, 13, 10, 20), False),  # 3 px of a diagonal of 100: 2 are allowed
+        ("on", (0, 20, 10, 30), (0, 10, 10, 20), False),  # wholly below it
         ("in", (0, 0, 10, 10), (2, 0, 20, 20), True),  # four fifths
         ("in", (0, 0, 10, 10), (3, 0, 20, 20), False),
         ("above", (0, 0, 10, 10), (0, 5, 10, 15), True),
@@ -352,7 +353,10 @@ def test_a_label_of_which_something_was_dropped_is_no_longer_exhaustive():
         ([("man is here", 0, 0, 99, 99)], {"dog"}),
         ([(("man", "statue"), 0, 0, 99, 99)], {"dog"}),
         ([("man", 0, 0, 99, 99), ("teddy bear", 0, 0, 1, 1)], {"man", "person", "dog"}),
-        ([("man", 0, 0, 99, 99), ("plate", 9, 0, 99, 99), ("plate", 0, 0, 99, 99)], {"man", "person", "dog"}),
+        (
+            [("man", 0, 0, 99, 99), ("plate", 209, 0, 299, 99), ("plate", 200, 0, 299, 99)],
+            {"man", "person", "dog"},
+        ),
     ],
 )
 def test_a_name_is_exhaustive_only_while_every_one_of_them_is_an_object(things, left):
@@ -494,3 +498,23 @@ def test_whatever_comes_in_what_comes_out_is_sound(things, relations):
 def test_numbers_that_are_none_are_dropped_like_other_boxes():
     graph, dropped = cleaned(obj("a", "cup", nan, 0, 10, 10), obj("b", "dog", 60, 60, 10, 10))
     assert not graph.objects and sum(dropped.values()) == 2
+
+
+def test_one_box_around_all_of_a_stuff_is_a_group_unless_it_has_no_number():
+    graph, _ = cleaned(
+        obj("t", "tree-merged", 0, 0, 200, 300, group=True), obj("r", "road", 0, 300, 640, 480, group=True)
+    )
+    tree, road = graph.objects
+    assert tree.group and not road.group and not is_nameable(graph, tree)
+
+
+def test_one_box_under_two_names_that_exclude_each_other_is_uncertain():
+    graph, _ = cleaned(
+        obj("a", "bed", 0, 0, 300, 200),
+        obj("b", "couch", 0, 2, 300, 200),
+        obj("c", "cat", 50, 50, 150, 150),
+        exhaustive=["bed", "couch", "cat", "dog"],
+    )
+    assert [o.uncertain for o in graph.objects] == [True, True, False]
+    assert graph.exhaustive == {"cat", "dog"}
+    assert could_be_called(graph.objects[0], "couch") and not unique(graph, graph.objects[1])

@@ -530,6 +530,7 @@ def test_psg(tmp_path):
     }
     assert graph.relations == (("0", "beside", "1"), ("0", "over", "2"))
     assert graph.exhaustive == ("person", "car") and [o.crowd for o in graph.objects] == [False, True, False]
+    assert [o.group for o in graph.objects] == [False, False, True]
     assert (graph.image, graph.image_id, graph.image_group) == (
         "train2017/000000417720.jpg",
         "107902",
