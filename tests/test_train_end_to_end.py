@@ -239,9 +239,18 @@ def test_another_run_in_the_same_folder_is_refused(undisturbed, tiny_data):
 
 
 def test_another_run_can_start_from_a_checkpoint(undisturbed, tiny_data, tmp_path):
-    """resume=PATH continues elsewhere; dead groups are replaced by other rows, within the rounds allowed."""
+    """resume=PATH continues elsewhere; dead groups are replaced by other rows, within the rounds allowed.
+
+    No completion of 8 tokens is well formed, so that all groups are dead.
+    """
     out, start = tmp_path / "elsewhere", undisturbed[0] / "checkpoint-3"
-    run_script(*grpo(out, tiny_data, **HF | {"steps": 4, "resume": start, "resample_dead_groups": 2}))
+    run_script(
+        *grpo(
+            out,
+            tiny_data,
+            **HF | {"steps": 4, "resume": start, "resample_dead_groups": 2, "max_completion_length": 8},
+        )
+    )
     (line,) = metrics(out)
     assert line["step"] == 4 and 0 < line["replaced"] <= 8
 

@@ -1,13 +1,11 @@
 """Votes: which orders, what counts as one, who decides, what is paid."""
 
 import io
-import json
 from itertools import product
 
 import pytest
 from models_behind import lot
 from PIL import Image
-from programs import run_script
 from servers import KEY, anthropic_answer, openai_answer, serve, text_of
 
 from backends import NoService
@@ -257,28 +255,3 @@ def test_a_missing_picture_is_an_error_and_no_vote():
 def test_an_unknown_rule_is_named():
     with pytest.raises(ValueError, match="accept: expected one of majority, any_of_4, got most"):
         validate([], "openai:m", [], picture, accept="most", purse=Purse())
-
-
-# ---- an engine of one's own ----
-LOCAL = """
-import io, json, sys
-from PIL import Image
-from votes import validate
-from writer import Purse
-def picture(item):
-    buffer = io.BytesIO()
-    Image.new("RGB", (84, 84), "red").save(buffer, "PNG")
-    return buffer.getvalue()
-item = {"key": "q", "text": "Where in the image is it?", "options": ["top", "left"], "answer": "top"}
-done = [{"key": "q", "vote": n, "state": "unreadable"} for n in range(5)]  # one more request is left
-service = dict(purse=Purse(budget=0.01), max_new_tokens=24)
-print(json.dumps([*validate([item], "vllm:" + sys.argv[1], done, picture, **service)]))
-"""
-
-
-@pytest.mark.slow
-def test_a_local_model_votes_and_costs_nothing(tiny_start):
-    (record,) = json.loads(run_script("-c", LOCAL, tiny_start).stdout.splitlines()[-1])
-    assert record["model"] == f"vllm:{tiny_start}" and record["vote"] == 5 and record["dollars"] == 0
-    assert record["state"] != "error" and record["tokens"][1] > 0
-    assert record["tokens"][0] > 9  # 84 x 84 pixels are nine tokens
