@@ -148,7 +148,7 @@ COLOURS = frozenset(
 )
 ARTICLES = re.compile(r"^(?:(?:a|an|the|this|that|these|those|his|her|its|their|one|all|both) )+")
 NUMBERS = re.compile(
-    r"^(?:two|three|four|five|six|seven|eight|several|many|multiple|few|some|lots of|various) "
+    r"^(?:\d+|two|three|four|five|six|seven|eight|several|many|multiple|few|some|lots of|various) "
 )
 WHERE = re.compile(r" (?:in|on|with|at|by|for|from|near|under|behind) .*")  # "man in shirt" is a man
 SENTENCE = re.compile(r"\b(is|are|was|were|be|been|being|has|have)\b")

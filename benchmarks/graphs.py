@@ -69,10 +69,7 @@ def main(argv: list[str] | None = None):
             f"{n:,} graphs, {size / 1e9:.2f} GB, written in {time.perf_counter() - start:.0f} s", flush=True
         )
         speed = rate("read", read(f"vg:{folder}"))
-        try:
-            rate("read and cleaned", read(f"vg:{folder}"), clean)
-        except NotImplementedError:
-            print("scenes.clean is not written yet")
+        rate("read and cleaned", read(f"vg:{folder}"), clean)
         (folder / "shuffled.json").replace(folder / "relationships.json")
         rate("read, orders differ", read(f"vg:{folder}"))
         print(f"targets: 2,000 graphs/s {'met' if speed >= 2000 else 'MISSED'}, "

@@ -72,6 +72,7 @@ def cleaned(*objects, **more):
         ("pair of glasses", "glasses", False),
         ("pair of shoes", "shoe", True),
         ("two cars", "car", True),
+        ("3 dogs", "dog", True),
         ("two sheep", "sheep", True),
         ("sheep", "sheep", False),
         ("lots of people", "person", True),
