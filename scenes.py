@@ -470,6 +470,10 @@ def clean(raw: RawGraph) -> tuple[SceneGraph, Counter]:
         counts[stem] += 1
         objects.append(replace(o, id=f"{stem}.{counts[stem]}"))
         id_of |= dict.fromkeys(keys, objects[-1].id)
+    # Somebody without a usable box or name is there all the same: "the man" may mean him.
+    objects = [
+        replace(o, uncertain=True) if any(could_be_called(x, o.label) for x in lost) else o for o in objects
+    ]
     lost += doubles + [o for o in objects if o.group or o.crowd or o.uncertain]
     names = {n[0] for n in map(label_of, raw.exhaustive) if n}
     names = frozenset(n for n in names if not any(could_be_called(o, n) for o in lost))

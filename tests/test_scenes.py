@@ -519,3 +519,10 @@ def test_one_box_under_two_names_that_exclude_each_other_is_uncertain():
     assert [o.uncertain for o in graph.objects] == [True, True, False]
     assert graph.exhaustive == {"cat", "dog"}
     assert could_be_called(graph.objects[0], "couch") and not unique(graph, graph.objects[1])
+
+
+def test_what_was_dropped_is_there_all_the_same():
+    man, dog = obj("a", "man", 0, 0, 100, 300), obj("b", "dog", 200, 0, 300, 300)
+    for other in (obj("c", "man", 400, 0, 401, 90), obj("c", "man is here", 400, 0, 500, 300)):
+        graph, _ = cleaned(man, dog, other)
+        assert [(o.label, is_nameable(graph, o)) for o in graph.objects] == [("man", False), ("dog", True)]
