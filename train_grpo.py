@@ -496,14 +496,12 @@ class VLLMSampler:
         self.token_bias = {i: FORBIDDEN_BIAS for i in forbidden_ids}
         self.max_tokens, self.sleep_level = cfg.max_completion_length, cfg.sleep_level if on_gpu else 0
         limits = {"max_num_seqs": cfg.vllm_max_seqs, "max_num_batched_tokens": cfg.vllm_max_batched_tokens}
-        on_device = {"enforce_eager": True}
-        if on_gpu:
-            on_device = {
-                "dtype": "bfloat16",
-                "gpu_memory_utilization": cfg.vllm_memory,
-                "enable_sleep_mode": bool(cfg.sleep_level),
-                "hf_overrides": {"head_dtype": "float32"},  # logits, as in the trainer's head
-            }
+        on_device = {
+            "dtype": "bfloat16",
+            "gpu_memory_utilization": cfg.vllm_memory,
+            "enable_sleep_mode": bool(cfg.sleep_level),
+            "hf_overrides": {"head_dtype": "float32"},  # logits, as in the trainer's head
+        }
         rng = torch.get_rng_state()  # LLM(seed=...) seeds every generator of the process
         self.llm = start_vllm(
             cfg.model,
@@ -517,7 +515,7 @@ class VLLMSampler:
             logprobs_mode="processed_logprobs",  # after bias and temperature: of what was sampled from
             disable_log_stats=True,
             mm_processor_cache_gb=0,  # of 4 GiB of images: rows come once an epoch
-            **on_device,
+            **(on_device if on_gpu else {}),
             **{name: value for name, value in limits.items() if value},
         )
         torch.set_rng_state(rng)
