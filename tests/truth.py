@@ -572,8 +572,11 @@ class Reader:
             self.fault(not fits, f"answer: {a.id} is not in the cell {self.q.answer}")
 
     # ---- count and existence ----
-    def count_label(self, many: str):
-        names = one_of_many(many) & set(self.graph.exhaustive)
+    def count_voted(self, many: str):
+        self.count_label(many, {name for o in self.graph.objects for name in (o.label, *o.kinds)})
+
+    def count_label(self, many: str, known=None):
+        names = one_of_many(many) & set(self.graph.exhaustive if known is None else known)
         if len(names) != 1:
             return self.fault(True, f"{many}: not counted in this image")
         (name,) = names
@@ -670,6 +673,7 @@ CLOSED = (
     "location/quadrant",
     "location/cell",
     "count/label",
+    "count/voted",
     "existence/label",
     "existence/triple",
 )
