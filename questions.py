@@ -18,28 +18,21 @@ from itertools import permutations
 from math import acos, degrees, hypot
 from typing import NamedTuple
 
+from names import CLOTHING, PERSON, PREDICATES, STUFF, article, confusable, head, plural
+from names import predicate as canonical
 from scenes import (
-    CLOTHING,
-    PERSON,
-    PREDICATES,
-    STUFF,
     SceneGraph,
     SceneObject,
     area,
-    article,
     centre,
-    confusable,
     could_be_called,
     diagonal,
     gap,
-    head,
     iou,
     is_nameable,
     overlap_share,
-    plural,
     unique,
 )
-from scenes import predicate as canonical
 
 CATEGORIES = (
     "relation", "reach", "size", "orientation", "instance_location", "depth", "distance", "count",

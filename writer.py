@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from backends import APIS, PROVIDERS, Decoding, NoService
 from data import PromptEncoder, Sample
+from names import plural, predicate, singular
 from questions import CATEGORIES, FORMS, HANDS, Question, contradiction, referents
-from scenes import SceneGraph, centre, plural, predicate, singular
+from scenes import SceneGraph, centre
 
 TEMPERATURES = (0.3, 0.7, 1.0)  # of the first attempt, the second, the third
 MIN_PIXELS, MAX_PIXELS = 784, 802_816  # of a picture as the model is shown it

@@ -673,14 +673,17 @@ GROUPS = [
         ("boxes.corners[4 * row : 4 * row + 4]", "boxes.corners[4 * n : 4 * n + 4]"),
         ("if number in boxes.bad:", "if False:"),
     ]),
+    # ---- names.py ----
+    ("names.py", SCENES, [
+        ("group |= several > 0", "pass"),
+        ("return len(colours) < 2", "return True"),
+    ]),
     # ---- scenes.py ----
     ("scenes.py", SCENES, [
         ("shared >= 0.6 * (small + large - shared)", "shared >= 0.8 * (small + large - shared)"),
-        ("group |= several > 0", "pass"),
         ("if o.group or o.crowd or o.uncertain:", "if o.group or o.uncertain:"),
         ("return overlap_share(a, b) >= 0.8", "return overlap_share(a, b) >= 0.5"),
         ("return gap(a, b) <= 0.02 * d", "return gap(a, b) <= 0.05 * d"),
-        ("return len(colours) < 2", "return True"),
         ("wrong |= {(a, p, b), (a, q, b)}", "wrong |= {(a, p, b)}"),
     ]),
     # ---- questions.py ----
