@@ -675,16 +675,17 @@ GROUPS = [
     ]),
     # ---- names.py ----
     ("names.py", SCENES, [
-        ("group |= several > 0", "pass"),
+        ("group |= several > 0 or", "group |="),
         ("return len(colours) < 2", "return True"),
     ]),
     # ---- scenes.py ----
     ("scenes.py", SCENES, [
         ("shared >= 0.6 * (small + large - shared)", "shared >= 0.8 * (small + large - shared)"),
-        ("if o.group or o.crowd or o.uncertain:", "if o.group or o.uncertain:"),
+        ("doubles + [o for o in objects if o.group or o.crowd", "doubles + [o for o in objects if o.group"),
         ("return overlap_share(a, b) >= 0.8", "return overlap_share(a, b) >= 0.5"),
         ("return gap(a, b) <= 0.02 * d", "return gap(a, b) <= 0.05 * d"),
-        ("wrong |= {(a, p, b), (a, q, b)}", "wrong |= {(a, p, b)}"),
+        ("wrong.add((a, name, b))", "pass"),
+        ("sides.setdefault((b, a, axis), set()).add(-side)", "pass"),
     ]),
     # ---- questions.py ----
     ("questions.py", QUESTIONS, [
@@ -727,9 +728,10 @@ GROUPS = [
     # ---- writer.py, votes.py, synthesize.py ----
     ("writer.py", "tests/test_writer.py", [
         ("if len(could) > 1:", "if False:"),
-        ("return contradiction(graph, question) or question", "return question"),
+        ("return contradiction(graph, written) or written", "return written"),
+        ("voted and category == \"count\" and not called", "category == \"count\" and not called"),
         ("if len({o.lower() for o in options}) < len(options)", "if False"),
-        ("if not purse.allows(len(asked) - answered):", "if False:"),
+        ("not purse.allows((len(asked) - answered + 1) * each)", "False"),
         ("if key in finished or len(past) >= len(TEMPERATURES):", "if len(past) >= len(TEMPERATURES):"),
         ('elif not record["fault"].startswith("failed"):', "else:"),
     ]),
@@ -737,7 +739,7 @@ GROUPS = [
         ("if states[:n].count(state) >= 2:", "if states[:n].count(state) >= 1:"),
         ('ordered = sorted(records, key=lambda r: r["vote"])', "ordered = records"),
         ("if n not in cast", ""),
-        ("return list(orders[number % len(orders)])", "return list(orders[0])"),
+        ("order = order[turn:] + order[:turn]", "pass"),
         ('set(states) == {"right"}', "True"),
     ]),
     ("synthesize.py", "tests/test_synthesize.py", [
@@ -745,6 +747,7 @@ GROUPS = [
         ("elif settings not in (None, header[\"settings\"]):", "elif False:"),
         ('if decisions.get(q.key) != "drop"', ""),
         ("if excluded & {", "if set() & {"),
+        ("cfg.accept, i[\"unanimous\"])}", "cfg.accept)}"),
         ('keep = {k for k in items if not votes.is_blind(said[name].get(k, []))}', "keep = set(items)"),
         ('names[i] = f"{stem}.{numbers[stem]}"', "names[i] = i"),
     ]),
