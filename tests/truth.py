@@ -3,8 +3,8 @@
     faults(graph, question)        [] or what is wrong, a line each
     set_faults(items)              the same of a whole set, as in selected.jsonl
 
-Shares no function with questions.py, names.py or scenes.py: it has its own words, its own intervals, and margins half
-as strict, so that it speaks up only where a question may mislead.
+Shares no function with questions.py, names.py or scenes.py: it has its own words, its own intervals, and
+margins half as strict, so that it speaks up only where a question may mislead.
 """
 
 import json
