@@ -264,7 +264,8 @@ def report_rows(loaded: Mapping[str, Samples], listing: Path | None = None) -> s
     reasons = sum((samples.reasons for samples in loaded.values()), Counter())
     if reasons and listing:
         messages = [f"{part}: {message}\n" for part, samples in loaded.items() for message in samples.skipped]
-        listing.write_text("".join(messages), encoding="utf-8")
+        with write_whole(listing) as tmp:
+            tmp.write_text("".join(messages), encoding="utf-8")
     where = f"; {listing} names them" if reasons and listing else ""
     lines.append(f"left out: {count_reasons(reasons)}{where}" if reasons else "left out: none")
     return "\n".join(lines)
