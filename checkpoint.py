@@ -34,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from config import Config, discard, names_full_disk, write_whole
+from config import Config, discard, why_full, write_whole
 from distributed import gather
 from lora import adapted_layers
 
@@ -76,7 +76,7 @@ def save(
         try:
             write()
         except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, the others wait for us
-            why = (str(error).strip() or repr(error)).splitlines()[-1]
+            why = why_full(error) or (str(error).strip() or repr(error)).splitlines()[-1]
             problem = f"process {accelerator.process_index}: {why}"
         if problems := [p for p in gather([problem]) if p]:
             if accelerator.is_main_process:
@@ -185,7 +185,7 @@ def files_of(checkpoint: Path) -> list[str]:
         if path.is_file():
             found.append(path.relative_to(checkpoint).as_posix())
         elif not path.is_dir():
-            raise CheckpointError(f"{path}: expected a file or a folder, got a pipe, a socket or a device")
+            raise CheckpointError(f"{path}: expected a file or a folder, got a pipe or a device")
     return found
 
 
@@ -230,9 +230,7 @@ def check_files(checkpoint: Path, unread: str = "$^", share: slice = slice(None)
         raise CheckpointError(f"{checkpoint / SUMS}: expected the hashes of all files, got {len(sums)}")
     for name, digest in hashes(checkpoint, sorted(sums)[share]).items():
         if digest != sums[name]:
-            raise CheckpointError(
-                f"{checkpoint / name}: not as it was written: its hash is not that of {SUMS}"
-            )
+            raise CheckpointError(f"{checkpoint / name}: not as it was written, by its hash in {SUMS}")
 
 
 # ---- indices ----
@@ -242,8 +240,8 @@ DESCRIPTIONS = {
     "torch": "Size",
     "torch.serialization": "_get_layout",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-    "torch.distributed.checkpoint.metadata": "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex "
-    "StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.metadata": "BytesStorageMetadata ChunkStorageMetadata Metadata "
+    "MetadataIndex StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
 }
 
 
@@ -264,12 +262,11 @@ class Reader(dcp.FileSystemReader):
         file = Path(self.path) / ".metadata"
         try:
             index = Index(io.BytesIO(file.read_bytes())).load()
-            if not isinstance(index, Metadata):
-                raise ValueError(type(index).__name__)
+            if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
+                raise ValueError(f"a {type(index).__name__}")
             names = {info.relative_path for info in index.storage_data.values()}
             if elsewhere := [name for name in names if name != os.path.basename(name)]:
                 raise ValueError(f"a place in {elsewhere[0]}")
-            {*index.state_dict_metadata, *index.planner_data}  # mappings
         except Exception as error:  # a damaged pickle raises anything
             raise CheckpointError(f"{file}: expected the index of a checkpoint, got {error!r}") from None
         index.storage_meta = StorageMeta(load_id=self.load_id)

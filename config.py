@@ -261,14 +261,18 @@ def names_full_disk(what):
         yield
     except DiskFull:
         raise
-    except (
-        Exception
-    ) as error:  # safetensors, pyarrow and torch have classes of their own, with the system's text
-        codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-        why = [c for c in codes if getattr(error, "errno", None) == c or os.strerror(c) in str(error)]
-        if why:
-            raise DiskFull(f"disk full ({os.strerror(why[0])}): {what}") from None
+    except Exception as error:  # safetensors and torch have classes of their own
+        if why := why_full(error):
+            raise DiskFull(f"{why}: {what}") from None
         raise
+
+
+def why_full(error) -> str | None:
+    """`disk full (the system's words)` of an error that comes from there, whatever its class; else None."""
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+            return f"disk full ({os.strerror(code)})"
+    return None
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+from config import write_whole
 from rewards import parse_ground_truth
 
 # The column names of STVQA-7K. Another data set maps its own: columns={"question": "my_question", ...}.

@@ -84,7 +84,10 @@ def read_weights(folder: Path, shapes, aliases, dtype: torch.dtype, fingerprint:
     """
     import torch.distributed.checkpoint as dcp
 
-    reader, found = check_shards(folder, shapes, aliases)
+    try:
+        reader, found = check_shards(folder, shapes, aliases)
+    except (AttributeError, KeyError, TypeError) as error:  # torch's classes with somebody's contents
+        raise ValueError(f"{folder}/.metadata: expected the index of a checkpoint, got {error!r}") from None
     state, batch, size = {}, {}, 0
     for k, (key, tensor) in enumerate(found.items()):
         batch[key] = torch.empty(tensor.size, dtype=tensor.properties.dtype)
@@ -320,8 +323,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not sys.stderr.isatty():
         disable_progress_bar()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # nothing temporary is left
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         out = merge(args.checkpoint, args.out, args.dtype, args.max_shard_size, args.base)
         if args.push_to_hub:
@@ -331,4 +332,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ends in order: nothing temporary stays
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     main()
