@@ -108,8 +108,7 @@ def save(
 
     def finish():
         if accelerator.is_main_process:
-            lines = [f"{digest}  {name}\n" for part in parts for name, digest in sorted(part.items())]
-            (tmp / SUMS).write_text("".join(lines))
+            write_sums(tmp, {name: digest for part in parts for name, digest in part.items()})
             if final.exists():  # of an earlier attempt at this step
                 remove(final)
             os.replace(tmp, final)
@@ -206,6 +205,11 @@ def hashes(checkpoint: Path, names: list[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
+def write_sums(checkpoint: Path, sums: dict[str, str]):
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+    (checkpoint / SUMS).write_text("".join(lines))
+
+
 def check_files(checkpoint: Path, unread: str = "$^", share: slice = slice(None)):
     """Check that the files of a checkpoint are those that were written, each a file and no link.
 
@@ -222,12 +226,12 @@ def check_files(checkpoint: Path, unread: str = "$^", share: slice = slice(None)
     text = (checkpoint / SUMS).read_text(errors="replace")
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
     sums = {name: digest for name, digest in sums.items() if not re.match(unread, name)}
+    if not {"trainer.json", "model/.metadata"} <= sums.keys():
+        raise CheckpointError(f"{checkpoint / SUMS}: expected the hashes of all files, got {len(sums)}")
     if missing := sorted(sums.keys() - set(found)):
         raise CheckpointError(f"{checkpoint / missing[0]}: missing, though {SUMS} lists it")
     if extra := [name for name in found if "/" in name and name not in sums and not re.match(unread, name)]:
         raise CheckpointError(f"{checkpoint / extra[0]}: not a file of this checkpoint: {SUMS} lacks it")
-    if not {"trainer.json", "model/.metadata"} <= sums.keys():
-        raise CheckpointError(f"{checkpoint / SUMS}: expected the hashes of all files, got {len(sums)}")
     for name, digest in hashes(checkpoint, sorted(sums)[share]).items():
         if digest != sums[name]:
             raise CheckpointError(f"{checkpoint / name}: not as it was written, by its hash in {SUMS}")
@@ -277,8 +281,12 @@ class Planner(dcp.DefaultLoadPlanner):
     """torch's plan of what to read, with optimizer settings that are numbers, texts and lists of them."""
 
     def load_bytes(self, read_item, value):
-        harmless = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), harmless)  # torch would execute the value itself
+        harmless = io.BytesIO()  # torch would execute the value itself
+        try:
+            torch.save(torch.load(value, weights_only=True), harmless)
+        except pickle.UnpicklingError:
+            name = read_item.dest_index.fqn
+            raise ValueError(f"a class for {name}, which is not run") from None
         harmless.seek(0)
         super().load_bytes(read_item, harmless)
 
@@ -424,7 +432,7 @@ def load(accelerator, model, optimizer, checkpoint: Path) -> int:
     else:
         try:
             set_rng_state(json.loads(rng_file.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{rng_file}: expected random states, got {error!r}") from None
     return record["step"]
 
@@ -476,11 +484,14 @@ def resume(accelerator, model, optimizer, out: Path, how: str) -> int:
     step = load(accelerator, model, optimizer, found[-1]) if found and how != "never" else 0
     metrics = out / "metrics.jsonl"
     if accelerator.is_main_process and metrics.exists():
-        lines = [
-            line
-            for line in metrics.read_text().splitlines(keepends=True)
-            if line.endswith("\n") and step and json.loads(line)["step"] <= step
-        ]
+        try:
+            lines = [
+                line
+                for line in metrics.read_text().splitlines(keepends=True)
+                if line.endswith("\n") and step and json.loads(line)["step"] <= step
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{metrics}: expected a line of JSON a step, got {error!r}") from None
         with write_whole(metrics) as tmp:
             tmp.write_text("".join(lines))
     accelerator.wait_for_everyone()
@@ -494,7 +505,10 @@ def refuse_another_run(cfg: Config, out: Path, free: frozenset[str]):
     """
     held = (out / "metrics.jsonl").exists() or bool(checkpoints(out))
     record = out / "run.json"
-    before = json.loads(record.read_text()).get("config", {}) if record.exists() else {}
+    try:
+        before = json.loads(record.read_text()).get("config", {}) if record.exists() else {}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{record}: expected the record of a run, got {error!r}") from None
     # A path starts a run elsewhere; the same command again continues that one.
     if held and cfg.resume != "auto" and (cfg.resume == "never" or before.get("resume") != cfg.resume):
         raise CheckpointError(f"{out} holds a run already: remove it, choose another out, or set resume=auto")

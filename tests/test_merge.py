@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import seal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -100,6 +101,49 @@ def test_small_shards_load_too(run, tmp_path):
     assert (out / "model.safetensors.index.json").exists()
 
 
+# ---- killed, on a full disk, tampered with ----
+@pytest.mark.parametrize("moment", ["model_card", "digest", "verify", "shutil.copy2", "config.os.replace"])
+def test_a_killed_merge_succeeds_when_started_again(run, tmp_path, moment, monkeypatch):
+    """A process of its own, killed where it calls a function: afterwards nothing temporary is left."""
+    out = tmp_path / "out"
+    if (child := os.fork()) == 0:
+        torch.set_num_threads(1)  # a fork has no other threads to wait for
+        monkeypatch.setattr(f"merge.{moment}" if "." not in moment else moment,
+                            lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # fmt: skip
+        try:
+            merge(run.checkpoint, out)
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == [f".out.{child}"]
+    (tmp_path / f".out.{os.getppid()}").mkdir()  # of one that is still at work
+    merge(run.checkpoint, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".out.{os.getppid()}", "out"]
+
+
+@pytest.mark.parametrize("limit", [0, 2_000, 100_000])
+def test_a_full_disk_leaves_nothing_of_a_merge(run, tmp_path, limit):
+    with limited(limit), pytest.raises(SystemExit) as end:
+        main([str(run.checkpoint), str(tmp_path / "out")])
+    assert str(end.value) == (
+        f"error: disk full (File too large): {tmp_path}/out was not written; nothing is left of it"
+    )
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_stranger_s_checkpoint_runs_nothing(broken, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trap"),)
+
+    for content in (Evil(), {"a": [1, Evil()]}):
+        (broken / SHARDS / ".metadata").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=r"model/\.metadata: expected the index .*posix.mkdir"):
+            merge(seal(broken), tmp_path / "out")
+    index = pickle.loads((broken / SHARDS / ".metadata").read_bytes()) if False else None
+    assert index is None and sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-7"]
+
+
 def test_refuses_to_overwrite(run, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="expected a new or empty folder"):
@@ -112,13 +156,13 @@ def test_truncated_and_missing_files_are_named(broken, tmp_path):
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"model/__0_0\.distcp: truncated: .* ends at byte \d+, got \d+"):
-        merge(broken, tmp_path / "out")
+        merge(seal(broken), tmp_path / "out")
     file.unlink()
     with pytest.raises(ValueError, match=r"model/__0_0\.distcp: missing; it holds .*weight"):
-        merge(broken, tmp_path / "out")
+        merge(seal(broken), tmp_path / "out")
     (broken / SHARDS / ".metadata").write_bytes(b"\x80")
     with pytest.raises(ValueError, match=r"model/\.metadata: expected the index"):
-        merge(broken, tmp_path / "out")
+        merge(seal(broken), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -138,7 +182,7 @@ def test_wrong_weights_are_named(run, broken, tmp_path, damage, message):
     shutil.rmtree(broken / SHARDS)
     dcp.save(weights, checkpoint_id=broken / SHARDS, no_dist=True)
     with pytest.raises(ValueError, match=message) as error:
-        merge(broken, tmp_path / "out")
+        merge(seal(broken), tmp_path / "out")
     assert str(broken / SHARDS) in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-7"]
 
@@ -169,7 +213,7 @@ def test_other_mistakes(run, tmp_path, capsys):
     with pytest.raises(ValueError, match="expected model/ or checkpoint-N folders"):
         merge(tmp_path)
     (tmp_path / SHARDS).mkdir()
-    with pytest.raises(ValueError, match=r"expected hf/config\.json"):
+    with pytest.raises(ValueError, match=r"b2sums.txt: expected the hashes of all files"):
         merge(tmp_path, tmp_path / "out")
     with pytest.raises(SystemExit, match="error: .*no such folder"):
         main([str(tmp_path / "nowhere")])
