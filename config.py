@@ -306,7 +306,8 @@ def append(path, text: str):
             while left:
                 left = left[file.write(left) :]
         except OSError:
-            file.truncate(end)
+            with contextlib.suppress(OSError):  # a device has no end
+                file.truncate(end)
             raise
 
 
