@@ -76,7 +76,7 @@ def save(
         try:
             write()
         except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, the others wait for us
-            why = why_full(error) or (str(error).strip() or repr(error)).splitlines()[-1]
+            why = why_full(error) or no_room(tmp) or (str(error).strip() or repr(error)).splitlines()[-1]
             problem = f"process {accelerator.process_index}: {why}"
         if problems := [p for p in gather([problem]) if p]:
             if accelerator.is_main_process:
@@ -131,6 +131,14 @@ def save(
     together(write)
     parts = gather([mine])
     together(finish)
+
+
+def no_room(folder: Path) -> str | None:
+    """`disk full (...)` if a MiB does not fit: torch does not tell why a file of its own could not grow."""
+    try:
+        (folder / f"probe-{os.getpid()}").write_bytes(bytes(2**20))
+    except OSError as error:
+        return why_full(error)
 
 
 def remove(checkpoint: Path):
