@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from answers import parse_choice  # noqa: F401 a public name here
 from backends import APIS, PROVIDERS, Decoding, NoService, Reply, choose_provider, package_version
-from config import git_revision, plain_errors, write_whole
+from config import append, git_revision, plain_errors, write_whole
 from data import TEMPLATES, PromptEncoder, Sample
 from results import (
     Record,
@@ -234,10 +234,10 @@ def ask(
 ):
     """Ask what has no answer yet; every reply is on disk before the next one is read."""
     with contextlib.ExitStack() as stack:
-        files, places, answered = {}, [], 0
+        places, answered = [], 0
         for name, loaded in benchmarks.items():
             header = make_header(args, name, loaded, encoder)
-            files[name], done = stack.enter_context(open_results(paths[name], header))
+            _, done = stack.enter_context(open_results(paths[name], header))
             answered += len(done)
             items = loaded.items
             places += [(name, i) for i in range(len(items)) if items.id_of(i) not in done]
@@ -249,10 +249,9 @@ def ask(
         replies = PROVIDERS[args.provider](args.model_path, queue, encoder, decoding)
         for n, (k, reply) in enumerate(tqdm(replies, total=len(queue), disable=None)):
             name, i = places[k]
-            loaded, f = benchmarks[name], files[name]
+            loaded = benchmarks[name]
             record = make_record(queue[k], loaded.items.keys[i][0], loaded, encoder, reply)
-            f.write((json.dumps(record) + "\n").encode())
-            f.flush()
+            append(paths[name], json.dumps(record) + "\n")
             # A server that has never answered will not answer the thousands that are left either.
             failed_first += n == failed_first and reply.finish_reason == "failed"
             if args.provider in APIS and failed_first == patience and not answered:

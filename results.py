@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import NotRequired, TypedDict
 
 from answers import is_right, normalised, read, released_letter
-from config import write_whole
+from config import append, write_whole
 from rewards import TERMS, Weights, label_similarity, parse_ground_truth, parse_scene, score_completion
 
 
@@ -404,8 +404,7 @@ def open_results(path: Path, header: dict):
             done = {r["id"] for r in records if r["finish_reason"] != "failed"}
             f.truncate(whole)  # half a line of a killed run
         else:
-            f.write((json.dumps(header) + "\n").encode())
-            f.flush()
+            append(path, json.dumps(header) + "\n")
         yield f, done
 
 

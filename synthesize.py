@@ -42,7 +42,7 @@ import tiny
 import votes
 import writer
 from backends import PROVIDERS, NoService
-from config import Config, ConfigError, opt, plain_errors, write_run_record, write_whole
+from config import Config, ConfigError, append, opt, plain_errors, write_run_record, write_whole
 from questions import CATEGORIES, LEVELS, Question, candidates
 from scenes import SceneGraph, clean
 from selection import choose, hash01, order_options, quotas, split_of
@@ -135,8 +135,7 @@ class Ledger:
                 for line in file:
                     whole += len(line) if line.endswith(b"\n") else 0
                 file.truncate(whole)
-        self.file = open(path, "a", encoding="utf-8")
-        header = next(self._lines(), None)
+        header = next(self._lines(), None) if path.exists() else None
         if header is None:
             self.add({"settings": settings})
         elif settings not in (None, header["settings"]):
@@ -161,8 +160,7 @@ class Ledger:
             return file.read().endswith(b'{"end":true}\n')
 
     def add(self, record: dict):
-        self.file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        self.file.flush()
+        append(self.path, json.dumps(record, separators=(",", ":")) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[dict]):

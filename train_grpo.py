@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from backends import hf_generate, start_vllm, vllm_generate, vllm_reload
 from checkpoint import CheckpointError, refuse_another_run, resume, save
-from config import Config, opt, plain_errors, write_run_record
+from config import Config, DiskFull, append, opt, plain_errors, write_run_record
 from data import Prompt, PromptCache, PromptEncoder, batch_at, load_samples, report_rows
 from distributed import (
     Stop,
@@ -677,7 +677,7 @@ def main():
         raise SystemExit(dry_run(cfg) if os.environ.get("RANK", "0") == "0" else 0)
     try:
         train(cfg)
-    except CheckpointError as error:
+    except (CheckpointError, DiskFull) as error:
         raise SystemExit(f"error: {error}") from None
 
 
@@ -756,8 +756,7 @@ def train(cfg: GRPOConfig):
 
     def log(m: dict):
         if accelerator.is_main_process:
-            with open(out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(m) + "\n")
+            append(out / "metrics.jsonl", json.dumps(m) + "\n")
         say(step_line(m, cfg.steps, time.time() - started, m["step"] - first))
         if cfg.tracker != "none":
             accelerator.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["step"])
