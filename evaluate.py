@@ -143,7 +143,7 @@ def show_list() -> str:
         rows.append(
             [
                 name,
-                f"{b.rows:,}",
+                f"{b.rows:,}" if b.rows else "?",
                 hubs,
                 b.sources[0].split,
                 b.scored_by,
@@ -348,9 +348,9 @@ def main(argv=None):
         benchmarks = {name: load_items(name, selection) for name in names}
         template = "problem" if args.template in RELEASED else args.template  # made with the item
         encoder = PromptEncoder(load_processor(args), template, args.min_pixels, args.max_pixels)
-    warn_of_overlap(benchmarks)
-    for name, loaded in benchmarks.items():
-        describe(args, name, loaded, encoder)
+        warn_of_overlap(benchmarks)
+        for name, loaded in benchmarks.items():
+            describe(args, name, loaded, encoder)
     if args.dry_run:
         return
     decoding = Decoding(

@@ -6,8 +6,9 @@
 
 A results file is JSON lines: a header that says what was run, then one Record a reply, appended at once.
 
-What differs from the paper's evaluator: unparsed, truncated and failed replies stay in the denominator and
-are counted beside the score; official scores stand beside plain accuracy; intervals and tests are given.
+What differs from the paper's evaluator: replies that are unreadable, cut off or failed are counted beside the
+score, where it reads most of them as option A; official scores stand beside plain accuracy; intervals and
+tests are given.
 """
 
 import contextlib
@@ -476,6 +477,9 @@ def summarise_run(header: dict, records: list[Record], benchmark=None, paper: fl
     if benchmark and not benchmark.released:
         records = [{k: v for k, v in r.items() if k != "released"} for r in records]
     variant = [flag for flag in ("circular", "shuffle_options", "blind") if config.get(flag)]
+    variant += (
+        ["correct_labels"] if config.get("correct_labels") and benchmark and benchmark.known_wrong else []
+    )
     variant += [f"limit {config['limit']}"] if config.get("limit") else []
     left_out = config.get("limit") or header["data"].get("skipped") or len(asked) < header["data"]["n"]
     complete = not left_out
