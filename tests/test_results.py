@@ -349,6 +349,7 @@ def test_hallusionbench_groups(folder):
     assert got["aAcc"] == 6 / 8
     assert got["qAcc"] == 2 / 4  # VD 0 is spoiled by row 4, VS 1 by row 3
     assert got["fAcc"] == 2 / 3  # VD 0 and VS 1 are whole, VD 1 is not; VS 0 shows no figure
+    assert got["mean of aAcc, qAcc, fAcc"] == pytest.approx((6 / 8 + 2 / 4 + 2 / 3) / 3)
     # both questions of VS without a figure: two questions are spoiled, no figure is
     records = records_of("hallusionbench", folder, lambda i, s: i not in (1, 3))
     assert official("hallusionbench", records) == {
