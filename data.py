@@ -42,7 +42,8 @@ COLUMNS = {
 }
 OPTIONAL_COLUMNS = ("id", "problem", "category", "level", "completion")
 
-# The first is the released inference template, word for word: the published checkpoints expect it.
+# The first is that of the published checkpoints' model card, with the size in brackets as STVQA-7K's own
+# prompts have it. The paper's evaluator words it otherwise: `testsets.RELEASED`.
 TEMPLATES = {
     "spatial_thinker": (
         "You FIRST observe the image in <observe> </observe> tags, then visualise the relevant scene graph "

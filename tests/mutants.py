@@ -478,6 +478,11 @@ GROUPS = [
             "drawn = rng.permuted(np.tile(np.arange(k), (100, 1)), axis=1)",
         ),
         ('if r["finish_reason"] != "failed"})', "})"),
+        ("mean(scores.values()), **scores}", "scores[\"aAcc\"], **scores}"),
+        ('str(r.get("category") or "")', 'r.get("category") or ""'),
+        ("f.truncate(0)", "f.truncate(1)"),
+        ("lost.append(number)\n                continue", "raise"),
+        ("if empty:", "if False:"),
     ]),
     ("results.py", TESTSETS, [
         (
@@ -511,6 +516,20 @@ GROUPS = [
         ("mark[3] == chain[0][3]:", "True:"),
         ("for first in reversed(range(len(marks))):", "for first in range(len(marks)):"),
         ("    ][-100:]", "    ]"),
+        (
+            'answer = f"({LETTERS[kept.index(LETTERS.index(letter))]})" if letter',
+            'answer = f"({letter})" if letter',
+        ),
+        ("(letter and LETTERS.index(letter) not in kept)", "False"),
+        ("text[: spans[len(options) - 1][1]] + text", "text[: spans[len(options) - 1][1]] and text"),
+        ('"MMVP Images" / f"{place}.jpg"', '"MMVP Images" / f"{place + 1}.jpg"'),
+        ('98: ("B", "short"), 99: ("A", "long")', '98: ("A", "long"), 99: ("B", "short")'),
+        ("if word not in dict(", "if not dict("),
+        ("        check_pixels(encoded)\n", ""),
+        ('asked += "." * (not asked.endswith(".")) + ending', "asked += ending"),
+        ("template, asked, size) if template", "template, question, size) if template"),
+        ("if max(w, h) > 200 * min(w, h):", "if False:"),
+        ("if same and any(", "if any("),
     ]),
     # ---- answers.py ----
     ("answers.py", ANSWERS, [
