@@ -24,7 +24,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from answers import LETTERS, parse_polygon, read_number
-from data import COLUMNS, Sample, open_image, read_table, row_to_sample
+from data import COLUMNS, Sample, row_to_sample
+from images import open_image, read_bytes
 from results import (
     cv_bench,
     cv_bench_2d,
@@ -37,6 +38,7 @@ from results import (
     summarise_run,
     three_d_sr,
 )
+from tables import read_table
 
 
 # ---- the benchmarks ----
@@ -539,7 +541,7 @@ def check_rows(
                 raise ValueError(f"{name} ({source.hub}): {error} (--skip_bad_rows leaves it out)") from None
             print(f"{name}: left out: {error}")
             continue
-        images = [short_hash(e.get("bytes") or Path(e["path"]).read_bytes()) for e in sample.encoded_images]
+        images = [short_hash(read_bytes(e)) for e in sample.encoded_images]
         asked = [row, sample.question, sample.options, sample.ground_truth, sample.problem, images]
         digest.update(json.dumps(asked).encode())
         checked[row] = CheckedRow(

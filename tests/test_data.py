@@ -30,15 +30,13 @@ from data import (
     batch_at,
     build_prompt,
     build_prompt_text,
-    check_pixels,
     load_samples,
-    open_image,
     report_rows,
     resize,
     row_to_sample,
     smart_size,
-    to_rgb,
 )
+from images import check_pixels, open_image, to_rgb
 from packing import micro_batches
 from results import judge
 from rewards import score_completion
@@ -165,12 +163,10 @@ BAD = {  # what is wrong: (row -> row, reason, words of the message)
         "empty_scene",
         "a gold scene with objects, got none",
     ),
-    "right of it": (
-        lambda r: with_scene(r, [84, 10, 85, 60]),
-        "box_outside",
-        r"show in the image \(84, 84\)",
-    ),
-    "above it": (lambda r: with_scene(r, [10, -9, 60, 0]), "box_outside", r"got \w+.1 \[10, -9, 60, 0\]"),
+    "right of it": (lambda r: with_scene(r, [84, 10, 85, 60]), "box_frame", r"fit the image \(84, 84\)"),
+    "above it": (lambda r: with_scene(r, [10, -9, 60, 0]), "box_frame", r"got \w+.1 \[10, -9, 60, 0\]"),
+    "of 1000": (lambda r: with_scene(r, [1, 70, 20, 93]), "box_frame", "box_format=norm1000\\?"),
+    "of 1": (lambda r: with_scene(r, [0.1, 0, 0.5, 1.0]), "box_frame", "box_format=norm1\\?"),
     "other answer": (lambda r: with_scene(r, [0, 0, 9, 9], "(A) nonsense"), "answer", "answer_option_text"),
     "answer": (
         lambda r: r | {"answer_option_text_only": "(D) a cat"},
@@ -182,24 +178,24 @@ BAD = {  # what is wrong: (row -> row, reason, words of the message)
         "answer",
         "answer_option_text_only: expected one of",
     ),
-    "options": (lambda r: r | {"options": []}, "options", "expected a list of 2 to 10 options"),
-    "many options": (lambda r: r | {"options": list("abcdefghijk")}, "options", "a list of 2 to 10 options"),
-    "no text in options": (lambda r: r | {"options": ["a", None]}, "options", "a list of 2 to 10 options"),
-    "empty option": (lambda r: with_options(r, "left", " "), "options", "2 to 10 options with text"),
-    "two right": (
-        lambda r: with_options(r, "left", "right", "Left."),
-        "repeated_answer",
-        r"one option with the text of '\(A\) left'",
-    ),
-    "question": (lambda r: r | {"question_with_options": "  "}, "question", "column question_with_options"),
+    "options": (lambda r: r | {"options": []}, "options", "expected a list of 2 to 10 texts"),
+    "many options": (lambda r: r | {"options": list("abcdefghijk")}, "options", "a list of 2 to 10 texts"),
+    "no text in options": (lambda r: r | {"options": ["a", None]}, "options", "a list of 2 to 10 texts"),
+    "empty option": (lambda r: with_options(r, "left", " "), "options", "a list of 2 to 10 texts"),
+    "two right": (lambda r: with_options(r, "left", "right", "Left."), "options", "each option to differ"),
+    "question": (lambda r: r | {"question_with_options": "  "}, "text", "column question_with_options"),
     "token": (
         lambda r: r | {"question_with_options": "Is <|image_pad|> left? (A) yes (B) no"},
-        "question",
+        "text",
         r"no control token of a model, got <\|image_pad\|>",
     ),
     "no image": (lambda r: with_image(r, b"not an image"), "image", "column images"),
     "empty image": (lambda r: with_image(r, b""), "image", "expected bytes or a path"),
-    "half a JPEG": (lambda r: with_image(r, PHOTO[: len(PHOTO) // 2]), "image", "truncated"),
+    "half a JPEG": (
+        lambda r: with_image(r, PHOTO[: len(PHOTO) // 2]) | {"problem": ""},
+        "image",
+        "truncated",
+    ),
     "half a PNG": (lambda r: with_image(r, r["images"]["bytes"][:-40]), "image", "column images"),
     "bomb": (lambda r: with_image(r, bomb(20_000, 20_000)), "image", "400000000 pixels"),
     "size": (
@@ -236,7 +232,7 @@ def test_a_bad_row_is_named_or_left_out_and_counted(name, rows, tmp_path):
     ([-1, 2, 20, 85], [0, 2, 20, 84], 1),
     ([1, -2, 20, 30], [1, 0, 20, 30], 2),
     ([1, 70, 20, 89], [1, 70, 20, 84], 5),
-    ([83, 10, 300.5, 60], [83, 10, 84, 60], 216.5),  # a pixel of it shows
+    ([83, 10, 92.25, 60], [83, 10, 84, 60], 8.25),  # a pixel of it shows
 ])  # fmt: skip
 def test_a_box_over_the_edge_is_clipped_and_counted(box, inside, overhang, rows, tmp_path):
     path = write([with_scene(rows[0], box), *rows[1:]], tmp_path / "x.parquet")
@@ -350,7 +346,7 @@ def test_an_image_that_no_prompt_can_hold_is_a_bad_row(rows, tmp_path, tiny_base
     row = with_image(rows[0], slim.getvalue()) | {"problem": ""}
     path = write([row, *rows[1:]], tmp_path / "x.parquet")
     length = dict(prompt_length=encode.length, max_prompt_length=2000)
-    assert load_samples(path, need_scene=False, max_bad_rows=0.2, **length).reasons == {"prompt": 1}
+    assert load_samples(path, need_scene=False, max_bad_rows=0.2, **length).reasons == {"image": 1}
 
 
 # ---- rows as they are likely to be ----
@@ -358,13 +354,13 @@ LIKELY = {  # flaw: (rows of 300 that have it, what becomes of them)
     "one pixel over": (7, "clipped"),
     "two pixels over": (5, "clipped"),
     "ten pixels over": (2, "clipped"),
-    "outside": (3, "box_outside"),
+    "outside": (3, "box_frame"),
     "flat box": (2, "scene"),
     "whole graph": (6, "used"),
     "empty scene": (4, "empty_scene"),
     "name of two words": (1, "scene"),
-    "wrong options repeat": (3, "used"),
-    "right option repeats": (2, "repeated_answer"),
+    "wrong options repeat": (3, "options"),
+    "right option repeats": (2, "options"),
     "blanks everywhere": (4, "used"),
     "stops everywhere": (4, "used"),
     "blank in the answer": (3, "used"),
@@ -381,18 +377,18 @@ LIKELY = {  # flaw: (rows of 300 that have it, what becomes of them)
 
 @pytest.fixture(scope="module")
 def likely(tmp_path_factory):
-    """A file of 300 rows with LIKELY's flaws: 14 to clip, 19 to leave out."""
+    """A file of 300 rows with LIKELY's flaws: 14 to clip, 22 to leave out."""
     path = tmp_path_factory.mktemp("likely") / "rows.parquet"
     return lookalike.write(path, lookalike.rows(300, {flaw: count for flaw, (count, _) in LIKELY.items()}))
 
 
 def test_likely_rows_are_clipped_used_or_left_out_by_reason(likely, tmp_path):
     assert set(LIKELY) == set(lookalike.FLAWS)
-    samples = load_samples(likely, max_bad_rows=0.07)
-    assert (len(samples), samples.total) == (281, 300)
+    samples = load_samples(likely, max_bad_rows=0.08)
+    assert (len(samples), samples.total) == (278, 300)
     assert (samples.clipped, samples.overhang) == (14, 10)
     assert samples.reasons == {
-        "box_outside": 3, "scene": 3, "empty_scene": 4, "repeated_answer": 2, "answer": 2, "size": 4,
+        "box_frame": 3, "scene": 3, "empty_scene": 4, "options": 5, "answer": 2, "size": 4,
         "image": 1,
     }  # fmt: skip
     for message in samples.skipped:  # "reason: row FLAW NUMBER (#NUMBER), column ..."
@@ -400,16 +396,16 @@ def test_likely_rows_are_clipped_used_or_left_out_by_reason(likely, tmp_path):
         assert LIKELY[rest.rpartition(" (#")[0].rpartition(" ")[0]][1] == reason
     left = Counter(s.id.rpartition(" ")[0] for s in samples)
     assert left == {f: n for f, (n, what) in LIKELY.items() if what in ("used", "clipped")} | {"fine": 231}
-    assert load_samples(likely, need_scene=False, max_bad_rows=0.03).reasons == {
-        "repeated_answer": 2, "answer": 2, "size": 4, "image": 1,
+    assert load_samples(likely, need_scene=False, max_bad_rows=0.04).reasons == {
+        "options": 5, "answer": 2, "size": 4, "image": 1,
     }  # fmt: skip
-    with pytest.raises(ValueError, match="19 of 300 rows cannot be used, 6.33% .* allows 6.00%: 4 ") as error:
+    with pytest.raises(ValueError, match="22 of 300 rows cannot be used, 7.33% .* allows 6.00%: 5 ") as error:
         load_samples(likely, max_bad_rows=0.06)
     assert len(str(error.value).splitlines()) == 8  # one row of each of the 7 reasons
 
 
 def test_every_likely_row_that_is_used_can_be_earned_in_full(likely):
-    samples = load_samples(likely, max_bad_rows=0.07)
+    samples = load_samples(likely, max_bad_rows=0.08)
     for sample, row in zip(samples, samples.rows, strict=True):
         gold = samples.table[row]
         scene = sample.ground_truth.partition("\n")[0]
@@ -423,8 +419,8 @@ def test_every_likely_row_that_is_used_can_be_earned_in_full(likely):
 
 
 @pytest.mark.parametrize("name, reasons", [
-    ("3b", "2 empty_scene, 1 repeated_answer, 1 size"),
-    ("3b_vanilla", "1 repeated_answer, 1 size"),
+    ("3b", "3 options, 2 empty_scene, 1 size"),
+    ("3b_vanilla", "3 options, 1 size"),
 ])  # fmt: skip
 def test_the_shipped_configs_start_on_likely_rows(name, reasons, tmp_path, tiny_base, capsys):
     from transformers import AutoProcessor
@@ -434,7 +430,9 @@ def test_the_shipped_configs_start_on_likely_rows(name, reasons, tmp_path, tiny_
     # 15 boxes one pixel over, 9 two, 2 ten
     counts = {flaw: round(300 * share) for flaw, (share, _) in lookalike.FLAWS.items()}
     path = lookalike.write(tmp_path / "rows.parquet", lookalike.rows(300, counts))
-    cfg = GRPOConfig.load([f"configs/{name}.yaml", f"data={path}", f"out={tmp_path}", "val_limit=1"])
+    other = lookalike.write(tmp_path / "held_out.parquet", lookalike.rows(1, {}, seed=1))
+    paths = f"data={path}", f"val_data={other}", f"out={tmp_path}"
+    cfg = GRPOConfig.load([f"configs/{name}.yaml", *paths])
     encode = PromptEncoder(
         AutoProcessor.from_pretrained(tiny_base), cfg.template, cfg.min_pixels, cfg.max_pixels
     )
@@ -444,7 +442,7 @@ def test_the_shipped_configs_start_on_likely_rows(name, reasons, tmp_path, tiny_
     clipped = ", 26 with a gold box clipped to the image by at most 10 px" if name == "3b" else ""
     assert capsys.readouterr().out.splitlines() == [
         f"train: {n} of 300 rows of {path} (train){clipped}",
-        f"held out: 1 of 1 rows of {path} (val)",
+        f"held out: 1 of 1 rows of {other} (val)",
         f"left out: {reasons}; {tmp_path}/bad_rows.txt names them",
     ]
     listed = (tmp_path / "bad_rows.txt").read_text().splitlines()
@@ -545,7 +543,7 @@ def test_an_image_is_upright_once(kind):
     tags[274] = 6  # turn me by a quarter, clockwise
     picture.convert("RGB").save(file, kind, exif=tags, **({"lossless": True} if kind == "WEBP" else {}))
     image = open_image({"bytes": file.getvalue(), "path": None})
-    check_pixels({"bytes": file.getvalue(), "path": None})
+    check_pixels(file.getvalue())
     assert image.size == (20, 60)
     pixels = to_rgb(image)
     assert not pixels.info and not dict(pixels.getexif())  # vLLM would turn it again

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import testsets
 from answers import LETTERS
-from data import open_image, to_rgb
+from images import open_image, to_rgb
 from results import grade
 from testsets import (
     DATASETS,
