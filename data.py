@@ -428,7 +428,7 @@ def gold_scene(
         text = in_pixels(text, size, box_format)
         scene, scene_answer = parse_ground_truth(text)
     except (ValueError, OverflowError) as error:
-        hint = f" (in box_format={box_format})" * ("x1 < x2" in str(error))
+        hint = " (box_format=xywh?)" * ("x1 < x2" in str(error) and box_format == "xyxy")
         raise bad("scene", "scene_answer", "a gold scene and answer", f"{error}{hint}") from None
     gold, found = LETTERED.fullmatch(answer.strip()), LETTERED.fullmatch(scene_answer)
     if not found or (found[1].upper(), plain(found[2])) != (gold[1].upper(), plain(gold[2])):
@@ -440,8 +440,11 @@ def gold_scene(
         hidden = x1 >= w or y1 >= h or x2 <= 0 or y2 <= 0
         of_1 = 0 <= min(o["bbox"]) and max(o["bbox"]) <= 1 < max(size) / 2
         if hidden or of_1 or over_x > OVER_EDGE * w or over_y > OVER_EDGE * h:
-            looks = "norm1" if of_1 else "norm1000" if max(o["bbox"]) <= 1000 else "another"
-            frame = f"boxes that fit the image {size} (read as {box_format}; box_format={looks}?)"
+            looks = (
+                "norm1" if of_1 else "norm1000" if 0 <= min(o["bbox"]) and max(o["bbox"]) <= 1000 else None
+            )
+            hint = f" (box_format={looks}?)" if looks and box_format not in PARTS else ""
+            frame = f"boxes that fit the image {size} as {box_format}{hint}"
             raise bad("box_frame", "scene_answer", frame, f"{o['id']} {o['bbox']}")
         overhang = max(overhang, over_x, over_y)
         o["bbox"] = [max(x1, 0), max(y1, 0), min(x2, w), min(y2, h)]
@@ -464,16 +467,20 @@ def in_pixels(text: str | None, size: tuple[int, int], box_format: str) -> str |
         scene = json.loads(found[0])
         scene = scene if isinstance(scene, dict) else {"objects": scene}
         objects, names, seen = [], {}, Counter()
-        sx, sy = (side / PARTS[box_format] if box_format in PARTS else 1 for side in size)
+        w, h, parts = (*size, PARTS[box_format]) if box_format in PARTS else (1, 1, 1)
         for o in scene["objects"]:
             if (name := o.get("id")) is None:
-                label = o["label"]
-                seen[label] += 1
-                name = names.setdefault(label, f"{label}.1") if seen[label] == 1 else f"{label}.{seen[label]}"
+                label, name = o["label"], "_".join(o["label"].split())
+                if not re.search(r"\.\d+$", name):
+                    seen[name] += 1
+                    name = f"{name}.{seen[name]}"
+                names.setdefault(label, name)
             x1, y1, x2, y2 = o["bbox"] if "bbox" in o else o["bbox_2d"]
             if box_format == "xywh":
                 x2, y2 = x1 + x2, y1 + y2
-            objects.append({"id": name, "bbox": [x1 * sx, y1 * sy, x2 * sx, y2 * sy]})
+            objects.append(
+                {"id": name, "bbox": [x1 * w / parts, y1 * h / parts, x2 * w / parts, y2 * h / parts]}
+            )
         scene["objects"] = objects
         for relation in scene.get("relationships", ()):
             for end in ("subject", "object"):

@@ -81,7 +81,7 @@ def is_url(path: str) -> bool:
 def read_bytes(encoded: dict) -> bytes:
     """The encoded picture of a record, fetched where it lies on the web. Raises: OSError."""
     if not isinstance(encoded, dict) or not (encoded.get("bytes") or encoded.get("path")):
-        raise OSError(f"expected bytes or a path, got {str(encoded)[:80]}")
+        raise OSError(f"neither bytes nor a path: {str(encoded)[:80]}")
     if encoded.get("bytes"):
         return encoded["bytes"]
     if is_url(encoded["path"]):
@@ -92,10 +92,11 @@ def read_bytes(encoded: dict) -> bytes:
 def regular(path: str) -> str:
     """The path of a file. Raises: OSError where it is a pipe or a device, which may never end."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(f"expected a regular file, got {path[:200]}")
-    except ValueError as error:  # a NUL in it
-        raise OSError(f"{error}: {path[:200]!r}") from None
+        wrong = "" if stat.S_ISREG(os.stat(path).st_mode) else "no regular file"
+    except (OSError, ValueError) as error:  # not there, or a NUL in its name
+        wrong = getattr(error, "strerror", None) or str(error)
+    if wrong:
+        raise OSError(f"{wrong}: {path[:200]!r}")
     return path
 
 
@@ -134,7 +135,7 @@ def open_image(encoded: dict) -> Image.Image:
         here = path and not is_url(path)
         image = Image.open(regular(path) if here else io.BytesIO(read_bytes(encoded)), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
-            raise OSError(f"expected at most {MOST_PIXELS} pixels, got {image.width} x {image.height}")
+            raise OSError(f"{image.width} x {image.height}, more than {MOST_PIXELS} pixels")
         # A PNG without the tag in its header would be read to its end for one.
         tags = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
         if tags.get(ExifTags.Base.Orientation) not in TURNS:
@@ -180,7 +181,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 # ---- the verdict on disk -----------------------------------------------------------------------------------
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spatialthinker"
+    """SPATIALTHINKER_CACHE, or spatialthinker in the user's cache."""
+    users = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("SPATIALTHINKER_CACHE") or Path(users, "spatialthinker"))
 
 
 def keep(path: Path, data: bytes):
@@ -203,7 +206,7 @@ class Passed:
         self.new = set()
         try:
             self.old = set(json.loads(self.path.read_text()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             self.old = set()
 
     def check(self, encoded: dict) -> str:

@@ -33,6 +33,10 @@ class Table(Sequence):
                 row[name] = as_record(row[name], self.base, self.in_base64)
         return row
 
+    def column(self, name: str):
+        """All values of a column, without reading the images beside them."""
+        return [row.get(name) for row in self.rows] if isinstance(self.rows, JsonRows) else self.rows[name]
+
 
 class JsonRows(Sequence):
     """Records of a .jsonl file, or of a list in a .json file, each parsed when it is asked for.
@@ -96,6 +100,7 @@ def read_table(
     Raises: ValueError naming the source, with what was expected and found.
     """
     import datasets
+    import pyarrow
 
     if not source:
         raise ValueError("data: expected a Hub id, a file or a folder, got nothing")
@@ -104,7 +109,7 @@ def read_table(
         rows, base = open_rows(path, source, split, revision, config)
     except StopIteration:  # of an empty file
         raise ValueError(f"{source}: no rows") from None
-    except datasets.exceptions.DatasetsError as error:  # says what failed in its cause only
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:  # the cause says what failed
         raise ValueError(f"{source}: {error.__cause__ or error}") from None
     for name, feature in (getattr(rows, "features", None) or {}).items():
         # Decoded, every row that is looked at would cost its pixels, though most checks need the header only.

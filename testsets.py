@@ -487,7 +487,7 @@ def load_items(name: str, selection: Selection) -> Loaded:
     table, source = open_table(name, benchmark, selection)
     rows = list(range(len(table)))
     if source.keep:
-        rows = [i for i, value in enumerate(table[source.keep[0]]) if str(value) == source.keep[1]]
+        rows = [i for i, value in enumerate(table.column(source.keep[0])) if str(value) == source.keep[1]]
     if source is STVQA:
         convert = functools.partial(stvqa_sample, need_scene=COLUMNS["scene_answer"] in table.column_names)
     else:

@@ -4,9 +4,8 @@ import dataclasses
 import io
 import itertools
 import json
-import struct
+import re
 import threading
-import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import noise
+from pictures import bomb, noise
 from PIL import Image
 
 from config import write_run_record
@@ -36,7 +35,6 @@ from data import (
     row_to_sample,
     smart_size,
 )
-from images import check_pixels, open_image, to_rgb
 from packing import micro_batches
 from results import judge
 from rewards import score_completion
@@ -109,28 +107,7 @@ def test_a_missing_source_is_named(source, message):
         load_samples(source)
 
 
-def test_a_path_in_a_record_starts_at_its_table(rows, tmp_path):
-    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
-    for i, images in enumerate(["a.png", ["a.png"], {"path": "a.png"}, [{"path": "a.png", "bytes": None}]]):
-        path = tmp_path / f"{i}.jsonl"
-        path.write_text(json.dumps(rows[0] | {"images": images}))
-        assert load_samples(str(path))[0].size == (84, 84)
-
-
-def test_an_empty_file_has_no_rows(tmp_path):
-    (tmp_path / "x.jsonl").touch()
-    with pytest.raises(ValueError, match="x.jsonl: no rows"):
-        load_samples(str(tmp_path / "x.jsonl"))
-
-
 # ---- checks ----
-def bomb(width, height):
-    """A PNG that claims so many pixels and has none."""
-    parts = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT", b"IEND"]
-    chunks = [struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in parts]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
 def with_image(row, data):
     return row | {"images": {"bytes": data, "path": None}}
 
@@ -190,7 +167,7 @@ BAD = {  # what is wrong: (row -> row, reason, words of the message)
         r"no control token of a model, got <\|image_pad\|>",
     ),
     "no image": (lambda r: with_image(r, b"not an image"), "image", "column images"),
-    "empty image": (lambda r: with_image(r, b""), "image", "expected bytes or a path"),
+    "empty image": (lambda r: with_image(r, b""), "image", "neither bytes nor a path"),
     "half a JPEG": (
         lambda r: with_image(r, PHOTO[: len(PHOTO) // 2]) | {"problem": ""},
         "image",
@@ -204,6 +181,159 @@ BAD = {  # what is wrong: (row -> row, reason, words of the message)
         r"column problem: expected the image's size \(84, 84\), got 'Image size: \(48 x 84\)'",
     ),
 }
+
+
+WRONG = {  # column: values of the wrong kind
+    "question_with_options": (7, [], {"a": 1}, None, "<|im_end|>"),
+    "problem": (7, ["a"], "<|vision_start|>"),
+    "options": ("a, b", {"a": 1}, [["a"], ["b"]], [1, 2], ["a", "<|im_end|>"], ["a", None]),
+    "answer_option_text": (7, [], "", "<scene>[1]</scene>\n<answer>(A) x</answer>"),
+    "answer_option_text_only": (7, ["(A) left"], None),
+    "category": ([], {"a": 1}),
+    "image_id": ([], {"a": 1}),
+    "completion": (7, "<|im_end|>"),
+    "images": (
+        7,
+        True,
+        None,
+        [],
+        [None],
+        {},
+        "",
+        [["a.png"]],
+        {"bytes": [137, 80]},
+        "missing.png",
+        "data:,x",
+    ),
+}
+
+
+@pytest.mark.parametrize("column, value", [(c, v) for c, values in WRONG.items() for v in values])
+def test_a_wrong_type_is_one_short_line(column, value, rows, tmp_path):
+    good = rows[0] | {"images": "a.png"}
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, good | {column: value})))
+    samples = load_samples(str(path), skip_bad_rows=True)
+    assert len(samples) == 1 and len(samples.skipped) == 1
+    (message,) = samples.skipped
+    assert re.match(rf"\w+: row .*\(#1\), column {column}: expected .*, got ", message), message
+    assert len(message) < 500 and "\n" not in message
+
+
+def test_a_broken_line_is_a_bad_row(rows, tmp_path):
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
+    path, good = tmp_path / "x.jsonl", json.dumps(rows[0] | {"images": "a.png"})
+    path.write_text(f"\ufeff{good}\n\n{good[:-9]}\n[1]\n{'[' * 99_999}\n")
+    samples = load_samples(str(path), max_bad_rows=0.75)
+    assert len(samples) == 1 and samples.reasons == {"record": 3}
+    for line, expected, message in zip(
+        (3, 4, 5), ("JSON", "a JSON object", "JSON"), samples.skipped, strict=True
+    ):
+        assert f"{path}, line {line}: expected {expected}, got" in message
+    path.write_text(good[:-9])
+    with pytest.raises(ValueError, match="x.jsonl, line 1: expected JSON"):
+        load_samples(str(path))
+
+
+def test_every_image_of_a_row_is_decoded(rows, tmp_path):
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
+    (tmp_path / "half.jpg").write_bytes(PHOTO[: len(PHOTO) // 2])
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(rows[0] | {"images": ["a.png", "half.jpg"]}))
+    with pytest.raises(ValueError, match="column images: expected a readable image, got .*truncated"):
+        load_samples(str(path))
+
+
+def test_a_picture_that_goes_bad_later_names_its_row(rows, tmp_path):
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(rows[0] | {"images": "a.png"}))
+    sample = load_samples(str(path))[0]
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"][:-40])
+    with pytest.raises(OSError, match="row row-0: expected readable images, got "):
+        sample.load_images()
+
+
+def gold(row, objects, relations=()):
+    """The row with that scene."""
+    scene = objects if relations is None else {"objects": objects, "relationships": list(relations)}
+    return row | {"answer_option_text": f"<scene>{json.dumps(scene)}</scene>\n<answer>"
+                  f"{row['answer_option_text_only']}</answer>"}  # fmt: skip
+
+
+@pytest.mark.parametrize("box_format, box, pixels", [
+    ("xyxy", [21, 42, 63, 84], [21, 42, 63, 84]),
+    ("xywh", [21, 42, 42, 42], [21, 42, 63, 84]),
+    ("norm1", [0.25, 0.5, 0.75, 1], [21, 42, 63, 84]),
+    ("norm1000", [250, 500, 750, 1000], [21, 42, 63, 84]),
+    ("xyxy", [250, 500, 750, 1000], None),
+    ("xyxy", [10, 10, 60, 93], None),  # more than a tenth of 84 over
+    ("xyxy", [0.25, 0.5, 0.75, 1], None),
+    ("xyxy", [0, 0, 1, 1], None),
+    ("norm1", [21, 42, 63, 84], None),
+    ("norm1000", [2500, 0, 2600, 10], None),
+])  # fmt: skip
+def test_boxes_are_read_in_their_format_or_refused(box_format, box, pixels, rows, tmp_path):
+    path = write([gold(rows[0], [{"id": "cup.1", "bbox": box}])], tmp_path / "x.parquet")
+    if pixels is None:
+        with pytest.raises(ValueError, match=rf"\(84, 84\) as {box_format}.*, got cup.1 \["):
+            load_samples(path, box_format=box_format)
+        return
+    scene = json.loads(load_samples(path, box_format=box_format)[0].ground_truth[7:].partition("</scene>")[0])
+    assert scene["objects"] == [{"id": "cup.1", "bbox": pixels}]
+
+
+def test_scenes_in_qwens_keys_are_read(rows, tmp_path):
+    box = [1, 2, 30, 40]
+    objects = [{"bbox_2d": box, "label": label} for label in ("red cup", "dog", "red cup")]
+    relations = [{"subject": "red cup", "predicate": "on", "object": "dog"}]
+    for i, scene in enumerate([(objects, relations), (objects, None)]):
+        sample = load_samples(write([gold(rows[0], *scene)], tmp_path / f"{i}.parquet"))[0]
+        read = json.loads(sample.ground_truth[7:].partition("</scene>")[0])
+        assert read["objects"] == [{"id": i, "bbox": box} for i in ("red_cup.1", "dog.1", "red_cup.2")]
+        assert read.get("relationships", []) == [
+            {"subject": "red_cup.1", "predicate": "on", "object": "dog.1"}
+        ] * (i == 0)
+
+
+def test_held_out_rows_are_never_training_rows(rows, tmp_path):
+    train = load_samples(write(rows[:4], tmp_path / "train.parquet"))
+    with pytest.raises(
+        ValueError, match=r"4 of 4 .*4 trained_on\n.* a row apart from .*val_data names other"
+    ):
+        load_samples(str(tmp_path / "train.parquet"), "val", apart_from=train)
+    renamed = [rows[0] | {"image_id": "another"}, *rows[4:]]
+    path = write(renamed, tmp_path / "val.parquet")
+    val = load_samples(path, "val", apart_from=train, max_bad_rows=0.5)
+    assert [s.id for s in val] == ["row-4", "row-5"] and val.reasons == {"trained_on": 1}
+
+
+def test_a_fingerprint_is_of_the_rows_and_their_order(rows, tmp_path):
+    def mark(rows, name):
+        return load_samples(write(rows, tmp_path / f"{name}.parquet")).fingerprint()
+
+    first = mark(rows, "a")
+    assert first["rows"] == 6 and first == mark(rows, "b")
+    other = [with_scene(rows[0], [0, 0, 9, 9]), *rows[1:]]
+    assert len({mark(r, f"c{i}")["fingerprint"] for i, r in enumerate([rows, rows[::-1], other])}) == 3
+
+
+def test_a_run_continues_on_its_own_rows_only(tmp_path):
+    from checkpoint import CheckpointError, refuse_other_rows
+    from train_grpo import GRPOConfig
+
+    alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    mine, other = {"rows": 6, "fingerprint": "ab"}, {"rows": 5, "fingerprint": "cd"}
+    for rows in (other, mine):  # without a checkpoint nothing is continued
+        write_run_record(GRPOConfig(), tmp_path)
+        refuse_other_rows(alone, tmp_path, rows)
+    (tmp_path / "checkpoint-5").mkdir()
+    write_run_record(GRPOConfig(), tmp_path)
+    refuse_other_rows(alone, tmp_path, mine)
+    with pytest.raises(CheckpointError, match="expected 6 with fingerprint ab, got 5 with fingerprint cd"):
+        refuse_other_rows(alone, tmp_path, other)
+    assert json.loads((tmp_path / "run.json").read_text())["trained_on"] == mine
 
 
 def test_a_prompt_that_is_a_chat_is_named(rows):
@@ -536,32 +666,6 @@ def test_prompts_are_made_side_by_side():
 
 
 # ---- images ----
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_an_image_is_upright_once(kind):
-    picture = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(1, 60).repeat(20, 0) * 4)  # 60 x 20
-    file, tags = io.BytesIO(), Image.Exif()
-    tags[274] = 6  # turn me by a quarter, clockwise
-    picture.convert("RGB").save(file, kind, exif=tags, **({"lossless": True} if kind == "WEBP" else {}))
-    image = open_image({"bytes": file.getvalue(), "path": None})
-    check_pixels(file.getvalue())
-    assert image.size == (20, 60)
-    pixels = to_rgb(image)
-    assert not pixels.info and not dict(pixels.getexif())  # vLLM would turn it again
-    assert np.abs(np.array(pixels)[:, 5, 0].astype(int) - 4 * np.arange(60)).max() <= 4  # JPEG rounds
-
-
-def test_transparent_images_lie_on_white():
-    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
-    image.putpixel((1, 0), (10, 20, 30, 255))
-    assert np.array(to_rgb(image)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
-
-
-def test_a_depth_map_with_holes_keeps_its_shades():
-    depth = np.array([[1, 2, 3, np.nan, np.inf]], dtype=np.float32)
-    assert np.array(to_rgb(Image.fromarray(depth)))[0, :, 0].tolist() == [0, 127, 255, 0, 255]
-    assert not np.array(to_rgb(Image.fromarray(depth[:, 3:4]))).any()
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(20, 3000), st.integers(20, 3000))
 def test_resized_once_means_never_again(width, height):
@@ -569,6 +673,29 @@ def test_resized_once_means_never_again(width, height):
     w, h = smart_size(width, height, *budget)
     assert w % 28 == 0 and h % 28 == 0
     assert smart_size(w, h, *budget) == (w, h)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(784, 90_000), st.floats(1, 8))
+def test_a_size_is_a_fixed_point_of_the_processor_or_refused(width, height, low, wide):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    budget = low, int(low * wide)
+    try:
+        w, h = smart_size(width, height, *budget)
+    except ValueError:
+        # A square has its place in a budget of factor 4, where rounding to a cell fits twice.
+        assert wide < 4 or max(width, height) / min(width, height) > 4
+        return
+    assert smart_resize(h, w, 28, *budget) == (h, w) and budget[0] <= w * h <= budget[1]
+
+
+def test_a_budget_without_a_size_is_refused_at_the_start():
+    for narrow in ((785, 1567), (1568, 1567)):
+        with pytest.raises(ValueError, match="a multiple of 28 x 28 = 784 pixels between"):
+            PromptEncoder(None, "reasoning", *narrow)
+    with pytest.raises(ValueError, match="room for an image of 100 x 100 .* widen them"):
+        smart_size(100, 100, 784 * 7, 784 * 7)
 
 
 @pytest.mark.parametrize("size", [(84, 84), (100, 60), (500, 333), (1000, 700), (90, 400)])
