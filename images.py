@@ -106,18 +106,17 @@ def fetch(url: str) -> bytes:
     if kept.exists():
         return kept.read_bytes()
     where = urllib.parse.urlsplit(url).hostname  # no more of it: a query may hold a key
-    deadline, parts = time.monotonic() + FETCH_S, []
+    deadline, data = time.monotonic() + FETCH_S, bytearray()
     try:
         with urllib.request.urlopen(url, timeout=FETCH_S) as reply:
             while part := reply.read1(2**16):
-                parts.append(part)
-                if time.monotonic() > deadline or len(parts) * 2**16 > 2 * MOST_BYTES:
+                data += part
+                if time.monotonic() > deadline or len(data) > MOST_BYTES:
                     raise OSError(f"more than {MOST_BYTES} bytes or {FETCH_S} s")
     except (OSError, ValueError, EOFError) as error:
         raise OSError(f"a picture on {where} cannot be fetched: {str(error)[:80]}") from None
-    data = b"".join(parts)
-    keep(kept, data)
-    return data
+    keep(kept, bytes(data))
+    return bytes(data)
 
 
 def digest(data: bytes) -> str:
