@@ -529,3 +529,21 @@ def refuse_another_run(cfg: Config, out: Path, free: frozenset[str]):
         raise CheckpointError(
             "\n".join([f"{out} holds a run of another config: choose another out, or keep", *lines])
         )
+
+
+def refuse_other_rows(accelerator, out: Path, rows: dict):
+    """Refuse to continue a run on other training rows; else note them in its run.json. Collective.
+
+    Args: rows: their number and fingerprint. Raises: CheckpointError with both.
+    """
+    path = out / "run.json"
+    record = json.loads(path.read_text())
+    if checkpoints(out) and record.get("trained_on", rows) != rows:
+        was, now = (f"{r['rows']} with fingerprint {r['fingerprint']}" for r in (record["trained_on"], rows))
+        raise CheckpointError(
+            f"{out} holds a run on other rows: expected {was}, got {now}: choose another out"
+        )
+    accelerator.wait_for_everyone()  # all have read it
+    if accelerator.is_main_process:
+        with write_whole(path) as tmp:
+            tmp.write_text(json.dumps(record | {"trained_on": rows}, indent=2) + "\n")

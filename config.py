@@ -332,7 +332,10 @@ def is_alive(pid: int) -> bool:
 def write_run_record(config, folder):
     """Write config.yaml and run.json into `folder` (made if need be), each whole or not at all."""
     os.makedirs(folder, exist_ok=True)
-    record = json.dumps(describe_run(config), indent=2) + "\n"
+    record = Path(folder, "run.json")
+    before = json.loads(record.read_text()) if record.exists() else {}
+    kept = {key: before[key] for key in ("trained_on",) if key in before}  # the trainer compares its rows
+    record = json.dumps(describe_run(config) | kept, indent=2) + "\n"
     for name, text in {"config.yaml": to_yaml(config), "run.json": record}.items():
         with write_whole(Path(folder, name)) as tmp:
             tmp.write_text(text, encoding="utf-8")

@@ -7,25 +7,26 @@ One prompt builder and one image path serve training, vLLM and evaluation, so th
 tokens. Boxes are in the pixels of the original image, whatever size the model is shown; the prompt states it.
 """
 
-import base64
 import functools
-import io
+import hashlib
 import json
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from config import write_whole
+from images import Passed, damage_named, digest, open_image, to_rgb
 from rewards import parse_ground_truth
+from tables import read_table
 
 # The column names of STVQA-7K. Another data set maps its own: columns={"question": "my_question", ...}.
 COLUMNS = {
@@ -61,29 +62,31 @@ TEMPLATES = {
 SHOWS_SIZE = ("spatial_thinker",)  # only boxes need the frame they live in
 SIZE_IN_PROMPT = re.compile(r"Image size: \(?(?:(\d+) x (\d+)|Unknown)\)?")
 
-# Why a row is not trained on. Trained on are rows with boxes over the edge (clipped and counted), a whole
-# graph of sixty objects, relationships with objects that the scene lacks, wrong options that repeat, stray
-# blanks in options (taken out of the prompt), an answer with other capitals or full stops than its option
-# (rewarded as the prompt shows it), and "Image size: (Unknown)" in the prompt (the image's size is filled
-# in).
+# Why a row is not trained on. Trained on are rows with boxes a little over the edge (clipped and counted), a
+# whole graph of sixty objects, relationships with objects that the scene lacks, stray blanks in options
+# (taken out of the prompt), an answer with other capitals or full stops than its option (rewarded as the
+# prompt shows it), and "Image size: (Unknown)" in the prompt (the image's size is filled in).
 REASONS = {
-    "image": "missing, damaged, or of more pixels than can be meant",
-    "question": "empty, or with a control token of the model, such as <|image_pad|>",
-    "options": "not 2 to 10 texts",
+    "record": "no JSON object, or a column of another type",
+    "image": "missing, damaged, of more pixels than can be meant, or 200 times as long as wide",
+    "text": "empty, or with a control token of the model, such as <|image_pad|>",
+    "options": "not 2 to 10 texts, each another",
     "answer": "none of the options, or another one in the gold scene's text",
-    "repeated_answer": "also stands under another letter: of two right replies the reward would punish one",
     "size": "stated for the prompt, but not the image's: the boxes, or the question, are of another file",
     "scene": "outside the grammar of rewards.py: its JSON, an id, a box without area",
-    "box_outside": "a gold box that does not show in the image: rounding is not that wrong, another frame is",
+    "box_frame": "gold boxes that do not fit the image: rounding is not that wrong, another box_format is",
     "empty_scene": "a gold scene without objects, for which the dense reward would pay who does not look",
-    "prompt": "none can be built, for lack of text or of an image of usable proportions",
+    "trained_on": "held out, but also among the training rows",
+    "prompt": "none can be built, for lack of text or of an image size between min_pixels and max_pixels",
     "long_prompt": "more than max_prompt_length tokens; none is cut, as half a question has no answer",
 }
+BoxFormat = Literal["xyxy", "xywh", "norm1", "norm1000"]  # pixels, pixels, and xyxy in parts of 1 or 1000
+PARTS = {"norm1": 1, "norm1000": 1000}  # of a side
+OVER_EDGE = 0.1  # of the image's side: the most that a gold box may reach over it
+LONGEST_SIDE = 200  # times the other: from there on Qwen2-VL's processor refuses an image
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 OPTION_LINE = re.compile(r"^[ \t]*(\([A-J]\))(.*)$", re.M)
 LETTERED = re.compile(r"\(\s*([A-Ja-j])\s*\)\s*(.*)", re.S)
-# What PIL raises for damaged files beside OSError.
-DAMAGED = (SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 # ---- samples -----------------------------------------------------------------------------------------------
@@ -114,66 +117,37 @@ class Sample:
     meta: dict = field(default_factory=dict)  # what a benchmark's official score groups by
 
     def load_images(self) -> list[Image.Image]:
-        return [to_rgb(open_image(e)) for e in self.encoded_images]
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB: on white where it is transparent, a depth map of more bits scaled to 8."""
-    if image.mode.startswith(("I", "F")):  # PIL would cut them off
-        depth = np.asarray(image, dtype=np.float64)
-        known = depth[np.isfinite(depth)]
-        near, far = (known.min(), known.max()) if known.size else (0, 0)
-        shades = np.nan_to_num(255 * (depth - near) / max(far - near, 1e-9), nan=0, posinf=255, neginf=0)
-        image = Image.fromarray(shades.astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.info = {}  # tags that only some of the later readers would follow: turn me, these are my colours
-    return image
-
-
-def open_image(encoded: dict) -> Image.Image:
-    """The upright PIL image behind a {"bytes", "path"} record. Raises: OSError, whatever is wrong with it.
-
-    Only the header is read until pixels are asked for, unless it says that the image lies on its side.
-    """
-    if not isinstance(encoded, dict) or not (encoded.get("bytes") or encoded.get("path")):
-        raise OSError(f"expected bytes or a path, got {str(encoded)[:80]}")
-    try:
-        image = Image.open(io.BytesIO(encoded["bytes"]) if encoded.get("bytes") else encoded["path"])
-        # A PNG without the tag in its header would be read to its end for one.
-        tags = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-        return ImageOps.exif_transpose(image) if tags.get(ExifTags.Base.Orientation, 1) != 1 else image
-    except DAMAGED as error:
-        raise OSError(f"{type(error).__name__}: {error}") from None
-
-
-def check_pixels(encoded: dict):
-    """Read an image to its end: its header says nothing of what was cut off. Raises: OSError."""
-    image = open_image(encoded)
-    try:
-        if image.format == "PNG":
-            image.verify()  # the checksums
-        else:
-            image.draft("L", (1, 1))  # of a JPEG an eighth of each side: all is read, little computed
-            image.load()
-    except DAMAGED as error:
-        raise OSError(f"{type(error).__name__}: {error}") from None
+        """Upright and in RGB. Raises: OSError naming the row: files may have changed since the check."""
+        try:
+            with damage_named():
+                return [to_rgb(open_image(e)) for e in self.encoded_images]
+        except OSError as error:
+            raise OSError(f"row {self.id}: expected readable images, got {error}") from None
 
 
 class Samples(Sequence):
     """The usable rows of a table, decoded one at a time, so that memory does not grow with their number."""
 
-    def __init__(self, table, columns, need_scene, name, total):
-        self.table, self.columns, self.need_scene = table, columns, need_scene
+    def __init__(self, table, columns, need_scene, box_format, name, total):
+        self.table, self.columns, self.need_scene, self.box_format = table, columns, need_scene, box_format
         self.name, self.total = name, total  # rows looked at
         self.rows: list[int] = []
+        self.asked: list[str] = []  # a digest of each row's question and pictures
+        self.texts = hashlib.blake2b(digest_size=16)  # of what else the rows hold
         self.max_images = 0  # of one row
         self.clipped = 0  # rows with a gold box clipped to the image
         self.overhang = 0.0  # the most that was cut off a box, pixels
         self.skipped: list[str] = []  # a message for each row left out
         self.reasons = Counter()  # {one of REASONS: rows}
+
+    def fingerprint(self) -> dict:
+        """What tells these rows, in this order, from others: for the record of a run."""
+        asked = digest("".join(self.asked).encode())
+        return {"rows": len(self), "fingerprint": f"{asked}{self.texts.hexdigest()}"}
+
+    @functools.cached_property
+    def asked_of(self) -> set[str]:
+        return set(self.asked)
 
     def __len__(self):
         return len(self.rows)
@@ -182,7 +156,7 @@ class Samples(Sequence):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         row = self.rows[i]
-        return row_to_sample(self.table[row], self.columns, row, self.need_scene)[0]
+        return row_to_sample(self.table[row], self.columns, row, self.need_scene, self.box_format)[0]
 
 
 def load_samples(
@@ -197,8 +171,11 @@ def load_samples(
     max_prompt_length: int | None = None,
     skip_bad_rows: bool = False,
     skip_long_prompts: bool = False,
+    box_format: BoxFormat = "xyxy",
+    apart_from: Samples | None = None,
+    threads: int = 4,
 ) -> Samples:
-    """Load a data set and check every row before anything is trained on it.
+    """Load a data set and check every row, its pictures to their end, before anything is trained on it.
 
     Args:
         source: Hub id, .parquet or .jsonl file, folder of parquet files, or `save_to_disk` folder.
@@ -208,10 +185,14 @@ def load_samples(
             them and `.skipped` names them. It never changes which rows are used.
         prompt_length, max_prompt_length: count a prompt's tokens, and how many it may have.
         skip_bad_rows, skip_long_prompts: older forms of max_bad_rows=1.
+        box_format: of the gold boxes: xyxy or xywh in pixels, norm1 or norm1000 (x1 y1 x2 y2 of 1 or 1000).
+        apart_from: training rows, which held-out rows must not be.
     Raises: ValueError naming the source, what is wrong with how many rows, and the first of them.
     """
     if unknown := set(columns or {}) - set(COLUMNS):
         raise ValueError(f"columns: expected some of {list(COLUMNS)}, got {sorted(unknown)}")
+    if box_format not in get_args(BoxFormat):
+        raise ValueError(f"box_format: expected one of {get_args(BoxFormat)}, got {box_format!r}")
     columns = COLUMNS | (columns or {})
     table = read_table(source, split, revision, [columns["images"]])
     needed = [
@@ -222,35 +203,74 @@ def load_samples(
     name = f"{source} ({split})"
     if not len(table):
         raise ValueError(f"{name}: no rows")
+    total = min(limit or len(table), len(table))
+    samples, passed = Samples(table, columns, need_scene, box_format, name, total), Passed(name)
     if missing := [c for c in needed if c not in table.column_names]:
+        if not table.column_names:  # no line could be read
+            check_row(samples, 0, passed)
         raise ValueError(f"{name}: expected columns {needed}, missing {missing}, got {table.column_names}")
 
-    total = min(limit or len(table), len(table))
-    samples = Samples(table, columns, need_scene, name, total)
-    for row in tqdm(range(total), desc=f"checking {name}", disable=None, leave=False):
+    def check(row):
         try:
-            sample, overhang = row_to_sample(table[row], columns, row, need_scene, to_train=True)
+            sample, overhang, asked = check_row(samples, row, passed)
+            if apart_from and asked in apart_from.asked_of:
+                other = f"a row apart from {apart_from.name} (val_data names other rows)"
+                raise BadRow("trained_on", f"row {sample.id} (#{row}): expected {other}, got one of it")
             if prompt_length:
                 check_length(sample, row, prompt_length, max_prompt_length)
         except BadRow as error:
-            samples.skipped.append(f"{error.reason}: {error}")
-            samples.reasons[error.reason] += 1
-            continue
-        samples.rows.append(row)
-        samples.clipped += overhang > 0
-        samples.overhang = max(samples.overhang, overhang)
-        samples.max_images = max(samples.max_images, len(sample.encoded_images))
+            return error
+        texts = sample.problem, sample.answer, sample.ground_truth, sample.completion
+        return asked, repr(texts), overhang, len(sample.encoded_images)
+
+    with ThreadPoolExecutor(threads) as pool:
+        checked = pool.map(check, range(total))
+        for row, found in enumerate(tqdm(checked, f"checking {name}", total, disable=None, leave=False)):
+            if isinstance(found, BadRow):
+                samples.skipped.append(f"{found.reason}: {found}")
+                samples.reasons[found.reason] += 1
+                continue
+            asked, texts, overhang, n_images = found
+            samples.rows.append(row)
+            samples.asked.append(asked)
+            samples.texts.update(texts.encode())
+            samples.clipped += overhang > 0
+            samples.overhang = max(samples.overhang, overhang)
+            samples.max_images = max(samples.max_images, n_images)
+    passed.save()
     allowed = 1.0 if skip_bad_rows or skip_long_prompts else max_bad_rows
-    if (bad := len(samples.skipped)) > allowed * total or not samples.rows:
-        # One of each reason, since a thousand rows with one flaw should not hide another.
-        examples = {message.partition(":")[0]: message for message in reversed(samples.skipped)}.values()
-        raise ValueError(
-            f"{name}: {'' if samples.rows else 'no usable rows: '}{bad} of {total} rows cannot be used, "
-            f"{bad / total:.2%} where max_bad_rows={allowed:g} allows {allowed:.2%}: "
-            + count_reasons(samples.reasons)
-            + "".join(f"\n  {message}" for message in examples)
-        )
+    if len(samples.skipped) > allowed * total or not samples.rows:
+        raise ValueError(too_many_bad(samples, allowed))
     return samples
+
+
+def check_row(samples: Samples, row: int, passed: Passed) -> tuple[Sample, float, str]:
+    """(sample, overhang of its boxes, digest of its question and pictures). Raises: BadRow."""
+    try:
+        record = samples.table[row]
+    except (ValueError, RecursionError) as error:
+        raise BadRow("record", f"row #{row}: {error}") from None
+    sample, overhang = row_to_sample(
+        record, samples.columns, row, samples.need_scene, samples.box_format, to_train=True
+    )
+    try:
+        pictures = [passed.check(encoded) for encoded in sample.encoded_images]
+    except OSError as error:
+        where = f"row {sample.id} (#{row}), column {samples.columns['images']}"
+        raise BadRow("image", f"{where}: expected a readable image, got {error}") from None
+    return sample, overhang, digest(repr((sample.question, pictures)).encode())
+
+
+def too_many_bad(samples: Samples, allowed: float) -> str:
+    """How many rows are bad and why, with one of each reason: many with one flaw should hide no other."""
+    bad, total = len(samples.skipped), samples.total
+    examples = {message.partition(":")[0]: message for message in reversed(samples.skipped)}.values()
+    return (
+        f"{samples.name}: {'' if samples.rows else 'no usable rows: '}{bad} of {total} rows cannot be used, "
+        f"{bad / total:.2%} where max_bad_rows={allowed:g} allows {allowed:.2%}: "
+        + count_reasons(samples.reasons)
+        + "".join(f"\n  {message}" for message in examples)
+    )
 
 
 def count_reasons(reasons: Counter) -> str:
@@ -287,140 +307,57 @@ def check_length(sample: Sample, index: int, prompt_length: Callable[[Sample], i
         )
 
 
-def read_table(
-    source: str, split: str, revision: str | None, image_columns: Sequence[str], config: str | None = None
-):
-    """The rows as a memory-mapped `datasets.Dataset` whose images are left encoded.
-
-    Args: source: Hub id (with `config`), .parquet, .jsonl or .tsv file (images in base64), or folder.
-    Raises: ValueError naming the source, with what was expected and found.
-    """
-    if not source:
-        raise ValueError("data: expected a Hub id, a file or a folder, got nothing")
-    path, table = Path(source), open_table(source, split, revision, config)
-    return leave_encoded(table, image_columns, path if path.is_dir() else path.parent, path.suffix == ".tsv")
-
-
-def open_table(source: str, split: str, revision: str | None, config: str | None):
-    """The rows as `datasets` reads them."""
-    import datasets
-
-    path = Path(source)
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        table = datasets.load_from_disk(source)
-        if not isinstance(table, datasets.DatasetDict):  # one split was saved by itself
-            return table
-        if split not in table:
-            raise ValueError(f"{source}: expected split {split!r}, got {list(table)}")
-        return table[split]
-    if path.is_dir():
-        files = []
-        for part in split.split("+"):  # "a+b" is how the Hub names the union of two splits
-            # Not at any depth: below a folder of benchmarks lie other data sets with the same split names.
-            files += sorted(path.glob(f"{part}*.parquet")) or sorted(path.glob(f"data/{part}*.parquet"))
-        if not files:
-            found = sorted(p.name for p in path.iterdir())
-            raise ValueError(f"{source}: expected {split}*.parquet in the folder, got {found}")
-        return datasets.Dataset.from_parquet([str(f) for f in files])
-    if path.suffix in (".parquet", ".jsonl", ".json", ".tsv"):
-        if not path.exists():
-            raise ValueError(f"{source}: no such file")
-        # Without keep_default_na=False an option "None" or "NA" would be read as nothing.
-        read_tsv = functools.partial(datasets.Dataset.from_csv, sep="\t", keep_default_na=False)
-        readers = {".parquet": datasets.Dataset.from_parquet, ".tsv": read_tsv}
-        try:
-            return readers.get(path.suffix, datasets.Dataset.from_json)(str(path))
-        except StopIteration:  # of an empty file
-            raise ValueError(f"{source}: no rows") from None
-        except datasets.exceptions.DatasetsError as error:  # says what failed in its cause only
-            raise ValueError(f"{source}: {error.__cause__ or error}") from None
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
-        return datasets.load_dataset(source, config, split=split, revision=revision)
-    raise ValueError(
-        f"{source}: expected a Hub id, a .parquet, .jsonl or .tsv file, or a folder; found none of these"
-    )
-
-
-def leave_encoded(table, image_columns: Sequence[str], base: Path, in_base64: bool):
-    """The table with every image, or list of images, as the {"bytes", "path"} record that `open_image` takes.
-
-    Args: base: folder that paths written as text start from; in_base64: text is no path but the image itself.
-    """
-    import datasets
-
-    untyped = []  # columns of plain text or bytes, as JSONL and hand-made parquet have them
-    for name in image_columns:
-        feature = table.features.get(name)
-        # Decoded, every row that is looked at would cost its pixels, though most checks need the header only.
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
-        elif feature is not None:
-            untyped.append(name)
-
-    def as_record(value):
-        if value is None or isinstance(value, list):
-            return value and [as_record(one) for one in value]
-        if isinstance(value, bytes):
-            return {"bytes": value, "path": None}
-        if isinstance(value, str) and in_base64:
-            return {"bytes": base64.b64decode(value), "path": None}
-        record = value if isinstance(value, dict) else {"path": value}
-        path = record.get("path")
-        return {"bytes": record.get("bytes"), "path": path and str(base / path)}
-
-    def as_records(batch):
-        return {
-            name: [as_record(value) for value in values] if name in untyped else values
-            for name, values in batch.items()
-        }
-
-    # A transform runs when a row is read. To map over the table would write a copy of it into the cache.
-    return table.with_transform(as_records) if untyped else table
-
-
 def row_to_sample(
-    row: dict, columns: dict[str, str], index: int, need_scene: bool, to_train: bool = False
+    row: dict,
+    columns: dict[str, str],
+    index: int,
+    need_scene: bool,
+    box_format: str = "xyxy",
+    to_train: bool = False,
 ) -> tuple[Sample, float]:
     """-> (sample, by how many pixels its gold boxes were clipped).
 
-    Args: to_train: read the images to their end, and refuse what only the reward minds: evaluation reads a
-        letter. Raises: BadRow naming the row and the column.
+    Args: to_train: refuse what only the reward minds: evaluation reads a letter.
+    Raises: BadRow naming the row and the column.
     """
-
-    def get(key):
-        return row.get(columns[key])
-
     # The number beside the id: ids repeat in real data, and a table is opened by number.
-    row_id = f"{get('id')} (#{index})" if get("id") is not None else f"#{index}"
+    row_id = row.get(columns["id"])
+    row_id = f"{row_id} (#{index})" if row_id is not None else f"#{index}"
 
     def bad(reason, key, expected, got):
+        texts = (" ".join(str(x).split()) for x in (expected, got))
+        expected, got = (text if len(text) < 200 else f"{text[:200]}..." for text in texts)
         return BadRow(reason, f"row {row_id}, column {columns[key]}: expected {expected}, got {got}")
 
-    images = get("images")
+    def get(key, kind=str):
+        value = row.get(columns[key])
+        if isinstance(value, (int, float)) and key in ("id", "category", "level"):
+            value = str(value)
+        if value is not None and not isinstance(value, kind):
+            raise bad("record", key, "a text" if kind is str else "a list", repr(value))
+        if isinstance(value, str) and (token := CONTROL_TOKEN.search(value)):
+            raise bad("text", key, "no control token of a model", token[0])
+        return value
+
+    images = row.get(columns["images"])
     images = images if isinstance(images, list) else [images]
     if not images or any(e is None for e in images):
         raise bad("image", "images", "an image", images or "nothing")
     try:
-        size = open_image(images[0]).size
-        for encoded in images if to_train else ():
-            check_pixels(encoded)
+        sizes = [open_image(encoded).size for encoded in (images if to_train else images[:1])]
     except OSError as error:
         raise bad("image", "images", "a readable image", error) from None
+    if to_train and (slim := next((s for s in sizes if max(s) >= LONGEST_SIDE * min(s)), None)):
+        raise bad("image", "images", f"a side below {LONGEST_SIDE} times the other", slim)
 
-    question, problem = get("question"), get("problem") or ""
-    if not isinstance(question, str) or not question.strip():
-        raise bad("question", "question", "a question", repr(question))
-    if not isinstance(problem, str):
-        raise bad("question", "problem", "a text", repr(problem)[:80])
-    if token := CONTROL_TOKEN.search(question) or CONTROL_TOKEN.search(problem):
-        raise bad("question", "question", "no control token of a model", token[0])
+    size, question, problem = sizes[0], get("question"), get("problem") or ""
+    if not question or not question.strip():
+        raise bad("text", "question", "a question", repr(question))
     question, problem = tidy(question), tidy(problem)
-    options, answer = read_answer(question, get("options"), get("answer"), bad)
+    options, answer = read_answer(question, get("options", list), get("answer"), bad)
     texts = [plain(o) for o in options]
-    if to_train and texts.count(plain(LETTERED.fullmatch(answer.strip())[2])) > 1:
-        raise bad("repeated_answer", "options", f"one option with the text of {answer!r}", options)
+    if to_train and len(set(texts)) < len(texts):
+        raise bad("options", "options", "each option to differ", options)
 
     # The prompt states the frame of the boxes. Where it is that of another image file, every box is wrong.
     if stated := SIZE_IN_PROMPT.search(problem):
@@ -431,11 +368,11 @@ def row_to_sample(
 
     ground_truth, overhang = answer, 0.0
     if need_scene:
-        ground_truth, n_objects, overhang = gold_scene(get("scene_answer"), answer, size, bad)
+        ground_truth, n_objects, overhang = gold_scene(get("scene_answer"), answer, size, box_format, bad)
         if to_train and not n_objects:
             raise bad("empty_scene", "scene_answer", "a gold scene with objects", "none")
     sample = Sample(
-        id=str(row_id if get("id") is None else get("id")),
+        id=get("id") or row_id,
         encoded_images=tuple(images),
         size=size,
         question=question,
@@ -463,13 +400,13 @@ def plain(text: str) -> str:
 def read_answer(question: str, options, answer, bad: Callable) -> tuple[tuple[str, ...], str]:
     """(options, gold answer), the latter as a reply is rewarded that copies the option from the question."""
     # As many as there are letters for the reader of answers, which sees every sample during training.
-    if not isinstance(options, list) or not 2 <= len(options) <= 10 or any(o is None for o in options):
-        raise bad("options", "options", "a list of 2 to 10 options", repr(options))
-    options = tuple(map(str, options))
-    if not all(map(plain, options)):
-        raise bad("options", "options", "a list of 2 to 10 options with text", options)
+    options = tuple(options or ())
+    if not 2 <= len(options) <= 10 or not all(isinstance(o, str) and plain(o) for o in options):
+        raise bad("options", "options", "a list of 2 to 10 texts", options)
+    if token := CONTROL_TOKEN.search(" ".join(options)):
+        raise bad("text", "options", "no control token of a model", token[0])
     by_letter = dict(zip("ABCDEFGHIJ", options, strict=False))
-    found = LETTERED.fullmatch(answer.strip()) if isinstance(answer, str) else None
+    found = LETTERED.fullmatch(answer.strip()) if answer else None
     letter = found and found[1].upper()
     if letter not in by_letter or plain(found[2]) != plain(by_letter[letter]):
         lettered = [f"({letter}) {o}" for letter, o in by_letter.items()]
@@ -482,31 +419,79 @@ def read_answer(question: str, options, answer, bad: Callable) -> tuple[tuple[st
     return options, answer if answer.strip().lower() == rewarded.lower() else rewarded
 
 
-def gold_scene(text, answer: str, size: tuple[int, int], bad: Callable) -> tuple[str, int, float]:
+def gold_scene(
+    text, answer: str, size: tuple[int, int], box_format: str, bad: Callable
+) -> tuple[str, int, float]:
     """(the gold text with boxes inside the image, number of objects, the most that was clipped in pixels).
 
-    A box that shows in the image is clipped to it: annotation tools round, those of Visual Genome end a pixel
+    A box a little over the edge is clipped to it: annotation tools round, those of Visual Genome end a pixel
     or two outside. One that does not show could not be earned: in a reply such a box is malformed.
     """
     try:
+        text = in_pixels(text, size, box_format)
         scene, scene_answer = parse_ground_truth(text)
-    except ValueError as error:
-        raise bad("scene", "scene_answer", "a gold scene and answer", error) from None
+    except (ValueError, OverflowError) as error:
+        hint = " (box_format=xywh?)" * ("x1 < x2" in str(error) and box_format == "xyxy")
+        raise bad("scene", "scene_answer", "a gold scene and answer", f"{error}{hint}") from None
     gold, found = LETTERED.fullmatch(answer.strip()), LETTERED.fullmatch(scene_answer)
     if not found or (found[1].upper(), plain(found[2])) != (gold[1].upper(), plain(gold[2])):
         raise bad("answer", "scene_answer", f"the answer {answer!r}", repr(scene_answer))
     overhang, (w, h) = 0.0, size
     for o in scene["objects"]:
         x1, y1, x2, y2 = o["bbox"]
-        if x1 >= w or y1 >= h or x2 <= 0 or y2 <= 0:
-            frame = f"boxes that show in the image {size}"
-            raise bad("box_outside", "scene_answer", frame, f"{o['id']} {o['bbox']}")
-        overhang = max(overhang, -x1, -y1, x2 - w, y2 - h)
+        over_x, over_y = max(0, -x1, x2 - w), max(0, -y1, y2 - h)
+        hidden = x1 >= w or y1 >= h or x2 <= 0 or y2 <= 0
+        of_1 = 0 <= min(o["bbox"]) and max(o["bbox"]) <= 1 < max(size) / 2
+        if hidden or of_1 or over_x > OVER_EDGE * w or over_y > OVER_EDGE * h:
+            looks = (
+                "norm1" if of_1 else "norm1000" if 0 <= min(o["bbox"]) and max(o["bbox"]) <= 1000 else None
+            )
+            hint = f" (box_format={looks}?)" if looks and box_format not in PARTS else ""
+            frame = f"boxes that fit the image {size} as {box_format}{hint}"
+            raise bad("box_frame", "scene_answer", frame, f"{o['id']} {o['bbox']}")
+        overhang = max(overhang, over_x, over_y)
         o["bbox"] = [max(x1, 0), max(y1, 0), min(x2, w), min(y2, h)]
     # Else the row's own text: written anew, it might not be the annotator's to the last digit.
     if overhang or scene_answer.strip().lower() != answer.strip().lower():
         text = f"<scene>{json.dumps(scene)}</scene>\n<answer>{answer.strip()}</answer>"
     return text, len(scene["objects"]), overhang
+
+
+def in_pixels(text: str | None, size: tuple[int, int], box_format: str) -> str | None:
+    """A gold text whose boxes are x1 y1 x2 y2 in pixels, objects as {"id", "bbox"}; untouched where they are.
+
+    Objects may be {"label", "bbox_2d"} as Qwen writes them, also in a list without relationships: labels get
+    numbers, cup.1, cup.2, and a relationship that names a label means its first object.
+    """
+    found = re.search(r"(?<=<scene>).*(?=</scene>)", text or "", re.S)
+    if not found or (box_format == "xyxy" and not re.search(r'"(?:bbox_2d|label)"', found[0])):
+        return text
+    try:
+        scene = json.loads(found[0])
+        scene = scene if isinstance(scene, dict) else {"objects": scene}
+        objects, names, seen = [], {}, Counter()
+        w, h, parts = (*size, PARTS[box_format]) if box_format in PARTS else (1, 1, 1)
+        for o in scene["objects"]:
+            if (name := o.get("id")) is None:
+                label, name = o["label"], "_".join(o["label"].split())
+                if not re.search(r"\.\d+$", name):
+                    seen[name] += 1
+                    name = f"{name}.{seen[name]}"
+                names.setdefault(label, name)
+            x1, y1, x2, y2 = o["bbox"] if "bbox" in o else o["bbox_2d"]
+            if box_format == "xywh":
+                x2, y2 = x1 + x2, y1 + y2
+            objects.append(
+                {"id": name, "bbox": [x1 * w / parts, y1 * h / parts, x2 * w / parts, y2 * h / parts]}
+            )
+        scene["objects"] = objects
+        for relation in scene.get("relationships", ()):
+            for end in ("subject", "object"):
+                relation[end] = names.get(relation[end], relation[end])
+    except (AttributeError, IndexError, KeyError, TypeError, RecursionError) as error:
+        expected = "objects with id or label, and bbox or bbox_2d"
+        raise ValueError(f"expected {expected}, got {type(error).__name__} {error}") from None
+    return f"{text[: found.start()]}{json.dumps(scene)}{text[found.end() :]}"
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
@@ -532,11 +517,22 @@ def build_prompt(sample: Sample, template: str) -> list[dict]:
 def smart_size(
     width: int, height: int, min_pixels: int, max_pixels: int, factor: int = 28
 ) -> tuple[int, int]:
-    """(W, H), multiples of `factor` with W * H in [min_pixels, max_pixels]: what Qwen2.5-VL sees."""
+    """(W, H), multiples of `factor` with W * H in [min_pixels, max_pixels]: what Qwen2.5-VL sees.
+
+    A fixed point: the processor's rule is applied until it changes nothing, since of a slim image it changes
+    its own result. Raises: ValueError where it never settles, as in a narrow budget.
+    """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    h, w = smart_resize(height, width, factor, min_pixels, max_pixels)
-    return w, h
+    h, w = height, width
+    for _ in range(32):
+        before, (h, w) = (h, w), smart_resize(h, w, factor, min_pixels, max_pixels)
+        if (h, w) == before:
+            return w, h
+    raise ValueError(
+        f"expected room for an image of {width} x {height} in multiples of {factor}, "
+        f"got min_pixels {min_pixels}, max_pixels {max_pixels}: widen them"
+    )
 
 
 def resize(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
@@ -572,6 +568,11 @@ class PromptEncoder:
     def __init__(self, processor, template: str, min_pixels: int, max_pixels: int):
         self.processor, self.template = processor, template
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        if max_pixels // 784 * 784 < min_pixels:
+            raise ValueError(
+                f"expected a multiple of 28 x 28 = 784 pixels between min_pixels and max_pixels, got "
+                f"{min_pixels} and {max_pixels}"
+            )
         if processor is not None:
             images = getattr(processor, "image_processor", None)
             cell = getattr(images, "patch_size", 0) * getattr(images, "merge_size", 0)
@@ -620,7 +621,10 @@ class PromptEncoder:
             math.prod(smart_size(*open_image(e).size, self.min_pixels, self.max_pixels)) // 28**2
             for e in sample.encoded_images
         ]
-        return len(self.processor.tokenizer(self.text(sample))["input_ids"]) + sum(cells) - len(cells)
+        ids = self.processor.tokenizer(self.text(sample))["input_ids"]
+        if (n := ids.count(self.processor.image_token_id)) != len(cells):
+            raise ValueError(f"expected {len(cells)} image tokens in its prompt, got {n}")
+        return len(ids) + sum(cells) - len(cells)
 
 
 class PromptCache:

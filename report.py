@@ -27,7 +27,8 @@ from string import Template
 from PIL import Image
 
 from config import write_whole
-from data import Sample, load_samples, open_image, to_rgb
+from data import Sample, load_samples
+from images import open_image, to_rgb
 from results import Record, percent, read_records, run_name, summarise
 from rewards import Weights, parse_ground_truth, parse_scene
 from testsets import Selection, load_items, summarise_results

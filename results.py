@@ -427,8 +427,7 @@ def open_results(path: Path, header: dict):
             done = {r["id"] for r in records if r["finish_reason"] != "failed"}
             f.truncate(whole)  # half a line of a killed run
         if not whole:
-            append(path, json.dumps(header) + "
-")
+            append(path, json.dumps(header) + "\n")
         yield f, done
 
 

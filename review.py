@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from data import DAMAGED, open_image, to_rgb
+from images import damage_named, open_image, to_rgb
 from report import e, fill, select, write_html
 
 PAGE = Path(__file__).parent / "assets" / "review.html"  # markup, style and script, with $placeholders
@@ -59,12 +59,10 @@ def check_items(items: Sequence[dict]):
 # ---- pictures and boxes ----
 def picture_uri(encoded: bytes) -> str:
     """The upright picture as the data URI of a JPEG of at most LONGEST pixels. Raises: OSError if damaged."""
-    try:
+    with damage_named():
         image = open_image({"bytes": encoded})
         image.draft("RGB", (LONGEST, LONGEST))  # a large JPEG is decoded at a half, a quarter, an eighth
         image = to_rgb(image)
-    except DAMAGED as error:
-        raise OSError(f"{type(error).__name__}: {error}") from None
     image.thumbnail((LONGEST, LONGEST))
     small = max(image.size) <= 256
     buffer = io.BytesIO()

@@ -40,8 +40,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data import open_image, read_table
+from images import open_image
 from scenes import Box, RawGraph, RawObject
+from tables import read_table
 
 # Pictures are looked for in the folder given, in these below it, and in these below its folder images.
 SUBFOLDERS = ("VG_100K", "VG_100K_2", "train2017", "val2017", "train", "validation", "test")

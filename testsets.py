@@ -27,7 +27,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from answers import LETTERS, parse_polygon, read_number
-from data import COLUMNS, Sample, check_pixels, open_image, read_table, row_to_sample
+from data import COLUMNS, Sample, row_to_sample
+from images import check_pixels, open_image, read_bytes
 from results import (
     cv_bench,
     cv_bench_2d,
@@ -40,6 +41,7 @@ from results import (
     summarise_run,
     three_d_sr,
 )
+from tables import read_table
 
 
 # ---- the benchmarks ----
@@ -635,7 +637,7 @@ def load_items(name: str, selection: Selection) -> Loaded:
     table, source = open_table(name, benchmark, selection)
     rows = list(range(len(table)))
     if source.keep:
-        rows = [i for i, value in enumerate(table[source.keep[0]]) if str(value) == source.keep[1]]
+        rows = [i for i, value in enumerate(table.column(source.keep[0])) if str(value) == source.keep[1]]
     template = selection.template if selection.template in RELEASED else ""
     if source.answer == STVQA.answer:
         scenes = COLUMNS["scene_answer"] in table.column_names
@@ -723,9 +725,9 @@ def check_rows(
 def check_image(row: int, encoded: dict) -> str:
     """A hash of an image that a model can be shown. Raises: ValueError naming the row."""
     try:
-        check_pixels(encoded)
-        w, h = open_image(encoded).size
-        content = encoded.get("bytes") or Path(encoded["path"]).read_bytes()
+        content = read_bytes(encoded)
+        check_pixels(content)
+        w, h = open_image({"bytes": content}).size
     except OSError as error:
         raise ValueError(f"row #{row}: expected a readable image, got {error}") from None
     if max(w, h) > 200 * min(w, h):

@@ -36,9 +36,9 @@ from pydantic import model_validator
 from tqdm import tqdm
 
 from backends import hf_generate, start_vllm, vllm_generate, vllm_reload
-from checkpoint import CheckpointError, refuse_another_run, resume, save
+from checkpoint import CheckpointError, refuse_another_run, refuse_other_rows, resume, save
 from config import Config, DiskFull, append, opt, plain_errors, write_run_record
-from data import Prompt, PromptCache, PromptEncoder, batch_at, load_samples, report_rows
+from data import BoxFormat, Prompt, PromptCache, PromptEncoder, batch_at, load_samples, report_rows
 from distributed import (
     Stop,
     gather,
@@ -74,7 +74,8 @@ class GRPOConfig(Config):
     split: str = opt("train", "split to train on")
     revision: str | None = opt(None, "Hub revision of the data")
     columns: dict[str, str] = opt({}, "column names that differ from STVQA-7K's: {ours: yours}")
-    val_data: str | None = opt(None, "held-out data; empty: same as data")
+    box_format: BoxFormat = opt("xyxy", "gold boxes: xyxy or xywh in pixels, or xyxy in parts of 1 or 1000")
+    val_data: str | None = opt(None, "held-out data; empty: same as data, if that has val_split")
     val_split: str = opt("val", "held-out split")
     val_limit: int = opt(256, "held-out rows used, the first ones", ge=1)
     val_every: int = opt(5, "steps between held-out evaluations (greedy); 0: none", ge=0)
@@ -172,16 +173,9 @@ class GRPOConfig(Config):
 
     def source(self, data: str, split: str) -> dict:
         """Arguments of load_samples."""
-        return dict(
-            source=data,
-            split=split,
-            revision=self.revision,
-            columns=self.columns,
-            need_scene=self.reward == "spatial",
-            max_bad_rows=self.max_bad_rows,
-            skip_bad_rows=self.skip_bad_rows,
-            skip_long_prompts=self.skip_long_prompts,
-        )
+        same = "revision columns max_bad_rows skip_bad_rows skip_long_prompts box_format".split()
+        how = {"need_scene": self.reward == "spatial", "threads": self.image_threads}
+        return dict(source=data, split=split) | how | {key: getattr(self, key) for key in same}
 
 
 # ---- rollout -----------------------------------------------------------------------------------------------
@@ -712,7 +706,8 @@ def load_rows(cfg: GRPOConfig, encoder: PromptEncoder, accelerator):
         loaded = {"train": load_samples(**cfg.source(cfg.data, cfg.split), **limits)}
         if cfg.val_every:
             source = cfg.source(cfg.val_data or cfg.data, cfg.val_split)
-            loaded["held out"] = load_samples(**source, **limits, limit=cfg.val_limit)
+            apart = dict(limit=cfg.val_limit, apart_from=loaded["train"])
+            loaded["held out"] = load_samples(**source, **limits, **apart)
     if accelerator.is_main_process:
         print(report_rows(loaded, Path(cfg.out, "bad_rows.txt")), flush=True)
     return loaded["train"], loaded.get("held out", [])
@@ -727,6 +722,7 @@ def train(cfg: GRPOConfig):
         processor = AutoProcessor.from_pretrained(cfg.model)
         encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
     data, val = load_rows(cfg, encoder, accelerator)
+    refuse_other_rows(accelerator, out, data.fingerprint())
     say(arithmetic(cfg, world, len(data)))
     # Light prompts to sample from, and those to train on with the same images, where they are here. A pixel
     # takes 3 bytes in an image and 12 or 24 in its values, so the smaller cache gets a fifth.

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 
-from checkpoint import CheckpointError, refuse_another_run, resume, save
+from checkpoint import CheckpointError, refuse_another_run, refuse_other_rows, resume, save
 from config import Config, DiskFull, append, opt, plain_errors, write_run_record, write_whole
-from data import PromptEncoder, batch_at, load_samples, report_rows
+from data import BoxFormat, PromptEncoder, batch_at, load_samples, report_rows
 from distributed import gather, leave, refuse_lone_processes, refuse_other_sharding
 from lora import add_adapters, merge_adapters
 from packing import check_family, micro_batches, pack, use_packed_attention
@@ -40,6 +40,7 @@ class SFTConfig(Config):
     val_split: str | None = opt("val", "split of the validation loss; empty: none")
     val_limit: int = opt(256, "rows of it that are used", ge=1)
     revision: str | None = opt(None, "Hub revision of the data")
+    box_format: BoxFormat = opt("xyxy", "gold boxes: xyxy or xywh in pixels, or xyxy in parts of 1 or 1000")
     max_bad_rows: float = opt(0.0, "share of rows that may fail the checks and are left out", ge=0, le=1)
     template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
         "no_reasoning", "prompt; problem: the row's own"
@@ -162,12 +163,17 @@ def train(cfg: SFTConfig):
         prompt_length=encoder.length,
         max_prompt_length=cfg.max_length,
         max_bad_rows=cfg.max_bad_rows,
+        box_format=cfg.box_format,
+        threads=cfg.image_threads,
     )
     with plain_errors():
         loaded = {"train": load_samples(cfg.data, cfg.split, **load)}
         if cfg.val_split:
             source = cfg.val_data or cfg.data
-            loaded["held out"] = load_samples(source, cfg.val_split, limit=cfg.val_limit, **load)
+            loaded["held out"] = load_samples(
+                source, cfg.val_split, limit=cfg.val_limit, apart_from=loaded["train"], **load
+            )
+    refuse_other_rows(accelerator, out, loaded["train"].fingerprint())
     if accelerator.is_main_process:
         print(report_rows(loaded, out / "bad_rows.txt"), flush=True)
     samples, val = loaded["train"], loaded.get("held out", [])

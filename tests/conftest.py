@@ -13,6 +13,8 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     cache = Path(tempfile.gettempdir()) / f"torchinductor-{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
+os.environ["SPATIALTHINKER_CACHE"] = tempfile.mkdtemp(prefix="spatialthinker-")  # nothing in the user's own
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):

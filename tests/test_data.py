@@ -4,9 +4,8 @@ import dataclasses
 import io
 import itertools
 import json
-import struct
+import re
 import threading
-import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import noise
+from pictures import bomb, noise
 from PIL import Image
 
 from config import write_run_record
@@ -30,14 +29,11 @@ from data import (
     batch_at,
     build_prompt,
     build_prompt_text,
-    check_pixels,
     load_samples,
-    open_image,
     report_rows,
     resize,
     row_to_sample,
     smart_size,
-    to_rgb,
 )
 from packing import micro_batches
 from results import judge
@@ -111,28 +107,7 @@ def test_a_missing_source_is_named(source, message):
         load_samples(source)
 
 
-def test_a_path_in_a_record_starts_at_its_table(rows, tmp_path):
-    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
-    for i, images in enumerate(["a.png", ["a.png"], {"path": "a.png"}, [{"path": "a.png", "bytes": None}]]):
-        path = tmp_path / f"{i}.jsonl"
-        path.write_text(json.dumps(rows[0] | {"images": images}))
-        assert load_samples(str(path))[0].size == (84, 84)
-
-
-def test_an_empty_file_has_no_rows(tmp_path):
-    (tmp_path / "x.jsonl").touch()
-    with pytest.raises(ValueError, match="x.jsonl: no rows"):
-        load_samples(str(tmp_path / "x.jsonl"))
-
-
 # ---- checks ----
-def bomb(width, height):
-    """A PNG that claims so many pixels and has none."""
-    parts = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT", b"IEND"]
-    chunks = [struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in parts]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
 def with_image(row, data):
     return row | {"images": {"bytes": data, "path": None}}
 
@@ -165,12 +140,10 @@ BAD = {  # what is wrong: (row -> row, reason, words of the message)
         "empty_scene",
         "a gold scene with objects, got none",
     ),
-    "right of it": (
-        lambda r: with_scene(r, [84, 10, 85, 60]),
-        "box_outside",
-        r"show in the image \(84, 84\)",
-    ),
-    "above it": (lambda r: with_scene(r, [10, -9, 60, 0]), "box_outside", r"got \w+.1 \[10, -9, 60, 0\]"),
+    "right of it": (lambda r: with_scene(r, [84, 10, 85, 60]), "box_frame", r"fit the image \(84, 84\)"),
+    "above it": (lambda r: with_scene(r, [10, -9, 60, 0]), "box_frame", r"got \w+.1 \[10, -9, 60, 0\]"),
+    "of 1000": (lambda r: with_scene(r, [1, 70, 20, 93]), "box_frame", "box_format=norm1000\\?"),
+    "of 1": (lambda r: with_scene(r, [0.1, 0, 0.5, 1.0]), "box_frame", "box_format=norm1\\?"),
     "other answer": (lambda r: with_scene(r, [0, 0, 9, 9], "(A) nonsense"), "answer", "answer_option_text"),
     "answer": (
         lambda r: r | {"answer_option_text_only": "(D) a cat"},
@@ -182,24 +155,24 @@ BAD = {  # what is wrong: (row -> row, reason, words of the message)
         "answer",
         "answer_option_text_only: expected one of",
     ),
-    "options": (lambda r: r | {"options": []}, "options", "expected a list of 2 to 10 options"),
-    "many options": (lambda r: r | {"options": list("abcdefghijk")}, "options", "a list of 2 to 10 options"),
-    "no text in options": (lambda r: r | {"options": ["a", None]}, "options", "a list of 2 to 10 options"),
-    "empty option": (lambda r: with_options(r, "left", " "), "options", "2 to 10 options with text"),
-    "two right": (
-        lambda r: with_options(r, "left", "right", "Left."),
-        "repeated_answer",
-        r"one option with the text of '\(A\) left'",
-    ),
-    "question": (lambda r: r | {"question_with_options": "  "}, "question", "column question_with_options"),
+    "options": (lambda r: r | {"options": []}, "options", "expected a list of 2 to 10 texts"),
+    "many options": (lambda r: r | {"options": list("abcdefghijk")}, "options", "a list of 2 to 10 texts"),
+    "no text in options": (lambda r: r | {"options": ["a", None]}, "options", "a list of 2 to 10 texts"),
+    "empty option": (lambda r: with_options(r, "left", " "), "options", "a list of 2 to 10 texts"),
+    "two right": (lambda r: with_options(r, "left", "right", "Left."), "options", "each option to differ"),
+    "question": (lambda r: r | {"question_with_options": "  "}, "text", "column question_with_options"),
     "token": (
         lambda r: r | {"question_with_options": "Is <|image_pad|> left? (A) yes (B) no"},
-        "question",
+        "text",
         r"no control token of a model, got <\|image_pad\|>",
     ),
     "no image": (lambda r: with_image(r, b"not an image"), "image", "column images"),
-    "empty image": (lambda r: with_image(r, b""), "image", "expected bytes or a path"),
-    "half a JPEG": (lambda r: with_image(r, PHOTO[: len(PHOTO) // 2]), "image", "truncated"),
+    "empty image": (lambda r: with_image(r, b""), "image", "neither bytes nor a path"),
+    "half a JPEG": (
+        lambda r: with_image(r, PHOTO[: len(PHOTO) // 2]) | {"problem": ""},
+        "image",
+        "truncated",
+    ),
     "half a PNG": (lambda r: with_image(r, r["images"]["bytes"][:-40]), "image", "column images"),
     "bomb": (lambda r: with_image(r, bomb(20_000, 20_000)), "image", "400000000 pixels"),
     "size": (
@@ -208,6 +181,159 @@ BAD = {  # what is wrong: (row -> row, reason, words of the message)
         r"column problem: expected the image's size \(84, 84\), got 'Image size: \(48 x 84\)'",
     ),
 }
+
+
+WRONG = {  # column: values of the wrong kind
+    "question_with_options": (7, [], {"a": 1}, None, "<|im_end|>"),
+    "problem": (7, ["a"], "<|vision_start|>"),
+    "options": ("a, b", {"a": 1}, [["a"], ["b"]], [1, 2], ["a", "<|im_end|>"], ["a", None]),
+    "answer_option_text": (7, [], "", "<scene>[1]</scene>\n<answer>(A) x</answer>"),
+    "answer_option_text_only": (7, ["(A) left"], None),
+    "category": ([], {"a": 1}),
+    "image_id": ([], {"a": 1}),
+    "completion": (7, "<|im_end|>"),
+    "images": (
+        7,
+        True,
+        None,
+        [],
+        [None],
+        {},
+        "",
+        [["a.png"]],
+        {"bytes": [137, 80]},
+        "missing.png",
+        "data:,x",
+    ),
+}
+
+
+@pytest.mark.parametrize("column, value", [(c, v) for c, values in WRONG.items() for v in values])
+def test_a_wrong_type_is_one_short_line(column, value, rows, tmp_path):
+    good = rows[0] | {"images": "a.png"}
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, good | {column: value})))
+    samples = load_samples(str(path), skip_bad_rows=True)
+    assert len(samples) == 1 and len(samples.skipped) == 1
+    (message,) = samples.skipped
+    assert re.match(rf"\w+: row .*\(#1\), column {column}: expected .*, got ", message), message
+    assert len(message) < 500 and "\n" not in message
+
+
+def test_a_broken_line_is_a_bad_row(rows, tmp_path):
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
+    path, good = tmp_path / "x.jsonl", json.dumps(rows[0] | {"images": "a.png"})
+    path.write_text(f"\ufeff{good}\n\n{good[:-9]}\n[1]\n{'[' * 99_999}\n")
+    samples = load_samples(str(path), max_bad_rows=0.75)
+    assert len(samples) == 1 and samples.reasons == {"record": 3}
+    for line, expected, message in zip(
+        (3, 4, 5), ("JSON", "a JSON object", "JSON"), samples.skipped, strict=True
+    ):
+        assert f"{path}, line {line}: expected {expected}, got" in message
+    path.write_text(good[:-9])
+    with pytest.raises(ValueError, match="x.jsonl, line 1: expected JSON"):
+        load_samples(str(path))
+
+
+def test_every_image_of_a_row_is_decoded(rows, tmp_path):
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
+    (tmp_path / "half.jpg").write_bytes(PHOTO[: len(PHOTO) // 2])
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(rows[0] | {"images": ["a.png", "half.jpg"]}))
+    with pytest.raises(ValueError, match="column images: expected a readable image, got .*truncated"):
+        load_samples(str(path))
+
+
+def test_a_picture_that_goes_bad_later_names_its_row(rows, tmp_path):
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"])
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(rows[0] | {"images": "a.png"}))
+    sample = load_samples(str(path))[0]
+    (tmp_path / "a.png").write_bytes(rows[0]["images"]["bytes"][:-40])
+    with pytest.raises(OSError, match="row row-0: expected readable images, got "):
+        sample.load_images()
+
+
+def gold(row, objects, relations=()):
+    """The row with that scene."""
+    scene = objects if relations is None else {"objects": objects, "relationships": list(relations)}
+    return row | {"answer_option_text": f"<scene>{json.dumps(scene)}</scene>\n<answer>"
+                  f"{row['answer_option_text_only']}</answer>"}  # fmt: skip
+
+
+@pytest.mark.parametrize("box_format, box, pixels", [
+    ("xyxy", [21, 42, 63, 84], [21, 42, 63, 84]),
+    ("xywh", [21, 42, 42, 42], [21, 42, 63, 84]),
+    ("norm1", [0.25, 0.5, 0.75, 1], [21, 42, 63, 84]),
+    ("norm1000", [250, 500, 750, 1000], [21, 42, 63, 84]),
+    ("xyxy", [250, 500, 750, 1000], None),
+    ("xyxy", [10, 10, 60, 93], None),  # more than a tenth of 84 over
+    ("xyxy", [0.25, 0.5, 0.75, 1], None),
+    ("xyxy", [0, 0, 1, 1], None),
+    ("norm1", [21, 42, 63, 84], None),
+    ("norm1000", [2500, 0, 2600, 10], None),
+])  # fmt: skip
+def test_boxes_are_read_in_their_format_or_refused(box_format, box, pixels, rows, tmp_path):
+    path = write([gold(rows[0], [{"id": "cup.1", "bbox": box}])], tmp_path / "x.parquet")
+    if pixels is None:
+        with pytest.raises(ValueError, match=rf"\(84, 84\) as {box_format}.*, got cup.1 \["):
+            load_samples(path, box_format=box_format)
+        return
+    scene = json.loads(load_samples(path, box_format=box_format)[0].ground_truth[7:].partition("</scene>")[0])
+    assert scene["objects"] == [{"id": "cup.1", "bbox": pixels}]
+
+
+def test_scenes_in_qwens_keys_are_read(rows, tmp_path):
+    box = [1, 2, 30, 40]
+    objects = [{"bbox_2d": box, "label": label} for label in ("red cup", "dog", "red cup")]
+    relations = [{"subject": "red cup", "predicate": "on", "object": "dog"}]
+    for i, scene in enumerate([(objects, relations), (objects, None)]):
+        sample = load_samples(write([gold(rows[0], *scene)], tmp_path / f"{i}.parquet"))[0]
+        read = json.loads(sample.ground_truth[7:].partition("</scene>")[0])
+        assert read["objects"] == [{"id": i, "bbox": box} for i in ("red_cup.1", "dog.1", "red_cup.2")]
+        assert read.get("relationships", []) == [
+            {"subject": "red_cup.1", "predicate": "on", "object": "dog.1"}
+        ] * (i == 0)
+
+
+def test_held_out_rows_are_never_training_rows(rows, tmp_path):
+    train = load_samples(write(rows[:4], tmp_path / "train.parquet"))
+    with pytest.raises(
+        ValueError, match=r"4 of 4 .*4 trained_on\n.* a row apart from .*val_data names other"
+    ):
+        load_samples(str(tmp_path / "train.parquet"), "val", apart_from=train)
+    renamed = [rows[0] | {"image_id": "another"}, *rows[4:]]
+    path = write(renamed, tmp_path / "val.parquet")
+    val = load_samples(path, "val", apart_from=train, max_bad_rows=0.5)
+    assert [s.id for s in val] == ["row-4", "row-5"] and val.reasons == {"trained_on": 1}
+
+
+def test_a_fingerprint_is_of_the_rows_and_their_order(rows, tmp_path):
+    def mark(rows, name):
+        return load_samples(write(rows, tmp_path / f"{name}.parquet")).fingerprint()
+
+    first = mark(rows, "a")
+    assert first["rows"] == 6 and first == mark(rows, "b")
+    other = [with_scene(rows[0], [0, 0, 9, 9]), *rows[1:]]
+    assert len({mark(r, f"c{i}")["fingerprint"] for i, r in enumerate([rows, rows[::-1], other])}) == 3
+
+
+def test_a_run_continues_on_its_own_rows_only(tmp_path):
+    from checkpoint import CheckpointError, refuse_other_rows
+    from train_grpo import GRPOConfig
+
+    alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    mine, other = {"rows": 6, "fingerprint": "ab"}, {"rows": 5, "fingerprint": "cd"}
+    for rows in (other, mine):  # without a checkpoint nothing is continued
+        write_run_record(GRPOConfig(), tmp_path)
+        refuse_other_rows(alone, tmp_path, rows)
+    (tmp_path / "checkpoint-5").mkdir()
+    write_run_record(GRPOConfig(), tmp_path)
+    refuse_other_rows(alone, tmp_path, mine)
+    with pytest.raises(CheckpointError, match="expected 6 with fingerprint ab, got 5 with fingerprint cd"):
+        refuse_other_rows(alone, tmp_path, other)
+    assert json.loads((tmp_path / "run.json").read_text())["trained_on"] == mine
 
 
 def test_a_prompt_that_is_a_chat_is_named(rows):
@@ -236,7 +362,7 @@ def test_a_bad_row_is_named_or_left_out_and_counted(name, rows, tmp_path):
     ([-1, 2, 20, 85], [0, 2, 20, 84], 1),
     ([1, -2, 20, 30], [1, 0, 20, 30], 2),
     ([1, 70, 20, 89], [1, 70, 20, 84], 5),
-    ([83, 10, 300.5, 60], [83, 10, 84, 60], 216.5),  # a pixel of it shows
+    ([83, 10, 92.25, 60], [83, 10, 84, 60], 8.25),  # a pixel of it shows
 ])  # fmt: skip
 def test_a_box_over_the_edge_is_clipped_and_counted(box, inside, overhang, rows, tmp_path):
     path = write([with_scene(rows[0], box), *rows[1:]], tmp_path / "x.parquet")
@@ -350,7 +476,7 @@ def test_an_image_that_no_prompt_can_hold_is_a_bad_row(rows, tmp_path, tiny_base
     row = with_image(rows[0], slim.getvalue()) | {"problem": ""}
     path = write([row, *rows[1:]], tmp_path / "x.parquet")
     length = dict(prompt_length=encode.length, max_prompt_length=2000)
-    assert load_samples(path, need_scene=False, max_bad_rows=0.2, **length).reasons == {"prompt": 1}
+    assert load_samples(path, need_scene=False, max_bad_rows=0.2, **length).reasons == {"image": 1}
 
 
 # ---- rows as they are likely to be ----
@@ -358,13 +484,13 @@ LIKELY = {  # flaw: (rows of 300 that have it, what becomes of them)
     "one pixel over": (7, "clipped"),
     "two pixels over": (5, "clipped"),
     "ten pixels over": (2, "clipped"),
-    "outside": (3, "box_outside"),
+    "outside": (3, "box_frame"),
     "flat box": (2, "scene"),
     "whole graph": (6, "used"),
     "empty scene": (4, "empty_scene"),
     "name of two words": (1, "scene"),
-    "wrong options repeat": (3, "used"),
-    "right option repeats": (2, "repeated_answer"),
+    "wrong options repeat": (3, "options"),
+    "right option repeats": (2, "options"),
     "blanks everywhere": (4, "used"),
     "stops everywhere": (4, "used"),
     "blank in the answer": (3, "used"),
@@ -381,18 +507,18 @@ LIKELY = {  # flaw: (rows of 300 that have it, what becomes of them)
 
 @pytest.fixture(scope="module")
 def likely(tmp_path_factory):
-    """A file of 300 rows with LIKELY's flaws: 14 to clip, 19 to leave out."""
+    """A file of 300 rows with LIKELY's flaws: 14 to clip, 22 to leave out."""
     path = tmp_path_factory.mktemp("likely") / "rows.parquet"
     return lookalike.write(path, lookalike.rows(300, {flaw: count for flaw, (count, _) in LIKELY.items()}))
 
 
 def test_likely_rows_are_clipped_used_or_left_out_by_reason(likely, tmp_path):
     assert set(LIKELY) == set(lookalike.FLAWS)
-    samples = load_samples(likely, max_bad_rows=0.07)
-    assert (len(samples), samples.total) == (281, 300)
+    samples = load_samples(likely, max_bad_rows=0.08)
+    assert (len(samples), samples.total) == (278, 300)
     assert (samples.clipped, samples.overhang) == (14, 10)
     assert samples.reasons == {
-        "box_outside": 3, "scene": 3, "empty_scene": 4, "repeated_answer": 2, "answer": 2, "size": 4,
+        "box_frame": 3, "scene": 3, "empty_scene": 4, "options": 5, "answer": 2, "size": 4,
         "image": 1,
     }  # fmt: skip
     for message in samples.skipped:  # "reason: row FLAW NUMBER (#NUMBER), column ..."
@@ -400,16 +526,16 @@ def test_likely_rows_are_clipped_used_or_left_out_by_reason(likely, tmp_path):
         assert LIKELY[rest.rpartition(" (#")[0].rpartition(" ")[0]][1] == reason
     left = Counter(s.id.rpartition(" ")[0] for s in samples)
     assert left == {f: n for f, (n, what) in LIKELY.items() if what in ("used", "clipped")} | {"fine": 231}
-    assert load_samples(likely, need_scene=False, max_bad_rows=0.03).reasons == {
-        "repeated_answer": 2, "answer": 2, "size": 4, "image": 1,
+    assert load_samples(likely, need_scene=False, max_bad_rows=0.04).reasons == {
+        "options": 5, "answer": 2, "size": 4, "image": 1,
     }  # fmt: skip
-    with pytest.raises(ValueError, match="19 of 300 rows cannot be used, 6.33% .* allows 6.00%: 4 ") as error:
+    with pytest.raises(ValueError, match="22 of 300 rows cannot be used, 7.33% .* allows 6.00%: 5 ") as error:
         load_samples(likely, max_bad_rows=0.06)
     assert len(str(error.value).splitlines()) == 8  # one row of each of the 7 reasons
 
 
 def test_every_likely_row_that_is_used_can_be_earned_in_full(likely):
-    samples = load_samples(likely, max_bad_rows=0.07)
+    samples = load_samples(likely, max_bad_rows=0.08)
     for sample, row in zip(samples, samples.rows, strict=True):
         gold = samples.table[row]
         scene = sample.ground_truth.partition("\n")[0]
@@ -423,8 +549,8 @@ def test_every_likely_row_that_is_used_can_be_earned_in_full(likely):
 
 
 @pytest.mark.parametrize("name, reasons", [
-    ("3b", "2 empty_scene, 1 repeated_answer, 1 size"),
-    ("3b_vanilla", "1 repeated_answer, 1 size"),
+    ("3b", "3 options, 2 empty_scene, 1 size"),
+    ("3b_vanilla", "3 options, 1 size"),
 ])  # fmt: skip
 def test_the_shipped_configs_start_on_likely_rows(name, reasons, tmp_path, tiny_base, capsys):
     from transformers import AutoProcessor
@@ -434,7 +560,9 @@ def test_the_shipped_configs_start_on_likely_rows(name, reasons, tmp_path, tiny_
     # 15 boxes one pixel over, 9 two, 2 ten
     counts = {flaw: round(300 * share) for flaw, (share, _) in lookalike.FLAWS.items()}
     path = lookalike.write(tmp_path / "rows.parquet", lookalike.rows(300, counts))
-    cfg = GRPOConfig.load([f"configs/{name}.yaml", f"data={path}", f"out={tmp_path}", "val_limit=1"])
+    other = lookalike.write(tmp_path / "held_out.parquet", lookalike.rows(1, {}, seed=1))
+    paths = f"data={path}", f"val_data={other}", f"out={tmp_path}"
+    cfg = GRPOConfig.load([f"configs/{name}.yaml", *paths])
     encode = PromptEncoder(
         AutoProcessor.from_pretrained(tiny_base), cfg.template, cfg.min_pixels, cfg.max_pixels
     )
@@ -444,7 +572,7 @@ def test_the_shipped_configs_start_on_likely_rows(name, reasons, tmp_path, tiny_
     clipped = ", 26 with a gold box clipped to the image by at most 10 px" if name == "3b" else ""
     assert capsys.readouterr().out.splitlines() == [
         f"train: {n} of 300 rows of {path} (train){clipped}",
-        f"held out: 1 of 1 rows of {path} (val)",
+        f"held out: 1 of 1 rows of {other} (val)",
         f"left out: {reasons}; {tmp_path}/bad_rows.txt names them",
     ]
     listed = (tmp_path / "bad_rows.txt").read_text().splitlines()
@@ -538,32 +666,6 @@ def test_prompts_are_made_side_by_side():
 
 
 # ---- images ----
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_an_image_is_upright_once(kind):
-    picture = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(1, 60).repeat(20, 0) * 4)  # 60 x 20
-    file, tags = io.BytesIO(), Image.Exif()
-    tags[274] = 6  # turn me by a quarter, clockwise
-    picture.convert("RGB").save(file, kind, exif=tags, **({"lossless": True} if kind == "WEBP" else {}))
-    image = open_image({"bytes": file.getvalue(), "path": None})
-    check_pixels({"bytes": file.getvalue(), "path": None})
-    assert image.size == (20, 60)
-    pixels = to_rgb(image)
-    assert not pixels.info and not dict(pixels.getexif())  # vLLM would turn it again
-    assert np.abs(np.array(pixels)[:, 5, 0].astype(int) - 4 * np.arange(60)).max() <= 4  # JPEG rounds
-
-
-def test_transparent_images_lie_on_white():
-    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
-    image.putpixel((1, 0), (10, 20, 30, 255))
-    assert np.array(to_rgb(image)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
-
-
-def test_a_depth_map_with_holes_keeps_its_shades():
-    depth = np.array([[1, 2, 3, np.nan, np.inf]], dtype=np.float32)
-    assert np.array(to_rgb(Image.fromarray(depth)))[0, :, 0].tolist() == [0, 127, 255, 0, 255]
-    assert not np.array(to_rgb(Image.fromarray(depth[:, 3:4]))).any()
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(20, 3000), st.integers(20, 3000))
 def test_resized_once_means_never_again(width, height):
@@ -571,6 +673,29 @@ def test_resized_once_means_never_again(width, height):
     w, h = smart_size(width, height, *budget)
     assert w % 28 == 0 and h % 28 == 0
     assert smart_size(w, h, *budget) == (w, h)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(784, 90_000), st.floats(1, 8))
+def test_a_size_is_a_fixed_point_of_the_processor_or_refused(width, height, low, wide):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    budget = low, int(low * wide)
+    try:
+        w, h = smart_size(width, height, *budget)
+    except ValueError:
+        # A square has its place in a budget of factor 4, where rounding to a cell fits twice.
+        assert wide < 4 or max(width, height) / min(width, height) > 4
+        return
+    assert smart_resize(h, w, 28, *budget) == (h, w) and budget[0] <= w * h <= budget[1]
+
+
+def test_a_budget_without_a_size_is_refused_at_the_start():
+    for narrow in ((785, 1567), (1568, 1567)):
+        with pytest.raises(ValueError, match="a multiple of 28 x 28 = 784 pixels between"):
+            PromptEncoder(None, "reasoning", *narrow)
+    with pytest.raises(ValueError, match="room for an image of 100 x 100 .* widen them"):
+        smart_size(100, 100, 784 * 7, 784 * 7)
 
 
 @pytest.mark.parametrize("size", [(84, 84), (100, 60), (500, 333), (1000, 700), (90, 400)])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import testsets
 from answers import LETTERS
-from data import open_image, to_rgb
+from images import open_image, to_rgb
 from results import grade
 from testsets import (
     DATASETS,
@@ -175,9 +175,10 @@ def test_a_folder_of_another_benchmark_is_not_read(tmp_path):
 def test_split_unions_raw_bytes_and_numpys_lists(tmp_path):
     (tmp_path / "robospatial").mkdir()
     features, rows = fixtures.robospatial_home()
-    for name, row in zip(("configuration", "context"), rows, strict=True):
+    parts = "compatibility", "configuration", "context"
+    for name, row in zip(parts, [rows[0], *rows], strict=True):
         fixtures.write(tmp_path / "robospatial" / f"{name}-0.parquet", features, [row])
-    assert [item.kind for item in load("robospatial", tmp_path).items] == ["yes_no", "point"]
+    assert [item.kind for item in load("robospatial", tmp_path).items] == ["yes_no", "yes_no", "point"]
     _, rows = fixtures.mmstar()
     raw = [{k: v for k, v in r.items() if k != "meta_info"} | {"image": r["image"]["bytes"]} for r in rows]
     fixtures.Dataset.from_list(raw).to_parquet(str(tmp_path / "mmstar.parquet"))
