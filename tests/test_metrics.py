@@ -297,3 +297,23 @@ def test_a_missing_tracker_is_named_in_one_line(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, types.ModuleType(module))  # as a folder ./wandb is
     assert lacking_tracker(name) == want
     assert lacking_tracker("none") is None
+
+
+def test_a_missing_tracker_shows_in_a_dry_run_and_ends_the_start(tmp_path, monkeypatch, capsys):
+    import dry_run
+    import train_grpo
+    import train_sft
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name, value in {"find_cards": None, "arithmetic": "", "plan": []}.items():
+        monkeypatch.setattr(dry_run, name, lambda *_, value=value: value)
+    settings = dict(data=str(tmp_path / "no.parquet"), out=str(tmp_path / "run"), tracker="wandb")
+    assert dry_run.dry_run(train_grpo.GRPOConfig(**settings, sampler="hf")) == 1
+    assert "missing: tracker=wandb: not installed" in capsys.readouterr().out
+    for start, cfg in (
+        (train_grpo.start, train_grpo.GRPOConfig(**settings)),
+        (train_sft.train, train_sft.SFTConfig(**settings)),
+    ):
+        with pytest.raises(SystemExit, match="^error: tracker=wandb: not installed"):
+            start(cfg)
+    assert not (tmp_path / "run").exists()
