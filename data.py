@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from config import write_whole
+from config import BoxFormat, write_whole
 from images import Passed, damage_named, digest, open_image, to_rgb
 from rewards import parse_ground_truth
 from tables import read_table
@@ -80,7 +80,6 @@ REASONS = {
     "prompt": "none can be built, for lack of text or of an image size between min_pixels and max_pixels",
     "long_prompt": "more than max_prompt_length tokens; none is cut, as half a question has no answer",
 }
-BoxFormat = Literal["xyxy", "xywh", "norm1", "norm1000"]  # pixels, pixels, and xyxy in parts of 1 or 1000
 PARTS = {"norm1": 1, "norm1000": 1000}  # of a side
 OVER_EDGE = 0.1  # of the image's side: the most that a gold box may reach over it
 LONGEST_SIDE = 200  # times the other: from there on Qwen2-VL's processor refuses an image

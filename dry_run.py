@@ -21,6 +21,7 @@ import torch
 from checkpoint import SUMMED_AT_ONCE
 from config import to_yaml
 from data import load_samples, report_rows
+from metrics import lacking_tracker
 from packing import check_family
 
 GIB = 2**30
@@ -554,5 +555,6 @@ def dry_run(cfg) -> int:
     missing += plan(cfg, cards)
     if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
         missing.append("vllm: not installed (pip install -r requirements.txt, or sampler=hf)")
+    missing += [why] if (why := lacking_tracker(cfg.tracker)) else []
     print("\n".join(f"missing: {m}" for m in missing) if missing else "nothing is missing")
     return 1 if missing else 0

@@ -1,12 +1,16 @@
-"""What a GRPO step is measured by: its line in metrics.jsonl and on the terminal, and saved completions.
+"""What a GRPO step is measured by: its line in metrics.jsonl, on the terminal and in the tracker, and saved
+completions.
 
 docs/metrics.md says in one line each what the metrics mean. A name means the same wherever it stands: with
 `val_` before it, in an evaluation's summary, and on the pages.
 """
 
+import importlib
 import json
 import math
+import os
 import re
+import secrets
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import write_whole
+from config import to_yaml, write_whole
 
 # Of the held-out rows, as val_...; those that need a gold scene are missing where there is none.
 HELD_OUT = ("reward", "format", "count", "spatial", "exact", "accuracy", "mean_iou", "recall50")
@@ -131,22 +135,93 @@ def step_line(m: dict, steps: int, elapsed_s: float, done: int) -> str:
     return " | ".join(parts)
 
 
-def save_samples(folder: Path, groups: list[list], data, encoder, n: int = 4):
-    """The first n prompts of a step: their images, all completions and what each earned."""
+def save_samples(folder: Path, groups: list[list], data, encoder, n: int = 4) -> list[tuple[list, list]]:
+    """The first n prompts of a step: their images, all completions and what each earned.
+
+    Returns: for each prompt (its images, [what stands in completions.jsonl about a completion of it]).
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(folder) as tmp:
-        write_samples(tmp, groups[:n], data, encoder)
+        return write_samples(tmp, groups[:n], data, encoder)
 
 
-def write_samples(folder: Path, groups: list[list], data, encoder):
+def write_samples(folder: Path, groups: list[list], data, encoder) -> list[tuple[list, list]]:
     folder.mkdir()
-    lines = []
+    saved = []
     for group in groups:
         sample = data[group[0].row]
         name = re.sub(r"[^\w.-]", "_", sample.id)[:80]
-        for k, image in enumerate(encoder.images(sample)):
+        images, lines = encoder.images(sample), []
+        for k, image in enumerate(images):
             image.save(folder / f"{name}_{k}.png")
         for r in group:
             line = {"id": sample.id, "question": sample.question, "gold": sample.ground_truth, "text": r.text}
-            lines.append(json.dumps(line | {"finished": r.finished} | vars(r.score)) + "\n")
-    (folder / "completions.jsonl").write_text("".join(lines))
+            lines.append(line | {"finished": r.finished} | vars(r.score))
+        saved.append((images, lines))
+    text = "".join(json.dumps(line) + "\n" for _, lines in saved for line in lines)
+    (folder / "completions.jsonl").write_text(text)
+    return saved
+
+
+# ---- tracker -----------------------------------------------------------------------------------------------
+def lacking_tracker(name: str) -> str | None:
+    """Why `tracker=name` cannot be used here, in a line; None if it can."""
+    modules = {"wandb": ("wandb", "init"), "tensorboard": ("torch.utils.tensorboard", "SummaryWriter")}
+    if name in modules:
+        module, needed = modules[name]
+        try:  # a folder ./wandb, which its runs leave, imports as well, and is empty
+            getattr(importlib.import_module(module), needed)
+        except (ImportError, AttributeError):
+            return f"tracker={name}: not installed (pip install {name}, or tracker=none)"
+    return None
+
+
+def start_tracker(accelerator, cfg, project: str, first: int):
+    """Open the run's tracker, without the steps after `first`, which come again in a continued run.
+
+    <out>/tracker.json keeps the project, name and id under which wandb knows the run; WANDB_PROJECT,
+    WANDB_NAME and WANDB_RUN_ID choose them. Ends the program where the tracker does not open.
+    """
+    if cfg.tracker == "none":
+        return
+    run, options = {"project": project}, {"purge_step": first + 1 if first else 0}
+    if cfg.tracker == "wandb":
+        record = Path(cfg.out, "tracker.json")
+        if accelerator.is_main_process and not record.exists():
+            run |= {"name": Path(cfg.out).resolve().name, "id": secrets.token_hex(4)}
+            chosen = {"project": "WANDB_PROJECT", "name": "WANDB_NAME", "id": "WANDB_RUN_ID"}
+            run |= {key: os.environ[name] for key, name in chosen.items() if os.environ.get(name)}
+            with write_whole(record) as tmp:
+                tmp.write_text(json.dumps(run))
+        accelerator.wait_for_everyone()
+        run = json.loads(record.read_text())
+        options = {"name": run["name"], "id": run["id"], "resume": "allow", "dir": cfg.out}
+        options["config"] = cfg.model_dump(mode="json")
+    try:
+        accelerator.init_trackers(run["project"], init_kwargs={cfg.tracker: options})
+    except Exception as error:  # no login, no network, no space: each has its own
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        raise SystemExit(f"error: tracker={cfg.tracker}: {why}") from None
+    if cfg.tracker == "tensorboard":
+        accelerator.log({"config": f"```\n{to_yaml(cfg)}```"}, step=first)
+
+
+def log_samples(accelerator, tracker: str, step: int, saved: list[tuple[list, list]]):
+    """What `save_samples` has saved, in the tracker: a table with the images. On the main process."""
+    if tracker == "wandb":
+        import wandb
+
+        n, data = max(len(images) for images, _ in saved), []
+        for images, lines in saved:
+            cells = [wandb.Image(image) for image in images] + [None] * (n - len(images))
+            data += [[*cells, *line.values()] for line in lines]
+        data = [[json.dumps(cell) if isinstance(cell, tuple) else cell for cell in row] for row in data]
+        columns = [*(f"image_{k}" for k in range(n)), *saved[0][1][0]]
+        accelerator.get_tracker("wandb").log_table("samples", columns=columns, data=data, step=step)
+    elif tracker == "tensorboard":
+        writer = accelerator.get_tracker("tensorboard", unwrap=True)
+        for k, (images, lines) in enumerate(saved):
+            for i, image in enumerate(images):
+                writer.add_image(f"samples/{k}_{i}", np.asarray(image), step, dataformats="HWC")
+            text = json.dumps(lines, indent=2)  # indented, it is shown as it is, with its tags
+            writer.add_text(f"samples/{k}", "    " + text.replace("\n", "\n    "), step)

@@ -23,7 +23,8 @@ Deviations from the released code:
   2. NaN, Infinity and `true` are no coordinates (released: the first two crash the matcher, hence the run).
   3. x2 <= x1 or y2 <= y1 is malformed (released: an inverted box around the right centre earns half credit).
   4. A box over the image's edge is clipped to it, one wholly outside is malformed (released: not looked at).
-  5. Relationships must join declared objects (released: any ids, so empty claims fill the count term).
+  5. Relationships must join two declared objects by a predicate that is not empty, each once (released: any
+     ids, any text, any number of times, so that empty claims fill the count term).
   6. Repeated JSON keys are malformed (released: the last one wins). What is shown is what is scored.
   7. The MAX_* below and the length of an id bound the work, far above what 2,048 tokens of scene can hold
      (released: one text of brackets, digits or 10,000 objects stalls or kills the run).
@@ -31,6 +32,7 @@ Deviations from the released code:
   9. A scene without an `objects` list has no objects (released: also, but count is 0 even if gold has none).
  10. The default label similarity is lexical (released: vectors of spaCy's en_core_web_md, which no package
      registry carries; see `spacy_similarity`). It decides what is matched, never what a match earns.
+ 11. Empty observe and think blocks are malformed (released: accepted, so that nothing need be looked at).
 The paper differs from its code, with which the released checkpoints were trained: it has IoU in the matching
 cost, averages raw CIoU over matched pairs only, and always splits the count term.
 """
@@ -53,14 +55,17 @@ MAX_OBJECTS = 256
 MAX_RELATIONSHIPS = 1024
 OBJECT_ID = re.compile(r"[A-Za-z_]{1,80}\.[0-9]{1,9}")
 IMAGE_SIZE = re.compile(r"Image size: \(?(\d{1,6}) x (\d{1,6})\)?")
+SIZE_TEXT = re.compile(r"\s*[(\[]?\s*(\d{1,6})\s*[x×X,]\s*(\d{1,6})\s*[)\]]?\s*")
+MAX_SIDE = 1_000_000  # pixels, of an image and of a gold box: squares of it are far from overflow
 EPS = 1e-7  # in CIoU's denominators, with boxes in units of the image
 LABEL_COST, BOX_COST = 2.0, 1.0  # matching cost of 1 - label similarity and of 1 - (CIoU + 1) / 2
 
 REJECTION_REASONS = (
-    "not_text", "too_long", "missing_tag", "repeated_tag", "tag_order", "stray_text",
+    "not_text", "too_long", "missing_tag", "repeated_tag", "tag_order", "stray_text", "empty_block",
     "too_deep", "bad_json", "duplicate_key", "bad_scene",
     "too_many_objects", "bad_object", "bad_id", "duplicate_id", "bad_box", "box_outside",
     "too_many_relationships", "bad_relationship", "dangling_relationship",
+    "self_relationship", "empty_predicate", "duplicate_relationship",
 )  # fmt: skip
 
 
@@ -131,7 +136,15 @@ def _split(text: str, names: Sequence[str]) -> list[str]:
     gaps = [text[i:j] for i, j in zip([0, *ends[1::2]], [*starts[::2], None], strict=True)]
     if stray := "".join(gaps).strip():
         raise _Rejected("stray_text", f"expected white space around the blocks, got {stray[:40]!r}")
-    return [text[i:j] for i, j in zip(ends[::2], starts[1::2], strict=True)]
+    blocks = [text[i:j] for i, j in zip(ends[::2], starts[1::2], strict=True)]
+    for name, block in zip(names, blocks, strict=True):
+        if name in ("observe", "think") and _is_empty(block):
+            raise _Rejected("empty_block", f"expected words in <{name}>, got {block[:40]!r}")
+    return blocks
+
+
+def _is_empty(text: str) -> bool:
+    return not any(c.isprintable() and not c.isspace() for c in text)  # `strip` leaves zero-width blanks
 
 
 def _last_block(text: str, name: str) -> str | None:
@@ -202,19 +215,19 @@ def _check_object(o) -> None:
         raise _Rejected("bad_box", f"expected finite x1 < x2 and y1 < y2, got {name} {box}")
 
 
-def _check_relationship(r) -> tuple[str, str]:
-    """-> the ids at its ends."""
+def _check_relationship(r) -> tuple[str, str, str]:
+    """-> the ids at its ends, and the predicate between them without case and runs of blanks."""
     words = [r.get(key) for key in ("subject", "predicate", "object")] if isinstance(r, dict) else [None]
     if not all(isinstance(word, str) for word in words):
         raise _Rejected("bad_relationship", f"expected subject, predicate and object, got {str(r)[:80]}")
     ends = words[0], words[2]
     if not all(map(OBJECT_ID.fullmatch, ends)):
         raise _Rejected("bad_relationship", f"expected ids like cup.1 at both ends, got {str(r)[:80]}")
-    return ends
+    return *ends, " ".join(_clean(words[1]).split())
 
 
 def _parse(text: str, closed: bool = True) -> dict:
-    """Scene JSON -> {"objects": [..], "relationships": [..]}. Closed: relationships join declared objects."""
+    """Scene JSON -> {"objects": [..], "relationships": [..]}. Closed: relationships are those of a reply."""
     scene = _load_json(text.strip())
     if not isinstance(scene, dict) or not scene:
         raise _Rejected("bad_scene", f"expected a JSON object with objects, got {text[:40]!r}")
@@ -231,10 +244,16 @@ def _parse(text: str, closed: bool = True) -> dict:
         if o["id"] in ids:
             raise _Rejected("duplicate_id", f"expected unique ids, got {o['id']} twice")
         ids.add(o["id"])
-    for r in relationships:
-        ends = _check_relationship(r)
-        if closed and not ids.issuperset(ends):
-            raise _Rejected("dangling_relationship", f"expected declared objects, got {ends}")
+    triplets = [_check_relationship(r) for r in relationships]
+    for subject, object_, predicate in triplets if closed else ():
+        if not ids.issuperset((subject, object_)):
+            raise _Rejected("dangling_relationship", f"expected declared objects, got {(subject, object_)}")
+        if subject == object_:
+            raise _Rejected("self_relationship", f"expected two objects, got {subject} twice")
+        if _is_empty(predicate):
+            raise _Rejected("empty_predicate", f"expected a predicate, got {predicate[:40]!r}")
+    if closed and len(set(triplets)) < len(triplets):
+        raise _Rejected("duplicate_relationship", "expected each relationship once")
     return {"objects": objects, "relationships": relationships}
 
 
@@ -261,7 +280,7 @@ def parse_scene(text: str) -> dict | None:
 def parse_ground_truth(ground_truth: str) -> tuple[dict, str]:
     r"""(scene as from `parse_scene`, answer) of "<scene>{json}</scene>\n<answer>(C) holding</answer>".
 
-    Gold relationships may name objects that were filtered out of the scene: only their number is scored.
+    Gold relationships may repeat, or name objects that were filtered out: only their number is scored.
     Raises: ValueError that says what is wrong.
     """
     try:
@@ -399,6 +418,9 @@ def _match(predicted: _Objects, gold: _Objects, similarity) -> tuple[tuple[int, 
 def _gold(ground_truth: str, width: float, height: float) -> tuple[_Objects, int, str]:
     """-> (objects, number of relationships, answer in lower case)."""
     scene, answer = parse_ground_truth(ground_truth)
+    for o in scene["objects"]:
+        if max(map(abs, o["bbox"])) > MAX_SIDE:
+            raise ValueError(f"ground truth: expected pixels up to {MAX_SIDE}, got {o['id']} {o['bbox']}")
     try:
         return _place(scene, width, height, clip=False), len(scene["relationships"]), answer.lower()
     except _Rejected as error:
@@ -406,13 +428,21 @@ def _gold(ground_truth: str, width: float, height: float) -> tuple[_Objects, int
 
 
 def _check_size(image_size) -> tuple[float, float]:
+    sides = image_size if isinstance(image_size, (tuple, list, np.ndarray)) else ()
+    known = [
+        isinstance(side, Real) and not isinstance(side, bool) and 1 <= side <= MAX_SIDE for side in sides
+    ]
+    if known != [True, True]:
+        expected = f"expected (width, height) in pixels, from 1 to {MAX_SIDE}"
+        raise ValueError(f"image_size: {expected}, got {_shown(image_size)}")
+    return float(sides[0]), float(sides[1])
+
+
+def _shown(value) -> str:
     try:
-        width, height = (float(side) for side in image_size)
-    except (TypeError, ValueError):
-        width = height = 0.0
-    if not (0 < width < math.inf and 0 < height < math.inf):
-        raise ValueError(f"image_size: expected positive (width, height) in pixels, got {image_size!r}")
-    return width, height
+        return " ".join(repr(value).split())[:80]
+    except ValueError:  # Python does not print an integer of more than 4,300 digits
+        return "a huge number"
 
 
 def _closeness(n: int, gold: int) -> float:
@@ -500,7 +530,7 @@ def vanilla_reward(completion: str, ground_truth: str) -> dict[str, float]:
     """
     gold = (extract_answer(ground_truth) or ground_truth.strip()) if isinstance(ground_truth, str) else ""
     if not gold:
-        raise ValueError(f"ground truth: expected an answer, got {ground_truth!r}")
+        raise ValueError(f"ground truth: expected an answer, got {_shown(ground_truth)}")
     try:
         well_formed = float(len(_split(completion, ("think", "answer"))) == 2)
     except _Rejected:
@@ -511,43 +541,91 @@ def vanilla_reward(completion: str, ground_truth: str) -> dict[str, float]:
 
 # ---- adapters ----------------------------------------------------------------------------------------------
 # Let the trainer decode completions without special tokens: a trailing <|im_end|> is stray text.
+def _plain(value, read_json: bool = False):
+    """Python's own form of a value out of a numpy, torch or arrow column, or of an object written in JSON."""
+    if read_json and isinstance(value, str) and value.lstrip().startswith("{"):
+        return _load_json(value)
+    methods = (getattr(value, name, None) for name in ("as_py", "to_pylist", "tolist"))
+    return next((method() for method in methods if method), value)
+
+
 def _text(message) -> str:
     """The text of a string, a chat message, a content part, or a list of these."""
+    message = _plain(message)
     if isinstance(message, dict):
-        message = message.get("content", message.get("text"))
+        message = _plain(message.get("content", message.get("text")))
     if isinstance(message, (list, tuple)):
         return "".join(map(_text, message))
     return message if isinstance(message, str) else ""
 
 
-def _find_size(row: dict, *texts) -> tuple[int, int]:
-    """(W, H): the row's `image_size`, else "Image size: (W x H)" in a text, else its PIL image's size."""
-    if row.get("image_size") is not None:
-        return row["image_size"]
+def _is_missing(value) -> bool:
+    return not isinstance(value, (dict, list, tuple)) and str(value).strip() in ("", "None", "nan", "<NA>")
+
+
+def _gold_text(gold) -> str:
+    """The gold text, which may come as {"scene": .., "answer": ..}."""
+    gold = _plain(_plain(gold), read_json=True)
+    if isinstance(gold, dict):
+        scene = gold.get("scene")
+        scene = scene if isinstance(scene, str) else json.dumps(scene, default=_plain)
+        return f"<scene>{scene}</scene><answer>{_text(gold.get('answer'))}</answer>"
+    if not isinstance(gold, str):
+        raise ValueError(f"ground truth: expected text, got {_shown(gold)}")
+    return gold
+
+
+def _find_size(row: dict, *texts):
+    """(W, H): the row's `image_size`, else "Image size: (W x H)" in a text, else its image's size."""
+    size = _plain(row.get("image_size"))
+    if not _is_missing(size):
+        found = SIZE_TEXT.fullmatch(size) if isinstance(size, str) else None
+        size = (size.get("width"), size.get("height")) if isinstance(size, dict) else size
+        return (int(found[1]), int(found[2])) if found else size
     for text in texts:
         if found := IMAGE_SIZE.search(_text(text)):
             return int(found[1]), int(found[2])
-    image = row.get("image") or row.get("images")
-    image = image[0] if isinstance(image, (list, tuple)) else image
-    if not hasattr(image, "size"):
-        raise ValueError(f"expected image_size, 'Image size: (W x H)' or a PIL image, got {sorted(row)}")
-    return image.size
+    image = row.get("images") if row.get("image") is None else row["image"]
+    if isinstance(image, (list, tuple)) or len(getattr(image, "shape", ())) in (1, 4):
+        image = next(iter(image), None)  # the first of the row's images
+    if shape := getattr(image, "shape", None):  # an array's: channels last, or first
+        size = tuple(shape if shape[-1] > 4 else shape[:-1])[:-3:-1]
+    else:
+        size = getattr(image, "size", None)
+    if not isinstance(size, tuple):
+        raise ValueError(f"expected image_size, 'Image size: (W x H)' or an image, got {sorted(row)}")
+    return size
+
+
+def _score_row(where: str, completion, gold, row: dict, *texts) -> dict[str, float]:
+    """`spatial_reward` of one row of a trainer's batch; its errors name the row."""
+    try:
+        gold = _gold_text(gold)
+        size = _find_size(row, *texts, gold)
+        return spatial_reward(_text(completion), IMAGE_SIZE.sub("", gold, count=1), size)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def trl_spatial_reward(completions, answer_option_text, prompts=None, log_metric=None, **columns):
     """Reward function for TRL: `GRPOTrainer(reward_funcs=trl_spatial_reward, ...)`, with STVQA-7K's columns.
 
     Args: N completions (texts or chat messages) and their gold texts. The image's size comes from a column
-    `image_size`, or is stated in `problem` or the prompt, or is that of the PIL image in `image` or `images`.
+    `image_size`, or is stated in `problem` or the prompt, or is that of the image in `image` or `images`.
+    Returns: N rewards; None where the gold is None, NaN or blank, which TRL takes for "not by this function".
     """
-    scores = []
+    n, scores = len(completions), []
+    columns = {name: c for name, c in columns.items() if not isinstance(c, (str, dict))}
+    columns = {name: list(c) for name, c in columns.items() if hasattr(c, "__len__") and len(c) == n}
     for i, (completion, gold) in enumerate(zip(completions, answer_option_text, strict=True)):
-        row = {name: column[i] for name, column in columns.items() if isinstance(column, (list, tuple))}
-        size = _find_size(row, row.get("problem"), prompts[i] if prompts else None)
-        scores.append(spatial_reward(_text(completion), gold, size))
-    for term in TERMS[1:] if log_metric and scores else ():
-        log_metric(f"spatial_reward/{term}", sum(score[term] for score in scores) / len(scores))
-    return [score["reward"] for score in scores]
+        row = {name: column[i] for name, column in columns.items()}
+        texts = row.get("problem"), None if prompts is None else prompts[i]
+        skipped = _is_missing(_plain(gold))
+        scores.append(None if skipped else _score_row(f"row {i}", completion, gold, row, *texts))
+    scored = [score for score in scores if score]
+    for term in TERMS[1:] if log_metric and scored else ():
+        log_metric(f"spatial_reward/{term}", sum(score[term] for score in scored) / len(scored))
+    return [score and score["reward"] for score in scores]
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_) -> dict[str, float]:
@@ -556,9 +634,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)
     The image's size is `image_size` in extra_info, or is stated in its `problem` or `question`, or stands as
     "Image size: (W x H)" before the gold text. Returns `score` and the terms, which verl logs.
     """
-    row = dict(extra_info or {})
-    size = _find_size(row, row.get("problem"), row.get("question"), ground_truth)
-    terms = spatial_reward(solution_str, IMAGE_SIZE.sub("", ground_truth, count=1), size)
+    row = _plain(extra_info, read_json=True)
+    row = row if isinstance(row, dict) else {}
+    where = f"{data_source}, row {row.get('index', 'without an index')}"
+    terms = _score_row(where, solution_str, ground_truth, row, row.get("problem"), row.get("question"))
     return {"score": terms.pop("reward"), **terms}  # verl keeps a metric `reward` of its own
 
 
@@ -569,8 +648,9 @@ def compute_score_batch(reward_inputs, **_) -> list[dict[str, float]]:
     "Image size: (W x H)", before the gold text. Returns `overall` and the terms, which EasyR1 logs.
     """
     results = []
-    for row in reward_inputs:
-        size = _find_size(row, row["ground_truth"])
-        terms = spatial_reward(row["response"], IMAGE_SIZE.sub("", row["ground_truth"], count=1), size)
+    for i, row in enumerate(reward_inputs):
+        if lacking := {"response", "ground_truth"} - row.keys():
+            raise ValueError(f"row {i}: expected response and ground_truth, missing {sorted(lacking)}")
+        terms = _score_row(f"row {i}", row["response"], row["ground_truth"], row)
         results.append({"overall": terms.pop("reward"), **terms})
     return results

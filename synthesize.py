@@ -55,14 +55,14 @@ PROVENANCE = ("key", "source", "image_group", "licence", "form", "topic", "fact"
 
 
 class SynthesizeConfig(Config):
-    out: str = opt("runs/tiny/data", "folder to write; a run that was cut off goes on in it")
+    out: str = opt("runs/tiny/data", "folder to write; a run that was cut off goes on in it", path=True)
     source: str = opt(
-        "drawn", "KIND:PATH of scene graphs: vg, vg150, hub, gqa, openimages, psg, coco; or drawn"
+        "drawn", "KIND:PATH of scene graphs: vg, vg150, hub, gqa, openimages, psg, coco; or drawn", path=True
     )
-    images: str | None = opt(None, "folder of the pictures, where the graphs do not hold them")
+    images: str | None = opt(None, "folder of the pictures, where the graphs do not hold them", path=True)
     limit: int | None = opt(None, "graphs read at most", ge=1)
     exclude: str | None = opt(
-        None, "file of image ids, one a line, that must not be used: those of benchmarks"
+        None, "file of image ids, one a line, that must not be used: those of benchmarks", path=True
     )
 
     n: int | None = opt(None, "questions, train and val together; null: as many as the images allow", ge=1)

@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from backends import hf_generate, start_vllm, vllm_generate, vllm_reload
 from checkpoint import CheckpointError, refuse_another_run, refuse_other_rows, resume, save
-from config import Config, DiskFull, append, opt, plain_errors, write_run_record
-from data import BoxFormat, Prompt, PromptCache, PromptEncoder, batch_at, load_samples, report_rows
+from config import DataConfig, DiskFull, append, opt, plain_errors, write_run_record
+from data import Prompt, PromptCache, PromptEncoder, batch_at, load_samples, report_rows
 from distributed import (
     Stop,
     gather,
@@ -53,7 +53,18 @@ from distributed import (
 )
 from dry_run import arithmetic, dry_run, read_gpus
 from lora import adapters_off, add_adapters
-from metrics import HELD_OUT, UpdateStats, check_mismatch, mem_gb, save_samples, step_line, step_metrics
+from metrics import (
+    HELD_OUT,
+    UpdateStats,
+    check_mismatch,
+    lacking_tracker,
+    log_samples,
+    mem_gb,
+    save_samples,
+    start_tracker,
+    step_line,
+    step_metrics,
+)
 from packing import (
     FORBIDDEN_BIAS,
     balance,
@@ -68,27 +79,8 @@ from results import grade, judge, summarise
 from rewards import Score, Weights, score_completion, vanilla_reward
 
 
-class GRPOConfig(Config):
-    # data
-    data: str = opt("OX-PIXL/STVQA-7K", "Hub id, .parquet or .jsonl file, parquet or save_to_disk folder")
-    split: str = opt("train", "split to train on")
-    revision: str | None = opt(None, "Hub revision of the data")
-    columns: dict[str, str] = opt({}, "column names that differ from STVQA-7K's: {ours: yours}")
-    box_format: BoxFormat = opt("xyxy", "gold boxes: xyxy or xywh in pixels, or xyxy in parts of 1 or 1000")
-    val_data: str | None = opt(None, "held-out data; empty: same as data, if that has val_split")
-    val_split: str = opt("val", "held-out split")
-    val_limit: int = opt(256, "held-out rows used, the first ones", ge=1)
+class GRPOConfig(DataConfig):
     val_every: int = opt(5, "steps between held-out evaluations (greedy); 0: none", ge=0)
-    max_bad_rows: float = opt(0.0, "share of rows that may fail the checks and are left out", ge=0, le=1)
-    skip_bad_rows: bool = opt(False, "of older configs: the same as max_bad_rows=1")
-    skip_long_prompts: bool = opt(False, "of older configs: the same as max_bad_rows=1")
-    template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
-        "problem", "prompt; problem: the row's own"
-    )
-    min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
-    max_pixels: int = opt(2048 * 2048, "images are scaled into [min_pixels, max_pixels]", ge=784)
-    max_prompt_length: int = opt(6144, "longest prompt, tokens with the image's", ge=1)
-    image_threads: int = opt(4, "threads that read and prepare images, per process", ge=1)
     image_cache_gb: float = opt(8, "host memory for the images of a step, GiB per process", ge=0)
     # reward
     reward: Literal["spatial", "vanilla"] = opt("spatial", "dense and gated, or accuracy + format")
@@ -97,7 +89,9 @@ class GRPOConfig(Config):
     weight_accuracy: float = opt(0.5, "reward weight", ge=0, le=1)
     weight_spatial: float = opt(0.2, "reward weight", ge=0, le=1)
     # rollout
-    model: str = opt("Qwen/Qwen2.5-VL-7B-Instruct", "Hub id or folder of the start (and of the KL reference)")
+    model: str = opt(
+        "Qwen/Qwen2.5-VL-7B-Instruct", "Hub id or folder of the start (and of the KL reference)", path=True
+    )
     sampler: Literal["vllm", "hf"] = opt("vllm", "vLLM in this process, or transformers' generate")
     prompts_per_step: int = opt(512, "P: prompts drawn a step, over all processes", ge=1)
     group_size: int = opt(8, "G: completions a prompt", ge=2)
@@ -138,14 +132,15 @@ class GRPOConfig(Config):
     logit_chunk: int | None = opt(None, "tokens whose logits exist at the same time; empty: by memory", ge=1)
     gradient_checkpointing: bool = opt(True, "recompute activations: less memory, a third more time")
     # run
-    out: str = opt("runs/grpo", "folder of the run")
+    out: str = opt("runs/grpo", "folder of the run", path=True)
     seed: int = opt(0, "of batch order and sampling", ge=0)
     save_every: int = opt(5, "steps between checkpoints (and one at the end)", ge=1)
     keep_last: int = opt(2, "checkpoints kept, besides the best", ge=1)
     keep_best: str | None = opt("val_reward", "held-out metric of the checkpoint to keep; empty: none")
-    resume: str = opt("auto", "auto: continue a run found in out; never: refuse to; or a checkpoint's folder")
+    resume: str = opt(
+        "auto", "auto: continue a run found in out; never: refuse to; or a checkpoint's folder", path=True
+    )
     samples_every: int = opt(5, "steps between saved samples of completions with their images; 0: none", ge=0)
-    tracker: Literal["tensorboard", "wandb", "none"] = opt("tensorboard", "besides metrics.jsonl")
     timeout_min: float = opt(120, "minutes that a process waits for the others before it gives up", gt=0)
     dry_run: bool = opt(False, "print what would run and what is missing, load no model, exit")
     gpus: str | None = opt(None, "cards to plan for without having them, as 4x80GB")
@@ -157,8 +152,6 @@ class GRPOConfig(Config):
                 f"prompts_per_step {self.prompts_per_step} is not a multiple of "
                 f"updates_per_step {self.updates_per_step}: prompts would be dropped"
             )
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} > max_pixels {self.max_pixels}")
         if self.lora_vision and (self.freeze_vision or not self.lora_rank):
             raise ValueError("lora_vision: expected lora_rank above 0 and no freeze_vision")
         if self.keep_best not in (None, *(names := [f"val_{k}" for k in HELD_OUT])):
@@ -171,11 +164,9 @@ class GRPOConfig(Config):
     def weights(self) -> Weights:
         return Weights(self.weight_format, self.weight_count, self.weight_accuracy, self.weight_spatial)
 
-    def source(self, data: str, split: str) -> dict:
-        """Arguments of load_samples."""
-        same = "revision columns max_bad_rows skip_bad_rows skip_long_prompts box_format".split()
-        how = {"need_scene": self.reward == "spatial", "threads": self.image_threads}
-        return dict(source=data, split=split) | how | {key: getattr(self, key) for key in same}
+    @property
+    def need_scene(self) -> bool:
+        return self.reward == "spatial"
 
 
 # ---- rollout -----------------------------------------------------------------------------------------------
@@ -680,6 +671,8 @@ def start(cfg: GRPOConfig):
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     out = Path(cfg.out)
+    if why := lacking_tracker(cfg.tracker):
+        raise SystemExit(f"error: {why}")
     with plain_errors():
         model_config = AutoConfig.from_pretrained(cfg.model)
         check_family(cfg.model, model_config)
@@ -704,7 +697,7 @@ def load_rows(cfg: GRPOConfig, encoder: PromptEncoder, accelerator):
     limits = dict(prompt_length=encoder.length, max_prompt_length=cfg.max_prompt_length)
     with plain_errors():
         loaded = {"train": load_samples(**cfg.source(cfg.data, cfg.split), **limits)}
-        if cfg.val_every:
+        if cfg.val_every and cfg.val_split:
             source = cfg.source(cfg.val_data or cfg.data, cfg.val_split)
             apart = dict(limit=cfg.val_limit, apart_from=loaded["train"])
             loaded["held out"] = load_samples(**source, **limits, **apart)
@@ -738,11 +731,9 @@ def train(cfg: GRPOConfig):
     forbidden = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     with in_turn(accelerator):
         learner = make_learner(accelerator, cfg, forbidden, prompt_of)
-    if cfg.tracker != "none":
-        settings = {k: v if isinstance(v, (int, float)) else str(v) for k, v in cfg.model_dump().items()}
-        accelerator.init_trackers("grpo", config=settings)
     # Before the engine takes its share of the GPU: Adam's moments are made here, and now there is room.
     first = resume(accelerator, learner.policy, learner.optimizer, out, cfg.resume)
+    start_tracker(accelerator, cfg, "grpo", first)
     if cfg.sampler == "vllm":
         sampler = VLLMSampler(cfg, encoder, forbidden, max(s.max_images for s in (data, val or data)))
     else:
@@ -826,7 +817,8 @@ def train(cfg: GRPOConfig):
         if val and (done % cfg.val_every == 0 or done == cfg.steps):
             m |= held_out(accelerator, sampler, val, cfg)
         if cfg.samples_every and (done % cfg.samples_every == 0 or done == 1) and accelerator.is_main_process:
-            save_samples(out / "samples" / f"step-{done:05d}", groups, data, encoder)
+            saved = save_samples(out / "samples" / f"step-{done:05d}", groups, data, encoder)
+            log_samples(accelerator, cfg.tracker, done, saved)
         log(m)
         check_mismatch(m, on_gpu=accelerator.device.type == "cuda")
         light.clear()

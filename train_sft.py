@@ -17,42 +17,26 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
 
 from checkpoint import CheckpointError, refuse_another_run, refuse_other_rows, resume, save
-from config import Config, DiskFull, append, opt, plain_errors, write_run_record, write_whole
-from data import BoxFormat, PromptEncoder, batch_at, load_samples, report_rows
+from config import DataConfig, DiskFull, append, opt, plain_errors, write_run_record, write_whole
+from data import COLUMNS, PromptEncoder, batch_at, load_samples, report_rows
 from distributed import gather, leave, refuse_lone_processes, refuse_other_sharding
 from lora import add_adapters, merge_adapters
+from metrics import lacking_tracker, start_tracker
 from packing import check_family, micro_batches, pack, use_packed_attention
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume save_every log_every val_every val_data val_split val_limit max_tokens_per_micro_batch "
-    "gradient_checkpointing max_bad_rows image_threads".split()
+    "gradient_checkpointing max_bad_rows skip_bad_rows skip_long_prompts image_threads tracker".split()
 )
 
 
-class SFTConfig(Config):
-    # data
-    data: str = opt("OX-PIXL/STVQA-7K", "Hub id, .parquet, .jsonl or folder")
-    split: str = opt("train", "split to train on")
-    val_data: str | None = opt(None, "data set of the validation loss; empty: same as data")
-    val_split: str | None = opt("val", "split of the validation loss; empty: none")
-    val_limit: int = opt(256, "rows of it that are used", ge=1)
-    revision: str | None = opt(None, "Hub revision of the data")
-    box_format: BoxFormat = opt("xyxy", "gold boxes: xyxy or xywh in pixels, or xyxy in parts of 1 or 1000")
-    max_bad_rows: float = opt(0.0, "share of rows that may fail the checks and are left out", ge=0, le=1)
-    template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
-        "no_reasoning", "prompt; problem: the row's own"
-    )
+class SFTConfig(DataConfig):
     target: Literal["answer", "scene_answer", "completion"] = opt("answer", "column to imitate")
     shuffle: bool = opt(True, "a new permutation every epoch; false: file order, for a curriculum")
-    min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
-    max_pixels: int = opt(2048 * 2048, "images are scaled into [min_pixels, max_pixels]", ge=784)
-    image_threads: int = opt(4, "threads that read and prepare images, per process", ge=1)
-    max_length: int = opt(2048, "longest prompt, tokens with the image's", ge=1)
     # model
-    model: str = opt("Qwen/Qwen2.5-VL-3B-Instruct", "Hub id or folder")
+    model: str = opt("Qwen/Qwen2.5-VL-3B-Instruct", "Hub id or folder", path=True)
     lora_rank: int = opt(8, "LoRA rank on every linear layer; 0 trains all parameters", ge=0)
     lora_alpha: int = opt(16, "LoRA scale = lora_alpha / lora_rank", ge=1)
     # optimisation
@@ -69,18 +53,18 @@ class SFTConfig(Config):
     max_grad_norm: float = opt(1.0, "gradient clipping", gt=0)
     gradient_checkpointing: bool = opt(True, "recompute activations: less memory, a third more time")
     # run
-    out: str = opt("runs/sft", "folder of the run")
+    out: str = opt("runs/sft", "folder of the run", path=True)
     seed: int = opt(0, "batch order and LoRA initialisation")
     log_every: int = opt(10, "updates between two metric lines", ge=1)
-    val_every: int = opt(200, "updates between two validation losses", ge=1)
+    val_every: int = opt(200, "updates between two validation losses; 0: none", ge=0)
     save_every: int = opt(200, "updates between two checkpoints", ge=1)
-    resume: str = opt("auto", "auto: continue a run found in out; never: refuse to; or a checkpoint's folder")
+    resume: str = opt(
+        "auto", "auto: continue a run found in out; never: refuse to; or a checkpoint's folder", path=True
+    )
 
-    @model_validator(mode="after")
-    def _check(self):
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} > max_pixels {self.max_pixels}")
-        return self
+    @property
+    def need_scene(self) -> bool:
+        return self.target == "scene_answer"
 
 
 def schedule(step, steps, warmup):
@@ -142,8 +126,14 @@ def train(cfg: SFTConfig):
     with plain_errors():
         refuse_other_sharding()
         refuse_lone_processes()
+    if why := lacking_tracker(cfg.tracker):
+        raise SystemExit(f"error: {why}")
     on_gpu = torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+    log_with = None if cfg.tracker == "none" else cfg.tracker
+    precision = "bf16" if on_gpu else "no"
+    accelerator = Accelerator(
+        cpu=not on_gpu, mixed_precision=precision, project_dir=cfg.out, log_with=log_with
+    )
     out = Path(cfg.out)
     refuse_another_run(cfg, out, FREE_TO_CHANGE)
     accelerator.wait_for_everyone()
@@ -157,33 +147,34 @@ def train(cfg: SFTConfig):
         if processor.tokenizer.eos_token_id is None:
             raise ValueError(f"{cfg.model}: expected a tokenizer with an eos_token, got none")
         encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
-    load = dict(
-        revision=cfg.revision,
-        need_scene=cfg.target == "scene_answer",
-        prompt_length=encoder.length,
-        max_prompt_length=cfg.max_length,
-        max_bad_rows=cfg.max_bad_rows,
-        box_format=cfg.box_format,
-        threads=cfg.image_threads,
-    )
+
+    def target_of(sample) -> str:
+        text = getattr(sample, {"scene_answer": "ground_truth"}.get(cfg.target, cfg.target))
+        if not isinstance(text, str) or not text.strip():
+            column = cfg.columns.get(cfg.target, COLUMNS[cfg.target])
+            raise ValueError(f"column {column}: expected text to imitate, got {text!r}")
+        return text
+
+    def length(sample) -> int:  # at load, so that no row without a target stops the run halfway
+        target_of(sample)
+        return encoder.length(sample)
+
+    limits = dict(prompt_length=length, max_prompt_length=cfg.max_prompt_length)
     with plain_errors():
-        loaded = {"train": load_samples(cfg.data, cfg.split, **load)}
-        if cfg.val_split:
-            source = cfg.val_data or cfg.data
-            loaded["held out"] = load_samples(
-                source, cfg.val_split, limit=cfg.val_limit, apart_from=loaded["train"], **load
-            )
+        loaded = {"train": load_samples(**cfg.source(cfg.data, cfg.split), **limits)}
+        if cfg.val_every and cfg.val_split:
+            source = cfg.source(cfg.val_data or cfg.data, cfg.val_split)
+            apart = dict(limit=cfg.val_limit, apart_from=loaded["train"])
+            loaded["held out"] = load_samples(**source, **limits, **apart)
     refuse_other_rows(accelerator, out, loaded["train"].fingerprint())
     if accelerator.is_main_process:
         print(report_rows(loaded, out / "bad_rows.txt"), flush=True)
     samples, val = loaded["train"], loaded.get("held out", [])
 
     def sequence(sample):
-        text = getattr(sample, {"scene_answer": "ground_truth"}.get(cfg.target, cfg.target))
-        if not text:
-            raise ValueError(f"row {sample.id}: no text in the column of target={cfg.target}")
         # The sampler ends a reply at this token, so a completion has to end with it.
-        return encoder(sample), [*processor.tokenizer(text)["input_ids"], processor.tokenizer.eos_token_id]
+        ids = processor.tokenizer(target_of(sample))["input_ids"]
+        return encoder(sample), [*ids, processor.tokenizer.eos_token_id]
 
     pool = ThreadPoolExecutor(cfg.image_threads)
 
@@ -200,6 +191,7 @@ def train(cfg: SFTConfig):
 
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
     first = resume(accelerator, model, optimizer, out, cfg.resume)
+    start_tracker(accelerator, cfg, "sft", first)
     rank, world = accelerator.process_index, accelerator.num_processes
     accelerator.print(
         f"{len(samples)} samples, {steps} updates of {cfg.batch_size}, from update {first}; "
@@ -279,6 +271,7 @@ def train(cfg: SFTConfig):
                 numbers = " | ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step")
                 print(f"update {done}/{steps} | {numbers}", flush=True)
                 append(out / "metrics.jsonl", json.dumps(line) + "\n")
+            accelerator.log(line, step=done)
         if done % cfg.save_every == 0 or done == steps:
             save(accelerator, model, optimizer, processor, out, done, {}, keep_last=1)
 
@@ -289,6 +282,8 @@ def train(cfg: SFTConfig):
             base.to(torch.bfloat16).save_pretrained(tmp)
             processor.save_pretrained(tmp)
         print(f"wrote {out / 'final'}")
+    if cfg.tracker != "none":
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -156,7 +156,8 @@ def whole_graph(parts, rng):
     old, new = parts["objects"], place(rng, parts["size"], rng.choices(LABELS, k=60 - len(parts["objects"])))
     new = [(f"{name.partition('.')[0]}.{i}", box) for i, (name, box) in enumerate(new, 10)]
     ends = [name for name, _ in new]
-    more = [(*rng.sample(ends, 1), rng.choice(PREDICATES), *rng.sample(ends, 1)) for _ in range(20)]
+    pairs = [rng.sample(ends, 2) for _ in range(20)]
+    more = [(subject, rng.choice(PREDICATES), object_) for subject, object_ in pairs]
     return {"objects": old + new, "relationships": parts["relationships"] + more}
 
 

@@ -1,9 +1,12 @@
 """config.py: precedence, messages that name the place, types, round trip, the record of a run."""
 
+import importlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -109,11 +112,125 @@ def test_repeated_key(file):
     assert errors(file("steps: 4\nmodel: a\nsteps: 4\n")) == [
         "tiny.yaml:3: repeated key 'steps', first given at tiny.yaml:1"
     ]
-    assert errors("steps=4", "steps=6") == [
-        "command line: steps=6: repeated key 'steps', first given at command line: steps=4"
+    assert sorted(errors(file("steps: 4\nsteps: x\nsteps: 4\ngrup: 2\n"))) == [
+        "tiny.yaml:2: repeated key 'steps', first given at tiny.yaml:1",
+        "tiny.yaml:3: repeated key 'steps', first given at tiny.yaml:1",
+        "tiny.yaml:4: unknown key 'grup'; did you mean 'group'?",
     ]
     path = file("model: a\ncolumns:\n  image: a\n  image: b\n")
     assert errors(path) == ["tiny.yaml:4: repeated key 'image'"]
+
+
+def test_of_a_key_repeated_on_the_command_line_the_last_counts_and_a_line_says_so(file, capsys, monkeypatch):
+    path = file("steps: 4\n")
+    argv = ["steps=many", path, "model=a", "steps=6", path, "steps=8"]
+    assert Tiny.load(argv).steps == 8
+    assert capsys.readouterr().err == "command line: steps=8: the last of 3 values for steps counts\n"
+    assert Tiny.load(["steps=4", "names=[a]", "names=[b, c]"]).names == ("b", "c")
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")  # one process of several says it
+    assert Tiny.load(["clip=1", "clip=null"]).clip is None and not capsys.readouterr().err
+    assert errors("steps=4", "steps=x") == ["command line: steps=x: steps: expected int >= 1, got x"]
+    assert errors("stesp=4", "stesp=4") == [
+        "command line: stesp=4: unknown key 'stesp'; did you mean 'steps'?"
+    ]
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefg"))
+
+
+@pytest.mark.parametrize("text, message", [
+    (BOMB, "tiny.yaml:2: alias *a of a list or mapping: write it out"),
+    ("names: &a [*a]\n", "tiny.yaml:1: alias *a of a list or mapping: write it out"),
+    ("columns: &a {image: *a}\n", "tiny.yaml:1: alias *a of a list or mapping: write it out"),
+    ("model: &a {id: b}\ncolumns:\n  <<: *a\n", "tiny.yaml:3: alias *a of a list or mapping: write it out"),
+    ("names: *a\n", "tiny.yaml:1: alias *a of a list or mapping: write it out"),
+    ("names: " + "[" * 50_000, "tiny.yaml:1: too deep: write it out"),
+    ("names: " + "[" * 21 + "]" * 21, "tiny.yaml:1: too deep: write it out"),
+    ("names:\n" + "- " * 40_000, "tiny.yaml:2: too deep: write it out"),
+    ("columns: " + "{a: " * 20_000, "tiny.yaml:1: too deep: write it out"),
+    ("? " * 40_000, "tiny.yaml:1: too deep: write it out"),
+    ("# " * 50_001, "tiny.yaml: expected at most 100000 characters"),
+    ("? [a, b]\n: 3\n", "tiny.yaml:1: expected a key, got a sequence"),
+    ("columns:\n  {a: b}: 3\n", "tiny.yaml:2: expected a key, got a mapping"),
+    ("model: a\x07b\n", "tiny.yaml: unacceptable character #x0007: special characters are not"),
+    ("steps: " + "9" * 9000, "tiny.yaml:1: steps: expected int >= 1, got " + "9" * 100 + " ..."),
+    ('steps: "a\\nb"\n', "tiny.yaml:1: steps: expected int >= 1, got a b"),
+    ('"ste\\nps": 4\n', "tiny.yaml:1: unknown key 'ste ps'"),
+])  # fmt: skip
+def test_hostile_files_are_one_line(text, message, file):
+    started = time.process_time()
+    (line,) = errors(file(text)) if text is not BOMB else errors(file(text))[:1]
+    assert line.startswith(message) and len(line) < 300
+    assert time.process_time() - started < 2
+    if text.startswith(("names: [", "columns: {")):  # the same on the command line
+        (line,) = errors(text.strip().replace(": ", "=", 1))
+        assert message.partition(": ")[2] in line and len(line) < 300
+
+
+def test_aliases_of_scalars_are_read(file):
+    assert Tiny.load([file("steps: &n 4\ngroup: *n\n")]).group == 4
+
+
+# ---- paths ----
+
+
+class Paths(Config):
+    data: str = opt("user/data", "Hub id or folder", path=True)
+    val_data: str | None = opt(None, "the same, or none", path=True)
+    out: Path = opt(Path("runs"), "folder", path=True)
+    note: str = opt("", "any text")
+
+
+@pytest.mark.parametrize("text, path", [
+    ("~/sets", "/home/me/sets"), ("~", "/home/me"), ("$SETS/a", "/mnt/sets/a"), ("${SETS}/a", "/mnt/sets/a"),
+    ("a/$SETS_/b", "a/x/b"), ("user/data", "user/data"), ("a~b/c$", "a~b/c$"), ("$TILDE", "/home/me/t"),
+    ("vg:~/sets", "vg:/home/me/sets"),
+])  # fmt: skip
+def test_paths_are_written_out(text, path, file, monkeypatch):
+    for name, value in {"HOME": "/home/me", "SETS": "/mnt/sets", "SETS_": "x", "TILDE": "~/t"}.items():
+        monkeypatch.setenv(name, value)
+    quoted = f'"{text}"'
+    keys = "data", "val_data", "out", "note"
+    lines = "".join(f"{key}: {quoted}\n" for key in keys)
+    for argv in ([f"{key}={quoted}" for key in keys], [file(lines)]):
+        got = Paths.load(argv)
+        assert (got.data, got.val_data, got.out, got.note) == (path, path, Path(path), text)
+        assert Paths.load([file(to_yaml(got))]) == got
+    assert text == "~" or Paths.load([f"data={text}"]).data == path  # unquoted, `~` alone is YAML's null
+    assert Paths(data=text, out=Path(text)).out == Path(path)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "expected a path, got ''"), ("  ", "expected a path, got ''"), ("$NOT_SET/a", "$NOT_SET is not"),
+    ("a/${NOT_SET}", "${NOT_SET} is not set"), ("$EMPTY", "expected a path, got '$EMPTY'"),
+    ("~nobody_of_that_name/a", "expected a path, got '~nobody"), ("vg:~nobody_of_that_name", "a path"),
+    ("\\0", "expected a path"),
+])  # fmt: skip
+def test_paths_that_lead_nowhere_are_refused_in_one_line(text, message, file, monkeypatch):
+    monkeypatch.setenv("EMPTY", "")
+    for key in ("data", "val_data"):
+        (line,) = errors(f'{key}="{text}"', cls=Paths)
+        assert line.startswith("command line: ") and f": {key}: " in line and message in line
+        (line,) = errors(file(f'note: a\n{key}: "{text}"\n'), cls=Paths)
+        assert line.startswith(f"tiny.yaml:2: {key}: ") and message in line
+    assert errors("data=", cls=Paths) == ["command line: data=: data: expected str, got null"]
+    assert Paths.load(["val_data="]).val_data is None
+
+
+@pytest.mark.parametrize("module, name", [
+    ("train_grpo", "GRPOConfig"), ("train_sft", "SFTConfig"), ("synthesize", "SynthesizeConfig"),
+])  # fmt: skip
+def test_every_key_that_may_be_a_path_is_one(module, name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cls = getattr(importlib.import_module(module), name)
+    words = ("folder", "file", "Hub id", "data set of")
+    keys = [k for k, f in cls.model_fields.items() if any(word in f.description for word in words)]
+    assert {"out"} < set(keys)
+    for key in keys:
+        if key not in ("columns", "budget", "shuffle", "revision", "push_to_hub", "public"):
+            value = "vg:~/a" if key == "source" else "~/a"
+            assert getattr(cls.load([f"{key}={value}"]), key) == value.replace("~", "/home/me"), key
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +218,7 @@ LABELS = ("dog", "cat", "traffic_light", "light", "street_lights", "_")
 
 
 @st.composite
-def scenes(draw, size, max_objects=5):
+def scenes(draw, size, max_objects=5, replies=False):
     names = [f"{draw(st.sampled_from(LABELS))}.{i}" for i in range(draw(st.integers(0, max_objects)))]
     objects = []
     for name in names:
@@ -232,6 +233,9 @@ def scenes(draw, size, max_objects=5):
     if names:
         end = st.sampled_from(names)
         relationships = draw(st.lists(st.builds(rel, end, st.text(max_size=5), end), max_size=4))
+    if replies:  # deviation 5
+        said = {(r["subject"], r["predicate"].upper(), r["object"]): r for r in relationships}
+        relationships = [r for (a, predicate, b), r in said.items() if a != b and predicate.isalnum()]
     return graph(objects, relationships)
 
 
@@ -244,7 +248,7 @@ def odd_similarity(a, b):
 @settings(max_examples=300, deadline=None)
 @given(st.data(), st.sampled_from([(200, 100), (37, 911), (640, 480)]))
 def test_parity_with_the_released_formula(data, size):
-    pred, gold = data.draw(scenes(size)), data.draw(scenes(size))
+    pred, gold = data.draw(scenes(size, replies=True)), data.draw(scenes(size))
     if gold["relationships"] and not gold["objects"]:
         gold["relationships"] = []
     answer = data.draw(st.sampled_from(["(B) left", " (b) LEFT\n", "(A) right", ""]))
@@ -306,12 +310,13 @@ def test_count_by_hand():
     count = reward_of(reply(graph(six["objects"][:3], [r])), gold)["count"]
     assert count == pytest.approx(0.675, abs=ROUNDING)
     # No relationship, then five where two are right: 0.7 * 0.75 + 0.3 * max(0, 1 - 3/2) = 0.525.
-    for relationships in ([], [r] * 5):
+    five = [rel("a.0", f"on {i}", "a.1") for i in range(5)]
+    for relationships in ([], five):
         count = reward_of(reply(graph(six["objects"][:3], relationships)), gold)["count"]
         assert count == pytest.approx(0.525, abs=ROUNDING)
     # Gold without relationships: predicted ones do not count.
     gold = gold_text(graph(six["objects"][:4]))
-    assert reward_of(reply(graph(six["objects"][:4], [r] * 5)), gold)["count"] == 1
+    assert reward_of(reply(graph(six["objects"][:4], five)), gold)["count"] == 1
 
 
 def test_spatial_by_hand():
@@ -469,10 +474,15 @@ def with_box(text):
 
 
 def with_relationship(text):
-    return reply(f'{{"objects": [{{"id": "dog.1", "bbox": [0, 0, 9, 9]}}], "relationships": [{text}]}}')
+    return reply(f'{{"objects": {json.dumps([DOG, CAT])}, "relationships": [{text}]}}')
+
+
+def with_relationships(*triplets):
+    return reply(graph([DOG, CAT], [rel(*triplet) for triplet in triplets]))
 
 
 OBSERVE, SCENE_BLOCK, THINK, ANSWER = GOOD.split("\n")
+BLANKS = ("", " ", "\n\t", "\u00a0\u3000", "\u200b", "\ufeff\u2060")
 REJECTED = {
     "not_text": [None, 3, b"<observe>", ["x"], float("nan")],
     "too_long": [" " * MAX_CHARS + GOOD, "<" * 8_000_000],
@@ -493,6 +503,9 @@ REJECTED = {
     "stray_text": [
         "Sure! " + GOOD, GOOD + " Done.", f"{OBSERVE}{SCENE_BLOCK}so{THINK}{ANSWER}", GOOD + "<|im_end|>",
         GOOD + "\0", GOOD + "</ answer>", f"{OBSERVE},{SCENE_BLOCK}{THINK}{ANSWER}",
+    ],
+    "empty_block": [
+        *(GOOD.replace(f">{letter}<", f">{blank}<") for letter in "ot" for blank in BLANKS),
     ],
     "too_deep": [reply("[" * 100), reply('{"a":' * 60 + "1" + "}" * 60), with_box("[" * 40 + "]" * 40)],
     "bad_json": [
@@ -554,9 +567,18 @@ REJECTED = {
         )
     ],
     "dangling_relationship": [
-        with_relationship('{"subject": "dog.1", "predicate": "on", "object": "cat.1"}'),
+        with_relationship('{"subject": "dog.1", "predicate": "on", "object": "cow.1"}'),
         with_relationship('{"subject": "Dog.1", "predicate": "on", "object": "dog.1"}'),
         reply('{"relationships": [{"subject": "dog.1", "predicate": "on", "object": "cat.1"}]}'),
+    ],
+    "self_relationship": [
+        with_relationships(("dog.1", "on", "dog.1")),
+        with_relationships(("dog.1", "on", "cat.1"), ("cat.1", "beside", "cat.1")),
+    ],
+    "empty_predicate": [with_relationships(("dog.1", blank, "cat.1")) for blank in BLANKS],
+    "duplicate_relationship": [
+        with_relationships(("dog.1", first, "cat.1"), ("cat.1", "on", "dog.1"), ("dog.1", second, "cat.1"))
+        for first, second in (("on", "on"), ("On", "on "), ("left of", "LEFT  of"), ("left_of", "left of"))
     ],
 }  # fmt: skip
 
@@ -572,14 +594,15 @@ def test_each_rejection_has_its_reason(reason):
     "text",
     [
         f" \n\t{GOOD}\n\n", GOOD.replace("\n", ""), GOOD.replace("\n", " \t\r\n\u3000"),
-        GOOD.replace(">o<", "><"), GOOD.replace(">t<", "> 1 < 2, </ thinking> <b> \ud800 \0 <"),
+        GOOD.replace(">o<", ">.<"), GOOD.replace(">t<", "> 1 < 2, </ thinking> <b> \ud800 \0 <"),
         GOOD.replace("<scene>", "<scene> \n ").replace("</scene>", "\n</scene>"),
         reply(json.dumps(SCENE, indent=2)), reply(json.dumps(SCENE).replace("dog", "\\u0064og")),
         with_box("[0, 0, 200, 100]"), with_box("[0, 0, 1e-300, 5e-324]"), with_box("[0.5, 1e0, 1.5E1, 9.25]"),
         with_box("[-0, -0.0, 9, 9]"), with_objects(obj("_.0", (0, 0, 9, 9)), obj("_.00", (0, 0, 9, 9))),
-        with_relationship('{"subject": "dog.1", "predicate": "[[{", "object": "dog.1"}'),
-        with_relationship(json.dumps(rel("dog.1", "[" * 5000, "dog.1"))),
-        with_relationship('{"subject": "dog.1", "predicate": "\\"\\\\", "object": "dog.1"}'),
+        with_relationship('{"subject": "dog.1", "predicate": "[[{", "object": "cat.1"}'),
+        with_relationships(("dog.1", "on", "cat.1"), ("cat.1", "on", "dog.1"), ("dog.1", "by", "cat.1")),
+        with_relationship(json.dumps(rel("dog.1", "[" * 5000, "cat.1"))),
+        with_relationship('{"subject": "dog.1", "predicate": "\\"\\\\", "object": "cat.1"}'),
     ],
 )  # fmt: skip
 def test_accepted(text):
@@ -588,6 +611,10 @@ def test_accepted(text):
 
 def compact(scene):
     return reply(json.dumps(scene, separators=(",", ":")))
+
+
+def distinct(n):
+    return [rel("dog.1", str(i), "cat.1") for i in range(n)]
 
 
 def nested(depth):
@@ -599,7 +626,7 @@ def nested(depth):
     [
         ("too_long", GOOD.ljust, 65_536), ("too_deep", nested, 32),
         ("too_many_objects", lambda n: compact(graph(many(n))), 256),
-        ("too_many_relationships", lambda n: compact(graph([DOG], [rel("dog.1", "", "dog.1")] * n)), 1024),
+        ("too_many_relationships", lambda n: compact(graph([DOG, CAT], distinct(n))), 1024),
         ("bad_id", lambda n: with_objects(obj("a" * n + ".1", (0, 0, 9, 9))), 80),
         ("bad_id", lambda n: with_objects(obj("a." + "1" * n, (0, 0, 9, 9))), 9),
     ],
@@ -669,12 +696,28 @@ def test_gold_box_outside_the_image_is_an_error():
     "size",
     [
         None, 5, (200,), (200, 100, 3), (0, 100), (200, -1), (math.nan, 100), (200, math.inf),
-        (math.inf, 100), "ab", {},
+        (math.inf, 100), "ab", {}, "12", ("200", "100"), "200x100", (True, True), (200, True), (1e308, 100),
+        (200, 10**400), (10**5000, 1), (200, -(10**400)), (0.5, 100), (1_000_001, 100), (None, 100),
+        ((200, 100), (200, 100)), np.array([[200, 100]]), np.zeros((40, 40)), {"width": 200, "height": 100},
     ],
 )  # fmt: skip
 def test_bad_image_size_is_an_error(size):
-    with pytest.raises(ValueError, match="image_size"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="image_size: expected") as caught:
+        warnings.simplefilter("error")
         reward_of(GOOD, GOLD, size)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("far", ["1e308", "-1e308", "1e7", "1" + "0" * 400, "1" + "0" * 5000, "1" + "0" * 30])
+def test_huge_gold_boxes_are_an_error(far):
+    """In a reply they are clipped or malformed; squares of them would overflow."""
+    low, high = (far, "9") if far.startswith("-") else ("0", far)
+    text = f'{{"objects": [{{"id": "dog.1", "bbox": [{low}, 0, {high}, 9]}}]}}'
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="ground truth: expected") as caught:
+        warnings.simplefilter("error")
+        reward_of(GOOD, f"<scene>{text}</scene><answer>(B) left</answer>")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+    assert all(0 <= value <= 1 for value in reward_of(reply(text)).values())
 
 
 def test_image_sizes_of_other_types():
@@ -762,7 +805,7 @@ def test_spacy_similarity_uses_the_vectors_of_the_named_model(monkeypatch):
         ("<think>x</think> <answer>(b) Left</answer>\n", 1, 1), ("<think>x</think><answer>A</answer>", 1, 0),
         ("<answer>(B) left</answer>", 0, 1), ("<think>x</think>so<answer>(B) left</answer>", 0, 1),
         ("(B) left", 0, 0), ("<answer>(B) left</answer><think>x</think>", 0, 1), ("", 0, 0), (None, 0, 0),
-        ("<think></think><answer></answer>", 1, 0),
+        ("<think>x</think><answer></answer>", 1, 0), ("<think> </think><answer>(B) left</answer>", 0, 1),
         ("<think>x</think><answer>A</answer><answer>(B) left</answer>", 0, 1), (GOOD, 0, 1),
     ],
 )  # fmt: skip
@@ -954,6 +997,7 @@ def test_caches_are_bounded():
 WRONG = reply(SCENE, "(A) right")
 EXPECTED = [1.0, 0.3, 0.0]
 TEXTS = [GOOD, WRONG, "no"]
+STATED = "Image size: (200 x 100)\n\nWhere is the dog?"
 
 
 def chat(text):
@@ -972,9 +1016,6 @@ def test_trl_completions(wrap):
         category=["relation"] * 3,
     )  # fmt: skip
     assert got == pytest.approx(EXPECTED, abs=CIOU_EPS) and all(type(r) is float for r in got)
-
-
-STATED = "Image size: (200 x 100)\n\nWhere is the dog?"
 
 
 @pytest.mark.parametrize(
@@ -1001,6 +1042,97 @@ def test_trl_errors_name_what_is_missing():
         trl_spatial_reward(completions=[GOOD], answer_option_text=[GOLD], category=["relation"])
     with pytest.raises(ValueError):
         trl_spatial_reward(completions=[GOOD, GOOD], answer_option_text=[GOLD], image_size=[SIZE])
+
+
+def as_columns():
+    """(name, completions, golds, columns): what trainers and data sets hold their columns in."""
+    import pyarrow
+
+    golds, sizes = [GOLD] * 3, [list(SIZE)] * 3
+    images = [np.zeros((SIZE[1], SIZE[0], 3), np.uint8)] * 3
+    mapping = {"scene": SCENE, "answer": "(B) left"}
+    yield "numpy", np.array(TEXTS), np.array(golds), {"image_size": np.array(sizes)}
+    yield "objects", np.array(TEXTS, object), np.array(golds, object), {"image_size": np.array(sizes, object)}
+    yield "arrow", pyarrow.array(TEXTS), pyarrow.array(golds), {"image_size": pyarrow.array(sizes)}
+    yield (
+        "arrow mappings",
+        TEXTS,
+        pyarrow.array([mapping] * 3),
+        {"image_size": pyarrow.chunked_array([sizes])},
+    )
+    yield "numpy images", TEXTS, golds, {"image": images}
+    yield "array of images", TEXTS, golds, {"image": np.stack(images)}
+    yield "lists of images", TEXTS, golds, {"images": [[image] for image in images]}
+    yield "arrays of PIL images", TEXTS, golds, {"images": [np.array([Image.new("RGB", SIZE)], object)] * 3}
+    yield "grey", TEXTS, golds, {"image": [image[..., 0] for image in images]}
+    yield "channels first", TEXTS, golds, {"image": [image.transpose(2, 0, 1) for image in images]}
+    yield "rows of images", TEXTS, golds, {"images": [image[None] for image in images]}
+    yield "mappings", TEXTS, [mapping] * 3, {"image_size": [dict(width=200, height=100)] * 3}
+    yield "JSON", TEXTS, [json.dumps(mapping)] * 3, {"image_size": ["[200, 100]"] * 3}
+    inner = {"scene": json.dumps(SCENE), "answer": "(B) left"}
+    yield "JSON in JSON", TEXTS, [json.dumps(inner)] * 3, {"image_size": sizes}
+    for text in ("200x100", "(200, 100)", " 200 x 100 ", "200,100", "200X100", "200 × 100"):
+        yield text, TEXTS, golds, {"image_size": [text] * 3}
+    nothing = {"image_size": [None, math.nan, ""], "problem": np.array([STATED] * 3)}
+    yield "no sizes", TEXTS, golds, nothing
+
+
+@pytest.mark.parametrize("case", list(as_columns()), ids=lambda case: case[0])
+def test_columns_of_any_kind(case):
+    _, completions, golds, columns = case
+    got = trl_spatial_reward(completions, golds, **columns)
+    assert got == pytest.approx(EXPECTED, abs=CIOU_EPS)
+    if "image_size" in columns and len(columns) == 1:  # the other two take their rows one at a time
+        for completion, gold, size, expected in zip(
+            completions, golds, columns["image_size"], EXPECTED, strict=True
+        ):
+            row = {"image_size": size}
+            for extra in (row, np.array(row, object), json.dumps(row, default=rewards._plain)):
+                got = compute_score("stvqa", completion, gold, extra)
+                assert got["score"] == pytest.approx(expected, abs=CIOU_EPS)
+            (got,) = compute_score_batch([{"response": completion, "ground_truth": gold} | row])
+            assert got["overall"] == pytest.approx(expected, abs=CIOU_EPS)
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan, np.float64("nan"), "", " \n"])
+def test_rows_without_gold(nothing):
+    """None is TRL's word for a row that is another function's; elsewhere there is no such word."""
+    logged = {}
+    golds, more = [GOLD, nothing, GOLD], {"image_size": [SIZE, None, SIZE], "log_metric": logged.__setitem__}
+    got = trl_spatial_reward([GOOD, GOOD, "no"], golds, **more)
+    assert got == [pytest.approx(1, abs=CIOU_EPS), None, 0.0]
+    assert logged["spatial_reward/format"] == 0.5
+    assert trl_spatial_reward([GOOD], [nothing]) == [None]
+    with pytest.raises(ValueError, match="stvqa, row 7: ground truth"):
+        compute_score("stvqa", GOOD, nothing, {"image_size": SIZE, "index": 7})
+    row = {"response": GOOD, "ground_truth": GOLD, "image_size": SIZE}
+    with pytest.raises(ValueError, match="row 1: ground truth"):
+        compute_score_batch([row, row | {"ground_truth": nothing}])
+
+
+@pytest.mark.parametrize("gold, size, message", [
+    (GOLD, None, "image_size"), (GOLD, "wide", "image_size.*'wide'"), (GOLD, "200x", "image_size"),
+    (GOLD, (0, 0), "image_size"), (GOLD, "0x0", "image_size"), (GOLD, 7, "image_size"), (GOLD, {}, "None"),
+    ("(B) left", SIZE, "ground truth.*<scene>"), (7, SIZE, "ground truth"), ("{", SIZE, "JSON"),
+    ({"scene": SCENE}, SIZE, "ground truth.*answer"), ({"answer": "(B) left"}, SIZE, "ground truth.*objects"),
+    ("[" * 9999, SIZE, "ground truth"), ('{"a":' * 9999, SIZE, "ground truth|nested"),
+])  # fmt: skip
+def test_adapters_name_the_row(gold, size, message):
+    rows = [{"response": GOOD, "ground_truth": g, "image_size": s} for g, s in [(GOLD, SIZE), (gold, size)]]
+    golds, sizes = [GOLD, gold], [SIZE, size]
+    for call, where in (
+        (lambda: trl_spatial_reward([GOOD] * 2, golds, image_size=sizes), "row 1: "),
+        (lambda: compute_score_batch(rows), "row 1: "),
+        (lambda: compute_score("stvqa", GOOD, gold, {"image_size": size, "index": 1}), "stvqa, row 1: "),
+    ):
+        with pytest.raises(ValueError, match=f"{where}.*{message}") as caught:
+            call()
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+    with pytest.raises(ValueError, match="row 0: .*missing.*response"):
+        compute_score_batch([{"ground_truth": GOLD}])
+    for extra in ("[1]", 7, "", None, []):
+        with pytest.raises(ValueError, match="stvqa, row without an index: expected image_size"):
+            compute_score("stvqa", GOOD, GOLD, extra)
 
 
 def test_trl_logs_the_terms():

@@ -14,10 +14,13 @@ from models import load_plain, plain_logits
 from programs import REPO, metrics, run_script, settings, start_script, wait_until
 
 import synthesize
+import train_sft
+from config import DataConfig
 from data import PromptEncoder, load_samples
 from merge import merge
 from packing import pack, use_packed_attention
-from train_sft import SFTConfig, build_model, completion_loss_sum, parameter_groups, schedule
+from train_grpo import GRPOConfig
+from train_sft import SFTConfig, build_model, completion_loss_sum, parameter_groups, schedule, train
 
 pytestmark = pytest.mark.slow
 LONGEST = 200  # tokens of a sequence, at most
@@ -221,6 +224,33 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(warm, tmp_path):
     assert metrics(out) == metrics(undisturbed)
     want, got = (load(folder / "final").state_dict() for folder in (undisturbed, out))
     assert all(torch.equal(want[k], got[k]) for k in want)
+    reader = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator")
+    events = reader.EventAccumulator(str(out / "sft"), {"tensors": 0}).Reload()
+    assert [e.step for e in events.Tensors("loss")] == list(range(1, 13))
+
+
+def test_it_takes_the_data_keys_and_trackers_of_train_grpo():
+    ours, theirs, shared = (c.model_fields for c in (SFTConfig, GRPOConfig, DataConfig))
+    assert {"val_data", "columns", "skip_bad_rows", "max_prompt_length", "tracker"} < set(shared)
+    for key, field in shared.items():
+        assert ours[key].default == theirs[key].default == field.default, key
+    assert SFTConfig(target="scene_answer").need_scene and not SFTConfig(target="answer").need_scene
+
+
+@pytest.mark.parametrize("blank", [None, "", " \n"])
+def test_a_row_without_a_target_is_refused_at_load(warm, tmp_path, blank, monkeypatch):
+    from datasets import load_dataset
+
+    data = load_dataset("parquet", data_files=paths(warm)["data"], split="train").select(range(6))
+    row_id = data["image_id"][4]
+    texts = [blank if i == 4 else text for i, text in enumerate(data["completion"])]
+    data.remove_columns("completion").add_column("completion", texts).to_parquet(tmp_path / "train.parquet")
+    settings = paths(warm) | {"data": str(tmp_path / "train.parquet"), "out": str(tmp_path / "run")}
+    settings |= dict(target="completion", template="spatial_thinker", min_pixels=784, val_every=0)
+    monkeypatch.setattr(train_sft, "build_model", lambda cfg: pytest.fail("the model is built"))
+    with pytest.raises(SystemExit, match=rf"row {row_id}.*#4.*column completion: expected text to imitate"):
+        train(SFTConfig(**settings))
+    assert SFTConfig(**settings).template == "spatial_thinker"
 
 
 def test_the_makefile_makes_the_warm_start_with_the_config(warm):
