@@ -4,8 +4,9 @@
     parse_choice("<think>A cup? No.</think><answer>(B) arm chair</answer>", ["chair", "arm chair"])   # "B"
 
 Pure functions of text, without a model or a judge: about 30,000 replies a second, and none of them raises.
-A wrong reading is a bug, an unread reply is not: the rules are few, and each is here because of replies that
-models do give. What they leave unread is counted, never guessed.
+A wrong reading is a bug, an unread reply is not: the rules are few, and what they leave unread is counted,
+never guessed. Of a reply the last MAX_CHARS characters are searched for answer blocks, and of the block, or of
+what is no thought, the first 1,024 and the last 3,072 are read: time is linear, 64 kB of anything take 50 ms.
 
 What differs from the paper's evaluator: a reply that names no option is unparsed, never option A, and one
 that names two is a contradiction, never the first. `released_letter` reads as that evaluator does.
@@ -25,6 +26,7 @@ from rewards import MAX_CHARS, extract_answer
 LETTERS = "ABCDEFGHIJ"
 MAX_STATEMENT = 120  # characters; a longer reply that announces no answer is a thought, not an answer
 MAX_PHRASES = 16  # final-answer phrases read, the last ones
+MAX_HEAD, MAX_TAIL = 1024, 3072  # characters read of a text, from its two ends
 
 
 # ---- reading a choice out of a reply ----
@@ -34,7 +36,7 @@ MAX_PHRASES = 16  # final-answer phrases read, the last ones
 # there (_LEAD to _ANOTHER), and whatever doubts, negates or refuses empties what was found (_DOUBT to
 # _CORRECTS). Replies in quotes below are in the tests.
 _TAGS = re.compile(
-    r"</?(?:answer|b|i|em|strong|p|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$", re.I
+    r"</?(?:ans|answer|b|i|em|strong|p|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$", re.I
 )
 _WRAPPERS = re.compile(r"\\(?:text|math)\w*\s?\{([^{}]*)\}")  # \text{B} -> B
 _DRESS = re.compile(
@@ -42,7 +44,7 @@ _DRESS = re.compile(
 )
 _EMPHASIS = re.compile(r"(?<!\w)([_'])(\(?\w[^_'\n]{0,60}?)\1(?!\w)")  # 'B', _B_
 _FULL_WIDTH = str.maketrans("（）：．，’。！、【】−", "():.,'.!,()-")
-_BOXED = re.compile(r"\\boxed\s?\{((?:[^{}]|\{[^{}]*\})*)\}")
+_BOXED = re.compile(r"\\boxed\s?\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}")
 _BELOW = r"(?:\s*(?:given |shown |as )?(?:below|above|follows)[:.])?"  # "the answer is below:"
 _FINAL = re.compile(  # goes before _PHRASE: "Final answer: B. At first I thought the answer is A."
     rf"\bfinal (?:answer|choice)\s*(?:(?:is|would be)\b{_BELOW}:?|[:=]|\n|(?=[(\[]))"
@@ -50,9 +52,9 @@ _FINAL = re.compile(  # goes before _PHRASE: "Final answer: B. At first I though
 _PHRASE = re.compile(  # in Chinese as well, which Qwen's models fall into
     r"\b(?:ans|answer|option|choice)(?:'s| to (?:the|this) question)?\s?"
     rf"(?:(?:(?:is|would be|should be|must be)\b|(?<='s)){_BELOW}(?:\s*:|\s+(?=\S)|(?=[(\[]))|:|=|->|→)"
-    r"|(?:^|\n)(?:answer\s*\n|correct:)|\bit must be\b"
+    r"|(?:^|\n)(?:answer\s*\n|correct:)|\bit (?:must|should) be\b"
     r"|\bI(?:'d| would| will|'ll|'m| am)? (?:choose|pick|select|go with|going with|say|answer)\b:?"
-    r"|答案[是为]?:?|应?选择?",
+    r"|(?:答案|正解|정답)[是为は은]?:?|应?选择?",
     re.I,
 )
 _HEDGED = re.compile(  # before an announcement, in its sentence: "I don't think the answer is A."
@@ -66,7 +68,7 @@ _LEAD = re.compile(  # a letter in its dress; a bare one only where it can be no
     r"(?:(?:so|thus|hence|therefore|yes|sure)[,:]? )?"
     r"(?:(?:it's|it is|it must be|i think|most likely|likely|probably|definitely|clearly|actually) )*"
     r"(?:the )?(?:correct )?(?:(?:option|choice|answer|letter):? )?"
-    r"(?:[(\[{] ?([a-j])\.? ?[)\]}]|([a-j]) ?[).:,;!}](?![A-Za-z0-9])"
+    r"(?:[(\[{]{1,2} ?([a-j])\.? ?[)\]}]{1,2}|([a-j]) ?[).:,;!}](?![A-Za-z0-9])"
     r"|([a-j])(?=$|\n| (?:because|since|or|and)\b| ?[/&] ?[a-j]\b| [-–—] |—))",
     re.I,
 )
@@ -77,14 +79,19 @@ _ANNOUNCED_LETTER = re.compile(  # behind "the answer is" no B is an article, an
 # The one line that counts in a reply that judges the options one by one.
 _ONLY_LETTER = re.compile(r"(?:(?:option|choice|answer):? )?[(\[]? ?[A-Ja-j] ?[)\].:!]{0,2}", re.I)
 # Letters behind these are reasons, not answers: "The answer is (B) because (A) left of is wrong."
-_BECAUSE = re.compile(r"\b(?:because|since|as|while|whereas|unlike|rather than|instead of)\b|,? not\b|\n")
-_ANOTHER = re.compile(  # "A/B", "B or maybe C"
-    r"(?:\b(?:or|and)|[/,&;+]) ?(?:(?:maybe|perhaps|possibly|also|even|option) )*"
-    r"(?:[(\[]([A-J])[)\]]|([A-J])(?= ?(?:$|[).,;:/&?!]|or\b|and\b)))"
+_BECAUSE = re.compile(r"\b(?:because|since|as)\b")
+_ASIDE = re.compile(r"\b(?:while|whereas|unlike|rather than|instead of)\b|,? (?:\w+ly )?not\b|\n")
+_ANOTHER = re.compile(  # a letter that an answer goes on to: "A/B", "B or maybe C", "A (left) (B)"
+    r"[(\[]([A-J])[)\]]|(?:\b(?:[Oo]r|and)|[/,&;+]) ?(?:(?:maybe|perhaps|possibly|also|even|option) )*"
+    r"([A-HJ])(?= ?(?:$|[().,;:/&?!]|or\b|and\b))"
 )
+_IS_LETTER = re.compile(
+    r"\b(?:is|be)[( \[]+([A-J])[)\]]*(?=[.,;!?\n]|$)"
+)  # "The answer is A. The lamp is B."
 _DOUBT = re.compile(  # "B. Wait, actually C."
-    r"\b(?:wait|actually|hmm|sorry|maybe|perhaps|possibly|no|instead(?! of)|rather(?! than))\b.*?"
-    r"(?-i:\b([A-J])\b)(?!')", re.I)  # fmt: skip
+    r"\b(?:wait|actually|hmm|sorry|maybe|perhaps|possibly|no|instead(?! of)|rather(?! than))\b", re.I
+)
+_LETTER = re.compile(r"\b([A-J])\b(?!')")
 _RULED_OUT = re.compile(  # behind a letter: "(A) can be ruled out."
     r"[ :(–—-]*(?:(?:this|that|it|which) (?:option )?)?"
     r"(?:(?:is|are|was|seems|looks|would be|must be|can(?: safely)? be|could be) (?:\w+ly )?"
@@ -98,14 +105,19 @@ _NEGATION = re.compile(
     r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me"
     r"|which of)\b|n't\b|\?"
 )
-_REFUSAL = re.compile(  # names things without answering: "No, I can't see the image." is no "no"
-    r"\b(?:cannot|can't|can not|unable to|not able to|don't have|do not have|no way to|no access)\b.{0,50}"
+_UNKNOWN = re.compile(  # names things without answering: "No, I can't see the image." is no "no"
+    r"\b(?:cannot|can't|can not|unable to|not able to|don't have|do not have|no way to|no access"
+    r"|(?:im|not )possible to)\b.{0,50}"
     r"\b(?:see|view|tell|determined?|answer|say|access|help|know|confirm|provide|identify|count|images?)\b"
-    r"|\bno (?:way|access|clear|context|one can|image|picture|photo|visual|visible|comment|idea|clue|answer"
-    r"|information)\b"
-    r"|\b(?:i'm|i am) sorry\b|\bnothing can be\b|\bas an ai\b|\bi can only\b|^error\b"
-    r"|\bnone of the (?:above|options|choices)\b"
+    r"|\bno (?:way|access|clear|context|one can|image|picture|photo|visual|visible|comment|idea|clue"
+    r"|information)\b|\b(?:i'm|i am) sorry\b|\bnothing can be\b|\bas an ai\b|\bi can only\b|^error\b"
+    r"|\b(?:not enough|insufficient|undetermined|indeterminate|unanswerable)\b"
 )
+_NEITHER = re.compile(  # of the options: "None of these" is no 0
+    r"\bnone of (?:these|those|them|the (?:above|given|listed|options|choices|answers))\b"
+    r"|\bno (?:\w+ )?(?:answers?|options?|choices?)\b"
+)
+_REFUSAL = re.compile(f"{_UNKNOWN.pattern}|{_NEITHER.pattern}")
 # Options' words that say nothing here: "Based on the above, I see.", "All right, ..."
 _DISCOURSE = re.compile(
     r"\b(?:the|image|picture|question|options?|choices?|as|described|mentioned|shown) (?:above|below)\b"
@@ -113,13 +125,20 @@ _DISCOURSE = re.compile(
 )
 # Takes back all that was announced before it: "The answer is A. No, wait: the answer is B."
 _CORRECTS = re.compile(r"\b(?:wait|hmm|on second thought|misread|correction|scratch that)\b", re.I)
-_YES_OR_NO = re.compile(r"^\(?(?:yes|no)(?: or |/)(?:yes|no)\)?(?= ?[:?])")
-_YES_NO = re.compile(
-    r"(?:(?:yes|no)(?: or |/)(?:yes|no)\)? ?[:?] ?)?(yes|no)"
-    r"(?!\w|/| (?:or|and|doubt|question|problems?|issues?|obstacles?|objects?)\b)"
+_REVERSES = re.compile(  # may take it back: "A. left\n\nHowever, it is on the right."
+    rf"{_CORRECTS.pattern}|\b(?:however|actually|but|though|although|looking again|re-?consider\w*"
+    r"|re-?exam\w*|mistake\w*|in fact|i was wrong|closer look)\b", re.I)  # fmt: skip
+_SHOWN = re.compile(r"\b(?:e\.g|example|such as|(?<!requested )(?<!required )format)\b[^.!?\n]{0,30}$", re.I)
+_NEXT = re.compile(
+    r"\n\W{0,9}(?:(?:next )?question|user|human|q|instruction)\b[^\n:]{0,12}:", re.I
+)  # a turn not its own
+_YES_OR_NO = re.compile(r"^\W*(?:yes|no)(?: or |/)(?:yes|no)\)? ?[:?]")  # the question's own
+_YES_NO = re.compile(  # at the head of a clause, or concluding; a "no" before a noun is none: "No doubt"
+    r"(?:^|(?<=[.!?:;)\n] )|\b(?P<is>is|be)[:,]? |\b(?:so|thus|hence|therefore|but|and|or)[:,]? |(?<=/))"
+    r"(?:(yes)(?![\w'])|(no)(?= ?(?:$|[^\w\s'])| (?:it|there|this|that|the|they|he|she|i|we|you|not|if|in|from"
+    r"|when|because|since|as|and|or)\b))"
 )
-_SO_YES_NO = re.compile(r"\b(?:so|thus|hence|therefore|is)[:,]? (yes|no)$")
-_SENTENCE_END = re.compile(r"(?<=\w\w)[.!](?:\s|$)")  # not behind "B."
+_SENTENCE_END = re.compile(r"(?<=\w\w)[.!](?:\s(?!Or\b)|$)")  # not behind "B."
 _NUMBER_WORDS = {w: i for i, w in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen".split())}  # fmt: skip
@@ -138,6 +157,10 @@ def _plain(text: str) -> str:
 def _number_of(found: re.Match) -> str:
     tens, unit, word = found.groups()
     return str(_TENS[tens] + _NUMBER_WORDS.get(unit, 0) if tens else _NUMBER_WORDS[word])
+
+
+def _ends(text: str) -> str:
+    return text if len(text) <= MAX_HEAD + MAX_TAIL else f"{text[:MAX_HEAD]}\n{text[-MAX_TAIL:]}"
 
 
 def normalised(text: str) -> str:
@@ -176,17 +199,13 @@ def _options(choices: tuple[str, ...], lettered: bool = True) -> _Options:
 
 
 def _said_yes_no(statement: str, options: _Options) -> set[str]:
-    """Letters of yes or no where a normalised statement begins with the word, or concludes with it."""
-    # The leading word counts, since explanations are full of no: "Yes, there is no doubt." In four words or
-    # fewer every yes and no counts, so that "Yes? No." is a contradiction. "There is no cup." says neither.
-    first = re.split(r"[.!?] ", statement, maxsplit=1)[0]
-    said = {m[1] for m in (_YES_NO.match(first), _SO_YES_NO.search(statement)) if m}
-    if said and len(statement.split()) <= 4:  # "Yes? No."
-        said |= set(re.findall(r"\b(?:yes|no)\b", _YES_OR_NO.sub("", statement.replace("no doubt", ""))))
-    if not said and len(first.split()) <= 4 and first == statement and not re.search(r"\bno \w", first):
-        said = set(re.findall(r"\b(?:yes|no)\b", first))
-    if _REFUSAL.search(first):
+    """Letters of every yes and no that a normalised statement answers with: "Yes? No." is a contradiction."""
+    statement = _YES_OR_NO.sub("", statement).strip()
+    if _UNKNOWN.search(re.split(r"[.!?] ", statement, maxsplit=1)[0]):
         return set()
+    said = {
+        m[2] or m[3] for m in _YES_NO.finditer(statement) if not (m["is"] and _hedged(statement, m.start()))
+    }
     return {letter for word in said for letter in options.letters.get(word, ())}
 
 
@@ -199,21 +218,28 @@ def _named_texts(statement: str, options: _Options) -> set[str]:
         return options.letters[normalised(statement)]
     known = "|".join(options.letters)  # a compound that no option holds is one word: off-white is not white
     statement = re.sub(
-        r"[A-Za-z]+(?:-[A-Za-z]+)+",
+        r"\b[A-Za-z]+(?:-[A-Za-z]+)+",
         lambda m: m[0] if m[0].lower().replace("-", " ") in known else m[0].replace("-", "_"),
         statement,
     )
     statement = normalised(statement)
     if options.yes_no and (said := _said_yes_no(statement, options)):
         return said
-    if _REFUSAL.search(statement):
-        return set()
-    if "0" in options.letters and _NOTHING.search(statement) and not re.search(r"\d", statement):
+    for refusal in (_NEITHER, _UNKNOWN):  # which may be an option: "Cannot be determined"
+        if refusal.search(statement):
+            return {x for text, letters in options.letters.items() if refusal.search(text) for x in letters}
+    if "0" in options.letters and _NOTHING.search(statement) and not re.search(r"[\d,;]|\bbut\b", statement):
         return options.letters["0"]
     statement = _DISCOURSE.sub("", statement)
     if _NEGATION.search(options.anywhere.sub("", statement)):
         return set()
-    found = set(options.anywhere.findall(statement)) - {"yes", "no"}
+    found = _texts_in(statement, options)
+    return set() if _BOUND.search(statement) and any(t[0].isdigit() for t in options.letters) else found
+
+
+def _texts_in(text: str, options: _Options) -> set[str]:
+    """Letters of all options whose text stands in a text, but for yes and no, which stand everywhere."""
+    found = set(options.anywhere.findall(_DISCOURSE.sub("", normalised(text)))) - {"yes", "no"}
     return {letter for text in found for letter in options.letters[text]}
 
 
@@ -243,15 +269,21 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
         return set()
     if lone := re.fullmatch(r"[)\]}.:,;+ ]*[(\[]?([A-J])[)\].:!]*", rest):  # "B C", "A: B"
         return {letter, lone[1]}
-    clause = _BECAUSE.split(rest, maxsplit=1)[0]
-    others = {a or b for a, b in _ANOTHER.findall(_SENTENCE_END.split(clause, maxsplit=1)[0])}
+    line = rest.partition("\n")[0]
+    doubt = _DOUBT.search(line)
+    others = set(_LETTER.findall(line[doubt.end() :]) if doubt else ()) & set(options.plain)
+    if announced and not own and re.match(r"[)\]]*[.!] (?!It |This |That |Or )[A-Z][a-z]", rest):
+        return {letter} | others  # "The answer is B. Point A is farther away."
+    clause = _SENTENCE_END.split(_ASIDE.split(rest, maxsplit=1)[0], maxsplit=1)[0]
+    said = _BECAUSE.split(clause, maxsplit=1)[0]
+    others |= {a or b for a, b in _ANOTHER.findall(said)}
     others |= {
         x
         for x, text in options.plain.items()  # a list of the options on one line
-        if x != letter and re.search(rf"\b{x}[)\].:] ?{re.escape(text)}(?!\w)", clause, re.I)
+        if x != letter and re.search(rf"\b{x}[)\].:] ?{re.escape(text)}(?!\w)", said, re.I)
     }
-    others |= set(_DOUBT.findall(rest.partition("\n")[0])) & set(options.plain)
-    return {letter} | others
+    texts = set() if own or _NEGATION.search(clause.lower()) else _texts_in(clause, options)
+    return {letter} | others | (set() if letter in texts else texts)  # "(A) It is to the right."
 
 
 def _stated(statement: str, options: _Options, announced: bool = False) -> set[str]:
@@ -282,7 +314,7 @@ def _announcements(text: str, pattern: re.Pattern) -> list[str]:
 
 def _announced(text: str, options: _Options) -> tuple[set[str], str]:
     """Options named in the last box or after final-answer phrases -> (letters, method)."""
-    if (boxed := _BOXED.findall(text)) and (found := _stated(_plain(boxed[-1]), options, True)):
+    if (boxed := _last_box(text)) and (found := _stated(_plain(boxed), options, True)):
         return found, "boxed"
     text = _plain(text)
     for pattern in (_FINAL, _PHRASE):
@@ -292,13 +324,33 @@ def _announced(text: str, options: _Options) -> tuple[set[str], str]:
                 found |= set() if _hedged(text, verdict.start()) else {verdict[1] or verdict[2]}
         for line in _announcements(text, pattern):
             found |= _stated(_SENTENCE_END.split(line, maxsplit=1)[0], options, True)
+            found |= {m[1] for m in _IS_LETTER.finditer(line) if found and not _hedged(line, m.start())}
         if found:
             return found, "phrase"
     return set(), "none"
 
 
+def _last_box(text: str) -> str:
+    """What the last box holds; with the one before it, where that is another alternative."""
+    boxes = list(_BOXED.finditer(text))[-2:]
+    either = len(boxes) > 1 and re.fullmatch(
+        r"[$\s]*(?:,|/|or|and)?[$\s]*", text[boxes[0].end() : boxes[1].start()]
+    )
+    return " or ".join(
+        box[1] for box in boxes[0 if either else -1 :] if not _SHOWN.search(text[: box.start()][-80:])
+    )
+
+
 def _read(text: str, options: _Options) -> tuple[set[str], str]:
-    """Options named by a text outside its thinking -> (letters, method)."""
+    """Options named by a text outside its thinking, and by what takes that back -> (letters, method)."""
+    found, method = _read_once(text, options)
+    if found and (turns := list(_REVERSES.finditer(text))):  # "A. left\n\nHowever, it is on the right."
+        rest = text[turns[-1].end() :]
+        found = found | (_read_once(rest, options)[0] or (_texts_in(_plain(rest), options) - found))
+    return found, method
+
+
+def _read_once(text: str, options: _Options) -> tuple[set[str], str]:
     # From the most to the least deliberate: an announcement; a letter at the head of the first or last line,
     # around an explanation; the text of an option in a short reply, since a long one that announces nothing
     # mentions options while it thinks; a yes or no that begins or ends it.
@@ -324,9 +376,9 @@ def _read(text: str, options: _Options) -> tuple[set[str], str]:
 
 
 def _answer_block(reply: str) -> tuple[str, str, str]:
-    """(the last answer block or "", what follows it, all that lies outside the thinking)."""
+    """(the last answer block or "", what follows it, all that lies outside the thinking), of a bounded length."""
     reply = re.sub(r"(?:<|◁)(/?)think(?:ing)?(?:>|▷)", r"<\1think>", reply[-MAX_CHARS:])
-    reply = re.sub(r"<\s*(/?)\s*answer\b[^<>]{0,40}>", lambda m: f"<{m[1]}answer>", reply, flags=re.I)
+    reply = re.sub(r"<\s{0,9}(/?)\s{0,9}answer\b[^<>]{0,40}>", lambda m: f"<{m[1]}answer>", reply, flags=re.I)
     reply = re.sub(r"<answer>([^<>]{1,200})<answer>", r"<answer>\1</answer>", reply)  # not closed properly
     _, closed, visible = reply.rpartition("</think>")
     # Thoughts hold drafts ("Format: <answer>A</answer>. Hm, no."): what stands in them is no answer. A
@@ -334,14 +386,18 @@ def _answer_block(reply: str) -> tuple[str, str, str]:
     if not closed and "<think>" in reply:
         ended = re.search(r"<answer>([^<]*)</answer>\s*$", reply[-4 * MAX_STATEMENT :])
         return (ended[1].strip() if ended else ""), "", ""
-    if "<answer>" in visible:
-        block, _, tail = visible.rpartition("<answer>")[2].partition("</answer>")
-        if (
-            not block.strip() and visible.count("<answer>") > 1 and not tail.strip()
-        ):  # an empty one at the end
-            block, _, tail = visible.split("<answer>")[-2].partition("</answer>")
-        return block.strip(), tail, visible
-    return "", "", visible
+    if (turn := _NEXT.search(visible)) and visible[: turn.start()].strip():  # a question that it asks itself
+        visible = visible[: turn.start()]
+    before, opened, last = visible.rpartition("<answer>")
+    block, _, tail = last.partition("</answer>")
+    earlier = re.search(r"<answer>([^<]*)</answer>(\W*(?:or|and)?\W*)$", before[-4 * MAX_STATEMENT :])
+    if opened and earlier and not block.strip() and not tail.strip():  # an empty one at the end
+        block = earlier[1]
+    elif opened and earlier and not re.search("[.!?]", earlier[2]):  # two alternatives
+        block = f"{earlier[1]} or {block}"
+    if opened and not _SHOWN.search(before[-80:]):
+        return _ends(block.strip()), _ends(tail), _ends(visible)
+    return "", "", _ends(f"{before}\n{tail}" if opened else visible)
 
 
 def read_choice(reply: str, choices: Sequence[str], lettered: bool = True) -> tuple[str | None, str]:
@@ -387,23 +443,30 @@ def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
 # The same in another order: `_statements` lists the places that may hold the answer, the most deliberate
 # first, and a reader says of each what it holds. The first that holds anything decides; two values are a
 # conflict.
-_DECIMAL = r"-?(?:\d+(?:\.\d*)?|\.\d+)"
+_DECIMAL = r"-?(?:\d{1,9}(?:\.\d{0,20})?|\.\d{1,20})(?:e[-+]?\d{1,3})?"
 _NUMBER = re.compile(  # with a unit or none; not COVID-19, 3rd, 3/4, 10:30, 3-4, two and a half
-    rf"(?<![\w.,])(?<!\w-)-?\d+(?:,\d{{3}})*(?:\.\d+)?"
+    rf"(?<![\w.,])(?<!\w-)-?\d{{1,15}}(?:,\d{{3}}){{0,4}}(?:\.\d{{1,20}})?"
     rf"(?=(?:c?m|mm|km|ft|kg)?(?![\w]|[.,]\d|-\d| ?{_SCALE})|[^\x00-\u2fff])"
 )
 _POINT = re.compile(
     rf"[(\[]\s*({_DECIMAL})\s*,\s*({_DECIMAL})\s*[)\]]"
-    rf"|\bx\W{{1,4}}({_DECIMAL})\W{{1,6}}y\W{{1,4}}({_DECIMAL})"
+    rf"|\bx1?\W{{1,4}}({_DECIMAL})\W{{1,6}}y1?\W{{1,4}}({_DECIMAL})"
 )
 _BARE_POINT = re.compile(rf"[^\d(\[]*({_DECIMAL}) ?, ?({_DECIMAL})[^\d(\[]*")
+_LISTED = re.compile(
+    r"[^{}]*\}\s*,?\s*\{\s*\w+|</?\w[^<>]{0,80}>|\b(?:and|point)\b", re.I
+)  # between two of a list
 _ONE = r"[(\[]?[A-H][)\]]?"
 _LINK = r"(?: ?(?:,|->|→|=>|>|-|;|&) ?(?:and |then )?| and | then | |(?=[(\[]))"  # of a sequence's letters
 _ORDER = re.compile(
-    rf"(?<![A-Za-z]){_ONE}(?:{_LINK}{_ONE})+(?![A-Za-z])|(?:(?<=[:=] )|(?<=is )|^)[A-H]{{3,8}}(?=\W*$)"
+    rf"(?<![A-Za-z]){_ONE}(?:{_LINK}{_ONE}){{1,9}}(?![A-Za-z])|(?:(?<=[:=] )|(?<=is )|^)[A-H]{{3,8}}(?=\W*$)"
 )
 # A limit or a time of day is no number of things.
-_BOUND = re.compile(r"\b(?:fewer|more|less|at least|at most|over|under|up to)(?: than)? -?\d|\d:\d")
+_BOUND = re.compile(
+    r"\b(?:than|least|most|over|under|above|below|beyond|up to|exceed\w*|maximum|minimum)(?: of)? -?\d|\d:\d"
+    r"|[<>≤≥]=? ?-?\d|\d ?\+(?! ?\d)|\d(?: \w+)? (?:(?:or|and) (?:more|less|fewer|above|below|over|under|so|up"
+    r"|higher|lower|greater|beyond)|at (?:least|most)|plus|minimum|maximum)\b"
+)
 _NOT_COUNTED = re.compile(  # numbers of lists, steps and figures
     r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b"
 )
@@ -415,16 +478,16 @@ _NOTHING = re.compile(
 POINT_RANGE = {"unit": (1, 1), "per_mille": (1000, 1000)}  # what x and y are divided by; "pixel": the image's
 
 
-def _statements(reply: str) -> list[tuple[str, str]]:
+def _statements(reply: str, longest: int) -> list[tuple[str, str]]:
     """Texts that may hold the answer, the most decisive first: (plain text, method)."""
     block, _, visible = _answer_block(reply)
     if block:
-        return [(_plain(boxed[-1] if (boxed := _BOXED.findall(block)) else block)[-4096:], "answer_tag")]
-    found = [(_plain(boxed)[-4096:], "boxed") for boxed in _BOXED.findall(visible)[-1:]]
+        return [(_plain(_last_box(block) or block), "answer_tag")]
+    found = [(_plain(boxed), "boxed")] if (boxed := _last_box(visible)) else []
     text = _plain(visible)
     for pattern in (_FINAL, _PHRASE):
         found += [(line, "phrase") for line in reversed(_announcements(text, pattern))]
-    if len(text) <= MAX_STATEMENT:  # a longer one that announces nothing thinks aloud
+    if len(text) <= longest:  # a longer one that announces nothing thinks aloud
         return [*found, (text, "text")]
     lines = (text.rpartition("\n")[2], text.partition("\n")[0])  # behind or before the explanation
     return found + [
@@ -434,12 +497,15 @@ def _statements(reply: str) -> list[tuple[str, str]]:
     ]
 
 
-def _first(reply: str, find: Callable[[str], set]) -> tuple[object, str]:
+def _first(reply: str, find: Callable[[str], set], longest: int = MAX_STATEMENT) -> tuple[object, str]:
     """What the first statement that holds anything holds, if that is one thing."""
     if not isinstance(reply, str) or not reply.strip():
         return None, "empty"
-    for statement, method in _statements(reply):
+    visible = _answer_block(reply)[2]
+    turns = list(_REVERSES.finditer(visible))
+    for statement, method in _statements(reply, longest):
         if found := find(statement):
+            found = found | find(_plain(visible[turns[-1].end() :])) if turns else found
             return (next(iter(found)), method) if len(found) == 1 else (None, "conflict")
     return None, "none"
 
@@ -452,10 +518,10 @@ def _numbers(statement: str) -> set[float]:
     # Numbers that are not the answer go first: of lists and figures, the terms of a sum ("2 + 1 = 3", "2 on
     # the left and 3 on the right, for a total of 5"), what a share is of ("3 of the 5 chairs").
     statement = _NOT_COUNTED.sub("", statement)
-    if re.search(r"= ?-?[\d.,]+[\s.!]*$", statement):
+    if re.search(r"= ?-?[\d.,]{1,20}[\s.!]{0,9}$", statement):
         statement = statement.rpartition("=")[2]
-    if total := re.search(r"\b(?:total(?: of| is)?|altogether|in all):? (.*)$", statement):
-        statement = total[1]
+    if total := re.search(r"\b(?:total(?: of| is)?|altogether|in all):? ", statement):
+        statement = statement[total.end() :]
     statement = re.sub(r"(?<=\d) of (?:the |these |those )?\w+", "", statement)
     for part in (re.split(r"[.!] (?=\w)|[:(;]| because | since ", statement, maxsplit=1)[0], statement):
         if _NOTHING.search(part.strip(" .!")):
@@ -521,11 +587,11 @@ def read_point(reply: str, frame: str, size: tuple[int, int]) -> tuple[tuple[flo
         # A list of points is answered by its first, as the benchmark has it; points apart are a way of
         # thinking: "From (0.1, 0.2) to (0.9, 0.4), so the centre is (0.5, 0.3)".
         between = (statement[a.end() : b.start()] for a, b in itertools.pairwise(found))
-        listed = all(re.fullmatch(r"[\s,]*", text) for text in between)
+        listed = all(not re.search(r"[^\W\d_]|[-=]>|→", _LISTED.sub("", text)) for text in between)
         points = [tuple(float(x) for x in m.groups() if x is not None) for m in found]
         return set(points[:1] if listed else points)
 
-    point, method = _first(reply, find)
+    point, method = _first(reply, find, longest=MAX_CHARS)
     if point is None:
         return None, method
     x, y = (c / full for c, full in zip(point, POINT_RANGE.get(frame, size), strict=True))
@@ -604,19 +670,29 @@ def released_letter(reply: str, choices: Sequence[str]) -> str:
 
 # ---- every kind of answer ----
 def read(
-    kind: str, reply: str, options: Sequence[str] = (), frame: str = "unit", size: tuple[int, int] = (1, 1)
-) -> tuple[object, str]:
+    kind: str, reply: str, options: Sequence[str] = (), frame: str = "unit", size: tuple[int, int] = (1, 1),
+    finish_reason: str = "stop",
+) -> tuple[object, str]:  # fmt: skip
     """(what a reply answers to a question of this kind, method) or (None, why not).
 
     Args: kind: choice (of `options`), yes_no, number, word, sequence, or point (in `frame`, of an image of
-        `size`).
+        `size`); finish_reason: of a reply cut off ("length") only a closed answer block or box counts that
+        nothing takes back, or a letter that is its first line: anything else may be a thought on its way.
     """
-    if kind == "choice":
-        return read_choice(reply, options)
-    if kind == "point":
-        return read_point(reply, frame, size)
-    readers = {"yes_no": read_yes_no, "number": read_number, "word": read_word, "sequence": read_sequence}
-    return readers[kind](reply)
+    readers = {"yes_no": read_yes_no, "number": read_number, "word": read_word, "sequence": read_sequence,
+               "choice": lambda reply: read_choice(reply, options),
+               "point": lambda reply: read_point(reply, frame, size)}  # fmt: skip
+    said, method = readers[kind](reply)
+    if said is None or finish_reason != "length":
+        return said, method
+    if method == "letter":
+        first, whole, _ = reply.strip().partition("\n")
+        whole = whole and read_choice(first, options)[0] == said
+    else:
+        end = {"answer_tag": "</answer>", "boxed": "}"}.get(method, "\0")
+        _, whole, after = reply.lower().rpartition(end)
+        whole = whole and not _CORRECTS.search(after)
+    return (said, method) if whole else (None, "unfinished")
 
 
 def is_right(kind: str, parsed, gold: str) -> bool:

@@ -80,15 +80,12 @@ def judge(sample, reply: str, finish_reason: str = "stop") -> dict:
     """Whether a reply answers a sample rightly: {"parsed", "method", "correct"} of `grade`.
 
     Args: sample: a data.Sample, or anything with its kind, options, answer, size and meta;
-        finish_reason: of a reply cut off ("length") only an answer block, a box or a leading letter counts,
-        since a phrase or a text may be a thought that was to go on; of a failed request nothing.
+        finish_reason: of a reply cut off ("length") little counts (answers.read), of a failed request nothing.
     """
     frame = sample.meta["frame"] if sample.kind == "point" else ""
-    parsed, method = read(sample.kind, reply, sample.options, frame, sample.size)
+    parsed, method = read(sample.kind, reply, sample.options, frame, sample.size, finish_reason)
     if finish_reason == "failed":
         parsed, method = None, "failed"
-    elif finish_reason == "length" and method in ("phrase", "text"):
-        parsed, method = None, "unfinished"
     return {"parsed": parsed, "method": method, "correct": is_right(sample.kind, parsed, sample.answer)}
 
 
