@@ -5,8 +5,9 @@
 
 Pure functions of text, without a model or a judge: about 30,000 replies a second, and none of them raises.
 A wrong reading is a bug, an unread reply is not: the rules are few, and what they leave unread is counted,
-never guessed. Of a reply the last MAX_CHARS characters are searched for answer blocks, and of the block, or of
-what is no thought, the first 1,024 and the last 3,072 are read: time is linear, 64 kB of anything take 50 ms.
+never guessed. Answer blocks are looked for in the last MAX_CHARS characters; of the
+block, or of what is no thought, the first 1,024 and the last 3,072 are read. Time is linear: 64 kB of anything
+take less than 50 ms.
 
 What differs from the paper's evaluator: a reply that names no option is unparsed, never option A, and one
 that names two is a contradiction, never the first. `released_letter` reads as that evaluator does.
@@ -32,16 +33,14 @@ MAX_HEAD, MAX_TAIL = 1024, 3072  # characters read of a text, from its two ends
 # ---- reading a choice out of a reply ----
 # What is hard is not to find a letter but to leave alone what only looks like one: an article (A cup), a list
 # of the options, a thought that is taken back, an option that is ruled out. So a reply is undressed first
-# (_TAGS to _FULL_WIDTH), then asked where it announces an answer (_BOXED to _VERDICT), then what it states
+# (_TAGS to _FULL_WIDTH), then asked where it announces an answer (_BOXED to _HEDGED), then what it states
 # there (_LEAD to _ANOTHER), and whatever doubts, negates or refuses empties what was found (_DOUBT to
 # _CORRECTS). Replies in quotes below are in the tests.
 _TAGS = re.compile(
-    r"</?(?:ans|answer|b|i|em|strong|p|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$", re.I
-)
+    r"</?(?:ans|answer|b|i|em|strong|p|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$", re.I)  # fmt: skip
 _WRAPPERS = re.compile(r"\\(?:text|math)\w*\s?\{([^{}]*)\}")  # \text{B} -> B
 _DRESS = re.compile(
-    r"[*`$#\"“”\ufeff\u200b]|\\[()\[\]]|\\(?:left|right|bf|rm|,)(?![a-z])|(?m:^[^\S\n]*[-•>✅]+ )"
-)
+    r"[*`$#\"“”\ufeff\u200b]|\\[()\[\]]|\\(?:left|right|bf|rm|,)(?![a-z])|(?m:^[^\S\n]*[-•>✅]+ )")  # fmt: skip
 _EMPHASIS = re.compile(r"(?<!\w)([_'])(\(?\w[^_'\n]{0,60}?)\1(?!\w)")  # 'B', _B_
 _FULL_WIDTH = str.maketrans("（）：．，’。！、【】−", "():.,'.!,()-")
 _BOXED = re.compile(r"\\boxed\s?\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}")
@@ -54,90 +53,66 @@ _PHRASE = re.compile(  # in Chinese as well, which Qwen's models fall into
     rf"(?:(?:(?:is|would be|should be|must be)\b|(?<='s)){_BELOW}(?:\s*:|\s+(?=\S)|(?=[(\[]))|:|=|->|→)"
     r"|(?:^|\n)(?:answer\s*\n|correct:)|\bit (?:must|should) be\b"
     r"|\bI(?:'d| would| will|'ll|'m| am)? (?:choose|pick|select|go with|going with|say|answer)\b:?"
-    r"|(?:答案|正解|정답)[是为は은]?:?|应?选择?",
-    re.I,
-)
+    r"|(?:答案|正解|정답)[是为は은]?:?|应?选择?", re.I)  # fmt: skip
 _HEDGED = re.compile(  # before an announcement, in its sentence: "I don't think the answer is A."
     r"\b(?:wrong|incorrect|not|no|none|neither|doubt|whether|unsure|unclear|might|may|could|would|suppose"
     r"|assum\w+|unlikely|at first|if(?! i (?:had|have|must|were)))\b|n't\b", re.I)  # fmt: skip
-_VERDICT = re.compile(  # "Option B is correct.", but not "B is right next to the wall."
-    r"(?:[(\[]([A-J])[)\]]|\b([A-J]))[.,]? (?:is|must be|seems) (?:the )?(?:most )?(?:correct|right|best)\b"
-    r"(?= ?(?:$|[.,;!)\n]|answer|option|choice|one|here|because|since))"
-)
 _LEAD = re.compile(  # a letter in its dress; a bare one only where it can be no article: not "A cup"
     r"(?:(?:so|thus|hence|therefore|yes|sure)[,:]? )?"
     r"(?:(?:it's|it is|it must be|i think|most likely|likely|probably|definitely|clearly|actually) )*"
     r"(?:the )?(?:correct )?(?:(?:option|choice|answer|letter):? )?"
     r"(?:[(\[{]{1,2} ?([a-j])\.? ?[)\]}]{1,2}|([a-j]) ?[).:,;!}](?![A-Za-z0-9])"
-    r"|([a-j])(?=$|\n| (?:because|since|or|and)\b| ?[/&] ?[a-j]\b| [-–—] |—))",
-    re.I,
-)
+    r"|([a-j])(?=$|\n| (?:because|since|or|and|is (?:the )?(?:most )?(?:correct|best|right (?:answer|option)))\b| ?[/&] ?[a-j]\b| [-–—] |—))", re.I)  # fmt: skip
 _ANNOUNCED_LETTER = re.compile(  # behind "the answer is" no B is an article, and A is none before these
     r"(?:(?:most )?(?:likely|probably|definitely|clearly|actually) )?(?:(?:letter|option) )?"
-    r"(?:([B-HJ])(?![\w'-])|(A)(?= ?[(—]| (?:as|based|but|given|due)\b))"
-)
+    r"(?:([B-HJ])(?![\w'-])|(A)(?= ?[(—]| (?:as|based|but|given|due)\b))")  # fmt: skip
 # The one line that counts in a reply that judges the options one by one.
 _ONLY_LETTER = re.compile(r"(?:(?:option|choice|answer):? )?[(\[]? ?[A-Ja-j] ?[)\].:!]{0,2}", re.I)
 # Letters behind these are reasons, not answers: "The answer is (B) because (A) left of is wrong."
 _BECAUSE = re.compile(r"\b(?:because|since|as)\b")
 _ASIDE = re.compile(r"\b(?:while|whereas|unlike|rather than|instead of)\b|,? (?:\w+ly )?not\b|\n")
-_ANOTHER = re.compile(  # a letter that an answer goes on to: "A/B", "B or maybe C", "A (left) (B)"
+_ANOTHER = re.compile(  # a letter that an answer goes on to: "A/B", "B or maybe C", "A (left) (B)", "B C"
     r"[(\[]([A-J])[)\]]|(?:\b(?:[Oo]r|and)|[/,&;+]) ?(?:(?:maybe|perhaps|possibly|also|even|option) )*"
-    r"([A-HJ])(?= ?(?:$|[().,;:/&?!]|or\b|and\b))"
-)
-_IS_LETTER = re.compile(
-    r"\b(?:is|be)[( \[]+([A-J])[)\]]*(?=[.,;!?\n]|$)"
-)  # "The answer is A. The lamp is B."
+    r"([A-HJ])(?= ?(?:$|[().,;:/&?!]|or\b|and\b))|\b([A-J])[)\].:] ?\w|^[)\]}.:,;+ ]*([A-J])[)\].:!]*$")  # fmt: skip
+_IS_LETTER = re.compile(r"\b(?:is|be)[( \[]+([A-J])[)\]]*(?=[.,;!?\n]|$)")  # "... A. The lamp is B."
 _DOUBT = re.compile(  # "B. Wait, actually C."
-    r"\b(?:wait|actually|hmm|sorry|maybe|perhaps|possibly|no|instead(?! of)|rather(?! than))\b", re.I
-)
-_LETTER = re.compile(r"\b([A-J])\b(?!')")
+    r"\b(?:wait|actually|hmm|sorry|maybe|perhaps|possibly|no|instead(?! of)|rather(?! than))\b", re.I)  # fmt: skip
 _RULED_OUT = re.compile(  # behind a letter: "(A) can be ruled out."
-    r"[ :(–—-]*(?:(?:this|that|it|which) (?:option )?)?"
-    r"(?:(?:is|are|was|seems|looks|would be|must be|can(?: safely)? be|could be) (?:\w+ly )?"
-    r"(?:not|wrong|incorrect|false|ruled out|excluded|eliminated|unlikely|impossible)\b"
-    r"|isn't\b|cannot be\b|can't be\b|(?:not|no|wrong|incorrect|false)\b)",
-    re.I,
-)
+    r"[ :(–—-]*(?:\w+ ){0,4}(?:not|no|wrong|incorrect|false|ruled out|excluded|eliminated|unlikely|impossible"
+    r"|isn't|cannot|can't)\b", re.I)  # fmt: skip
 # Turns a text round, or leaves it open: "It is not right of the cup.", "Is it the lamp?"
 _NEGATION = re.compile(
     r"\b(?:not|neither|nor|never|no|none|non|cannot|unable|wrong|incorrect|unlikely|whether|rather than"
     r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me"
-    r"|which of)\b|n't\b|\?"
-)
+    r"|which of)\b|n't\b|\?")  # fmt: skip
 _UNKNOWN = re.compile(  # names things without answering: "No, I can't see the image." is no "no"
     r"\b(?:cannot|can't|can not|unable to|not able to|don't have|do not have|no way to|no access"
     r"|(?:im|not )possible to)\b.{0,50}"
     r"\b(?:see|view|tell|determined?|answer|say|access|help|know|confirm|provide|identify|count|images?)\b"
     r"|\bno (?:way|access|clear|context|one can|image|picture|photo|visual|visible|comment|idea|clue"
     r"|information)\b|\b(?:i'm|i am) sorry\b|\bnothing can be\b|\bas an ai\b|\bi can only\b|^error\b"
-    r"|\b(?:not enough|insufficient|undetermined|indeterminate|unanswerable)\b"
-)
+    r"|\b(?:not enough|insufficient|undetermined|indeterminate|unanswerable)\b")  # fmt: skip
 _NEITHER = re.compile(  # of the options: "None of these" is no 0
     r"\bnone of (?:these|those|them|the (?:above|given|listed|options|choices|answers))\b"
-    r"|\bno (?:\w+ )?(?:answers?|options?|choices?)\b"
-)
+    r"|\bno (?:\w+ )?(?:answers?|options?|choices?)\b")  # fmt: skip
 _REFUSAL = re.compile(f"{_UNKNOWN.pattern}|{_NEITHER.pattern}")
 # Options' words that say nothing here: "Based on the above, I see.", "All right, ..."
 _DISCOURSE = re.compile(
     r"\b(?:the|image|picture|question|options?|choices?|as|described|mentioned|shown) (?:above|below)\b"
-    r"|\b(?:all|you're|you are|that's|that is) right\b"
-)
+    r"|\b(?:all|you're|you are|that's|that is) right\b")  # fmt: skip
 # Takes back all that was announced before it: "The answer is A. No, wait: the answer is B."
 _CORRECTS = re.compile(r"\b(?:wait|hmm|on second thought|misread|correction|scratch that)\b", re.I)
 _REVERSES = re.compile(  # may take it back: "A. left\n\nHowever, it is on the right."
     rf"{_CORRECTS.pattern}|\b(?:however|actually|but|though|although|looking again|re-?consider\w*"
     r"|re-?exam\w*|mistake\w*|in fact|i was wrong|closer look)\b", re.I)  # fmt: skip
 _SHOWN = re.compile(r"\b(?:e\.g|example|such as|(?<!requested )(?<!required )format)\b[^.!?\n]{0,30}$", re.I)
-_NEXT = re.compile(
-    r"\n\W{0,9}(?:(?:next )?question|user|human|q|instruction)\b[^\n:]{0,12}:", re.I
-)  # a turn not its own
+_NEXT = re.compile(  # a turn that is not the model's own
+    r"\n[ #*>-]{0,9}(?:(?:next )?question|user|human|q|instruction)\b[^\n:]{0,12}:", re.I)  # fmt: skip
 _YES_OR_NO = re.compile(r"^\W*(?:yes|no)(?: or |/)(?:yes|no)\)? ?[:?]")  # the question's own
 _YES_NO = re.compile(  # at the head of a clause, or concluding; a "no" before a noun is none: "No doubt"
     r"(?:^|(?<=[.!?:;)\n] )|\b(?P<is>is|be)[:,]? |\b(?:so|thus|hence|therefore|but|and|or)[:,]? |(?<=/))"
-    r"(?:(yes)(?![\w'])|(no)(?= ?(?:$|[^\w\s'])| (?:it|there|this|that|the|they|he|she|i|we|you|not|if|in|from"
-    r"|when|because|since|as|and|or)\b))"
-)
+    r"(?:(yes)(?![\w'])|(no)(?= ?(?:$|[^\w\s'])| (?:it|there|this|that|the|they|he|she|i|we|you|not|if|in"
+    r"|from|when|because|since|as|and|or)\b))")  # fmt: skip
 _SENTENCE_END = re.compile(r"(?<=\w\w)[.!](?:\s(?!Or\b)|$)")  # not behind "B."
 _NUMBER_WORDS = {w: i for i, w in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -203,9 +178,8 @@ def _said_yes_no(statement: str, options: _Options) -> set[str]:
     statement = _YES_OR_NO.sub("", statement).strip()
     if _UNKNOWN.search(re.split(r"[.!?] ", statement, maxsplit=1)[0]):
         return set()
-    said = {
-        m[2] or m[3] for m in _YES_NO.finditer(statement) if not (m["is"] and _hedged(statement, m.start()))
-    }
+    said = {m[2] or m[3] for m in _YES_NO.finditer(statement)
+            if not (m["is"] and _hedged(statement, m.start()))}  # fmt: skip
     return {letter for word in said for letter in options.letters.get(word, ())}
 
 
@@ -217,12 +191,10 @@ def _named_texts(statement: str, options: _Options) -> set[str]:
     if normalised(statement) in options.letters:
         return options.letters[normalised(statement)]
     known = "|".join(options.letters)  # a compound that no option holds is one word: off-white is not white
-    statement = re.sub(
+    statement = normalised(re.sub(
         r"\b[A-Za-z]+(?:-[A-Za-z]+)+",
-        lambda m: m[0] if m[0].lower().replace("-", " ") in known else m[0].replace("-", "_"),
-        statement,
-    )
-    statement = normalised(statement)
+        lambda m: m[0] if m[0].lower().replace("-", " ") in known else m[0].replace("-", "_"), statement,
+    ))  # fmt: skip
     if options.yes_no and (said := _said_yes_no(statement, options)):
         return said
     for refusal in (_NEITHER, _UNKNOWN):  # which may be an option: "Cannot be determined"
@@ -230,11 +202,9 @@ def _named_texts(statement: str, options: _Options) -> set[str]:
             return {x for text, letters in options.letters.items() if refusal.search(text) for x in letters}
     if "0" in options.letters and _NOTHING.search(statement) and not re.search(r"[\d,;]|\bbut\b", statement):
         return options.letters["0"]
-    statement = _DISCOURSE.sub("", statement)
-    if _NEGATION.search(options.anywhere.sub("", statement)):
+    if _NEGATION.search(options.anywhere.sub("", statement)) or _BOUND.search(statement):
         return set()
-    found = _texts_in(statement, options)
-    return set() if _BOUND.search(statement) and any(t[0].isdigit() for t in options.letters) else found
+    return _texts_in(statement, options)
 
 
 def _texts_in(text: str, options: _Options) -> set[str]:
@@ -249,7 +219,8 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
     None where the statement goes on to reject the letter; more than one where it goes on to another letter or
     to the text of another option.
     """
-    if not options.lettered:
+    echoed = normalised(statement) == "(a) cat" != f"(a) {normalised(options.plain['A'])}"  # data.TEMPLATES
+    if not options.lettered or echoed:
         return set()
     found = _LEAD.match(statement) or (_ANNOUNCED_LETTER.match(statement) if announced else None)
     if not found:
@@ -267,21 +238,13 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
             return {letter} | options.letters[text[0]]
     if _RULED_OUT.match(rest if own else rest.lstrip(")]}.:;! ")):
         return set()
-    if lone := re.fullmatch(r"[)\]}.:,;+ ]*[(\[]?([A-J])[)\].:!]*", rest):  # "B C", "A: B"
-        return {letter, lone[1]}
     line = rest.partition("\n")[0]
     doubt = _DOUBT.search(line)
-    others = set(_LETTER.findall(line[doubt.end() :]) if doubt else ()) & set(options.plain)
+    others = set(re.findall(r"\b([A-J])\b(?!')", line[doubt.end() :]) if doubt else ()) & set(options.plain)
     if announced and not own and re.match(r"[)\]]*[.!] (?!It |This |That |Or )[A-Z][a-z]", rest):
         return {letter} | others  # "The answer is B. Point A is farther away."
     clause = _SENTENCE_END.split(_ASIDE.split(rest, maxsplit=1)[0], maxsplit=1)[0]
-    said = _BECAUSE.split(clause, maxsplit=1)[0]
-    others |= {a or b for a, b in _ANOTHER.findall(said)}
-    others |= {
-        x
-        for x, text in options.plain.items()  # a list of the options on one line
-        if x != letter and re.search(rf"\b{x}[)\].:] ?{re.escape(text)}(?!\w)", said, re.I)
-    }
+    others |= {"".join(found) for found in _ANOTHER.findall(_BECAUSE.split(clause, maxsplit=1)[0])}
     texts = set() if own or _NEGATION.search(clause.lower()) else _texts_in(clause, options)
     return {letter} | others | (set() if letter in texts else texts)  # "(A) It is to the right."
 
@@ -319,9 +282,6 @@ def _announced(text: str, options: _Options) -> tuple[set[str], str]:
     text = _plain(text)
     for pattern in (_FINAL, _PHRASE):
         found = set()
-        if options.lettered and pattern is _PHRASE:
-            for verdict in _VERDICT.finditer(text):
-                found |= set() if _hedged(text, verdict.start()) else {verdict[1] or verdict[2]}
         for line in _announcements(text, pattern):
             found |= _stated(_SENTENCE_END.split(line, maxsplit=1)[0], options, True)
             found |= {m[1] for m in _IS_LETTER.finditer(line) if found and not _hedged(line, m.start())}
@@ -332,12 +292,12 @@ def _announced(text: str, options: _Options) -> tuple[set[str], str]:
 
 def _last_box(text: str) -> str:
     """What the last box holds; with the one before it, where that is another alternative."""
-    boxes = list(_BOXED.finditer(text))[-2:]
-    either = len(boxes) > 1 and re.fullmatch(
-        r"[$\s]*(?:,|/|or|and)?[$\s]*", text[boxes[0].end() : boxes[1].start()]
-    )
+    boxes = [m for m in _BOXED.finditer(text) if not _SHOWN.search(text[max(0, m.start() - 80) : m.start()])][
+        -2:
+    ]
+    apart = text[boxes[0].end() : boxes[-1].start()] if len(boxes) > 1 else "."
     return " or ".join(
-        box[1] for box in boxes[0 if either else -1 :] if not _SHOWN.search(text[: box.start()][-80:])
+        m[1] for m in (boxes if re.fullmatch(r"[$\s]*(?:[,/]|or|and)?[$\s]*", apart) else boxes[-1:])
     )
 
 
@@ -376,7 +336,7 @@ def _read_once(text: str, options: _Options) -> tuple[set[str], str]:
 
 
 def _answer_block(reply: str) -> tuple[str, str, str]:
-    """(the last answer block or "", what follows it, all that lies outside the thinking), of a bounded length."""
+    """(the last answer block or "", what follows it, all that lies outside the thinking), cut by `_ends`."""
     reply = re.sub(r"(?:<|◁)(/?)think(?:ing)?(?:>|▷)", r"<\1think>", reply[-MAX_CHARS:])
     reply = re.sub(r"<\s{0,9}(/?)\s{0,9}answer\b[^<>]{0,40}>", lambda m: f"<{m[1]}answer>", reply, flags=re.I)
     reply = re.sub(r"<answer>([^<>]{1,200})<answer>", r"<answer>\1</answer>", reply)  # not closed properly
@@ -431,8 +391,6 @@ def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
 
     >>> parse_choice("<think>A cup? No.</think><answer>(B) arm chair</answer>", ["chair", "arm chair"])
     'B'
-    >>> parse_choice("It is the arm chair.", ["chair", "arm chair"])
-    'B'
     >>> parse_choice("(A) arm chair", ["chair", "arm chair"]) is None
     True
     """
@@ -446,41 +404,33 @@ def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
 _DECIMAL = r"-?(?:\d{1,9}(?:\.\d{0,20})?|\.\d{1,20})(?:e[-+]?\d{1,3})?"
 _NUMBER = re.compile(  # with a unit or none; not COVID-19, 3rd, 3/4, 10:30, 3-4, two and a half
     rf"(?<![\w.,])(?<!\w-)-?\d{{1,15}}(?:,\d{{3}}){{0,4}}(?:\.\d{{1,20}})?"
-    rf"(?=(?:c?m|mm|km|ft|kg)?(?![\w]|[.,]\d|-\d| ?{_SCALE})|[^\x00-\u2fff])"
-)
+    rf"(?=(?:c?m|mm|km|ft|kg)?(?![\w]|[.,]\d|-\d| ?{_SCALE})|[^\x00-\u2fff])")  # fmt: skip
 _POINT = re.compile(
     rf"[(\[]\s*({_DECIMAL})\s*,\s*({_DECIMAL})\s*[)\]]"
-    rf"|\bx1?\W{{1,4}}({_DECIMAL})\W{{1,6}}y1?\W{{1,4}}({_DECIMAL})"
-)
+    rf"|\bx1?\W{{1,4}}({_DECIMAL})\W{{1,6}}y1?\W{{1,4}}({_DECIMAL})")  # fmt: skip
 _BARE_POINT = re.compile(rf"[^\d(\[]*({_DECIMAL}) ?, ?({_DECIMAL})[^\d(\[]*")
-_LISTED = re.compile(
-    r"[^{}]*\}\s*,?\s*\{\s*\w+|</?\w[^<>]{0,80}>|\b(?:and|point)\b", re.I
-)  # between two of a list
+_LISTED = re.compile(  # what stands between two points of a list
+    r"[^{}]*\}\s*,?\s*\{\s*\w+|</?\w[^<>]{0,80}>|\b(?:and|point)\b", re.I)  # fmt: skip
 _ONE = r"[(\[]?[A-H][)\]]?"
 _LINK = r"(?: ?(?:,|->|→|=>|>|-|;|&) ?(?:and |then )?| and | then | |(?=[(\[]))"  # of a sequence's letters
 _ORDER = re.compile(
-    rf"(?<![A-Za-z]){_ONE}(?:{_LINK}{_ONE}){{1,9}}(?![A-Za-z])|(?:(?<=[:=] )|(?<=is )|^)[A-H]{{3,8}}(?=\W*$)"
-)
+    rf"(?<![A-Za-z]){_ONE}(?:{_LINK}{_ONE}){{1,9}}(?![A-Za-z])|(?:(?<=[:=] )|(?<=is )|^)[A-H]{{3,8}}(?=\W*$)")  # fmt: skip
 # A limit or a time of day is no number of things.
 _BOUND = re.compile(
     r"\b(?:than|least|most|over|under|above|below|beyond|up to|exceed\w*|maximum|minimum)(?: of)? -?\d|\d:\d"
     r"|[<>≤≥]=? ?-?\d|\d ?\+(?! ?\d)|\d(?: \w+)? (?:(?:or|and) (?:more|less|fewer|above|below|over|under|so|up"
-    r"|higher|lower|greater|beyond)|at (?:least|most)|plus|minimum|maximum)\b"
-)
+    r"|higher|lower|greater|beyond)|at (?:least|most)|plus|minimum|maximum)\b")  # fmt: skip
 _NOT_COUNTED = re.compile(  # numbers of lists, steps and figures
-    r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b"
-)
+    r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b")  # fmt: skip
 _NOTHING = re.compile(
     r"^(?:none|nothing|zero|nobody|nobody at all)$|^none of\b|^no \w+(?: \w+)? (?:is|are)\b"
     r"|\b(?:there (?:are|is)|i (?:can )?(?:see|count|find)) (?:no|not any|none)\b(?! (?:way|doubt))"
-    r"|\bno one\b|\bnot a single\b"
-)
+    r"|\bno one\b|\bnot a single\b")  # fmt: skip
 POINT_RANGE = {"unit": (1, 1), "per_mille": (1000, 1000)}  # what x and y are divided by; "pixel": the image's
 
 
-def _statements(reply: str, longest: int) -> list[tuple[str, str]]:
+def _statements(block: str, visible: str, longest: int) -> list[tuple[str, str]]:
     """Texts that may hold the answer, the most decisive first: (plain text, method)."""
-    block, _, visible = _answer_block(reply)
     if block:
         return [(_plain(_last_box(block) or block), "answer_tag")]
     found = [(_plain(boxed), "boxed")] if (boxed := _last_box(visible)) else []
@@ -501,9 +451,9 @@ def _first(reply: str, find: Callable[[str], set], longest: int = MAX_STATEMENT)
     """What the first statement that holds anything holds, if that is one thing."""
     if not isinstance(reply, str) or not reply.strip():
         return None, "empty"
-    visible = _answer_block(reply)[2]
+    block, _, visible = _answer_block(reply)
     turns = list(_REVERSES.finditer(visible))
-    for statement, method in _statements(reply, longest):
+    for statement, method in _statements(block, visible, longest):
         if found := find(statement):
             found = found | find(_plain(visible[turns[-1].end() :])) if turns else found
             return (next(iter(found)), method) if len(found) == 1 else (None, "conflict")
@@ -513,7 +463,11 @@ def _first(reply: str, find: Callable[[str], set], longest: int = MAX_STATEMENT)
 def _numbers(statement: str) -> set[float]:
     """The numbers a statement gives as its answer: those before an explanation, if there are any."""
     statement = re.sub(r"\b(?:minus|negative) (?=\d)", "-", statement.lower()).replace("–", "-")
-    if _REFUSAL.search(statement) or _CORRECTS.search(statement) or _BOUND.search(statement):
+    if (
+        _REFUSAL.search(statement)
+        or _CORRECTS.search(statement)
+        or _BOUND.search(_WORDED.sub(_number_of, statement))
+    ):
         return set()
     # Numbers that are not the answer go first: of lists and figures, the terms of a sum ("2 + 1 = 3", "2 on
     # the left and 3 on the right, for a total of 5"), what a share is of ("3 of the 5 chairs").
