@@ -5,9 +5,8 @@
 
 Pure functions of text, without a model or a judge: about 30,000 replies a second, and none of them raises.
 A wrong reading is a bug, an unread reply is not: the rules are few, and what they leave unread is counted,
-never guessed. Answer blocks are looked for in the last MAX_CHARS characters; of the
-block, or of what is no thought, the first 1,024 and the last 3,072 are read. Time is linear: 64 kB of anything
-take less than 50 ms.
+never guessed. Answer blocks are looked for in the last MAX_CHARS characters; of the block, or of what is no
+thought, the first 1,024 and the last 3,072 are read. Time is linear: 64 kB of anything take less than 50 ms.
 
 What differs from the paper's evaluator: a reply that names no option is unparsed, never option A, and one
 that names two is a contradiction, never the first. `released_letter` reads as that evaluator does.
@@ -32,15 +31,16 @@ MAX_HEAD, MAX_TAIL = 1024, 3072  # characters read of a text, from its two ends
 
 # ---- reading a choice out of a reply ----
 # What is hard is not to find a letter but to leave alone what only looks like one: an article (A cup), a list
-# of the options, a thought that is taken back, an option that is ruled out. So a reply is undressed first
-# (_TAGS to _FULL_WIDTH), then asked where it announces an answer (_BOXED to _HEDGED), then what it states
-# there (_LEAD to _ANOTHER), and whatever doubts, negates or refuses empties what was found (_DOUBT to
-# _CORRECTS). Replies in quotes below are in the tests.
+# of the options, a thought that is taken back, an option that is ruled out. So a reply is undressed (_TAGS to
+# _FULL_WIDTH), asked where it announces an answer (_BOXED to _HEDGED) and what it states there (_LEAD to
+# _ANOTHER); what doubts, negates or refuses empties what was found. Replies in quotes are in the tests.
 _TAGS = re.compile(
-    r"</?(?:ans|answer|b|i|em|strong|p|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$", re.I)  # fmt: skip
+    r"</?(?:ans(?:wer)?|[bip]|em|strong|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$"
+)
 _WRAPPERS = re.compile(r"\\(?:text|math)\w*\s?\{([^{}]*)\}")  # \text{B} -> B
 _DRESS = re.compile(
-    r"[*`$#\"“”\ufeff\u200b]|\\[()\[\]]|\\(?:left|right|bf|rm|,)(?![a-z])|(?m:^[^\S\n]*[-•>✅]+ )")  # fmt: skip
+    r"(?m:^[^\S\n]*[-•>✅]+ )|[*`$#\"“”\ufeff\u200b]|\\[()\[\]]|\\(?:left|right|bf|rm|,)(?![a-z])"
+)
 _EMPHASIS = re.compile(r"(?<!\w)([_'])(\(?\w[^_'\n]{0,60}?)\1(?!\w)")  # 'B', _B_
 _FULL_WIDTH = str.maketrans("（）：．，’。！、【】−", "():.,'.!,()-")
 _BOXED = re.compile(r"\\boxed\s?\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}")
@@ -62,21 +62,23 @@ _LEAD = re.compile(  # a letter in its dress; a bare one only where it can be no
     r"(?:(?:it's|it is|it must be|i think|most likely|likely|probably|definitely|clearly|actually) )*"
     r"(?:the )?(?:correct )?(?:(?:option|choice|answer|letter):? )?"
     r"(?:[(\[{]{1,2} ?([a-j])\.? ?[)\]}]{1,2}|([a-j]) ?[).:,;!}](?![A-Za-z0-9])"
-    r"|([a-j])(?=$|\n| (?:because|since|or|and|is (?:the )?(?:most )?(?:correct|best|right (?:answer|option)))\b| ?[/&] ?[a-j]\b| [-–—] |—))", re.I)  # fmt: skip
+    r"|([a-j])(?=$|\n| (?:because|since|or|and|is (?:the )?(?:most )?(?:correct|best|right answer))\b|"
+    r" ?[/&] ?[a-j]\b| [-–—] |—))", re.I)  # fmt: skip
 _ANNOUNCED_LETTER = re.compile(  # behind "the answer is" no B is an article, and A is none before these
     r"(?:(?:most )?(?:likely|probably|definitely|clearly|actually) )?(?:(?:letter|option) )?"
     r"(?:([B-HJ])(?![\w'-])|(A)(?= ?[(—]| (?:as|based|but|given|due)\b))")  # fmt: skip
-# The one line that counts in a reply that judges the options one by one.
+# The one line that counts where the options are judged one by one.
 _ONLY_LETTER = re.compile(r"(?:(?:option|choice|answer):? )?[(\[]? ?[A-Ja-j] ?[)\].:!]{0,2}", re.I)
 # Letters behind these are reasons, not answers: "The answer is (B) because (A) left of is wrong."
 _BECAUSE = re.compile(r"\b(?:because|since|as)\b")
 _ASIDE = re.compile(r"\b(?:while|whereas|unlike|rather than|instead of)\b|,? (?:\w+ly )?not\b|\n")
 _ANOTHER = re.compile(  # a letter that an answer goes on to: "A/B", "B or maybe C", "A (left) (B)", "B C"
-    r"[(\[]([A-J])[)\]]|(?:\b(?:[Oo]r|and)|[/,&;+]) ?(?:(?:maybe|perhaps|possibly|also|even|option) )*"
-    r"([A-HJ])(?= ?(?:$|[().,;:/&?!]|or\b|and\b))|\b([A-J])[)\].:] ?\w|^[)\]}.:,;+ ]*([A-J])[)\].:!]*$")  # fmt: skip
+    r"[(\[]([A-J])[)\]]|(?:\b(?:[Oo]r|and)|[/,&;+]) ?(?:(?:maybe|perhaps|possibly|even|option) )*([A-HJ])"
+    r"(?= ?(?:$|[().,;:/&?!]|or\b|and\b))|\b([A-J])[)\].:] ?\w|^[)\]}.:,;+ ]*([A-J])[)\].:!]*$")  # fmt: skip
 _IS_LETTER = re.compile(r"\b(?:is|be)[( \[]+([A-J])[)\]]*(?=[.,;!?\n]|$)")  # "... A. The lamp is B."
 _DOUBT = re.compile(  # "B. Wait, actually C."
-    r"\b(?:wait|actually|hmm|sorry|maybe|perhaps|possibly|no|instead(?! of)|rather(?! than))\b", re.I)  # fmt: skip
+    r"\b(?:wait|actually|hmm|sorry|maybe|perhaps|possibly|no|instead(?! of)|rather(?! than))\b", re.I
+)
 _RULED_OUT = re.compile(  # behind a letter: "(A) can be ruled out."
     r"[ :(–—-]*(?:\w+ ){0,4}(?:not|no|wrong|incorrect|false|ruled out|excluded|eliminated|unlikely|impossible"
     r"|isn't|cannot|can't)\b", re.I)  # fmt: skip
@@ -86,18 +88,17 @@ _NEGATION = re.compile(
     r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me"
     r"|which of)\b|n't\b|\?")  # fmt: skip
 _UNKNOWN = re.compile(  # names things without answering: "No, I can't see the image." is no "no"
-    r"\b(?:cannot|can't|can not|unable to|not able to|don't have|do not have|no way to|no access"
-    r"|(?:im|not )possible to)\b.{0,50}"
-    r"\b(?:see|view|tell|determined?|answer|say|access|help|know|confirm|provide|identify|count|images?)\b"
-    r"|\bno (?:way|access|clear|context|one can|image|picture|photo|visual|visible|comment|idea|clue"
-    r"|information)\b|\b(?:i'm|i am) sorry\b|\bnothing can be\b|\bas an ai\b|\bi can only\b|^error\b"
-    r"|\b(?:not enough|insufficient|undetermined|indeterminate|unanswerable)\b")  # fmt: skip
+    r"\b(?:cannot|can't|can not|(?:un|not )able to|(?:don't|do not) have|no (?:way to|access)|(?:im|not )possible"
+    r" to)\b.{0,50}\b(?:see|view|tell|determined?|answer|say|access|help|know|confirm|provide|identify|count"
+    r"|images?)\b|\bno (?:way|access|clear|context|one can|image|picture|photo|visual|visible|comment|idea|clue"
+    r"|information)\b|\b(?:i'm sorry|i am sorry|nothing can be|as an ai|i can only|not enough|insufficient"
+    r"|undetermined|indeterminate)\b|^error\b")  # fmt: skip
 _NEITHER = re.compile(  # of the options: "None of these" is no 0
     r"\bnone of (?:these|those|them|the (?:above|given|listed|options|choices|answers))\b"
-    r"|\bno (?:\w+ )?(?:answers?|options?|choices?)\b")  # fmt: skip
+    r"|\bno (?:\w+ )?(?:answers?|options?|choices?)\b"
+)
 _REFUSAL = re.compile(f"{_UNKNOWN.pattern}|{_NEITHER.pattern}")
-# Options' words that say nothing here: "Based on the above, I see.", "All right, ..."
-_DISCOURSE = re.compile(
+_DISCOURSE = re.compile(  # options' words that say nothing here: "Based on the above", "All right"
     r"\b(?:the|image|picture|question|options?|choices?|as|described|mentioned|shown) (?:above|below)\b"
     r"|\b(?:all|you're|you are|that's|that is) right\b")  # fmt: skip
 # Takes back all that was announced before it: "The answer is A. No, wait: the answer is B."
@@ -162,9 +163,8 @@ def _options(choices: tuple[str, ...], lettered: bool = True) -> _Options:
     for letter, choice in zip(LETTERS, choices, strict=False):
         plain[letter] = _plain(choice)
         letters[normalised(plain[letter])].add(letter)
-    # An option text of one letter cannot be told from an article or a name. A number must not be part of
-    # another (3 of 13, 3.5, 3-4, 3 hundred), nor the number of an option or image: "Option 2". Longest
-    # first, so that "arm chair" is not read as "chair".
+    # An option text of one letter cannot be told from an article. A number must not be part of another (3 of 13,
+    # 3.5, 3-4, 3 hundred) nor of "Option 2". Longest first: "arm chair" is not "chair".
     readable = (t for t in letters if len(t) > 1 or t.isdigit())
     texts = sorted(readable, key=len, reverse=True)
     number = rf"(?<![-/:])(?<!option )(?<!choice )(?<!image )(?<!figure ){{}}(?![-/:]\d| \d| ?{_SCALE})"
@@ -251,8 +251,7 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
 
 def _stated(statement: str, options: _Options, announced: bool = False) -> set[str]:
     """All options that a short statement names: none, one, or a contradiction."""
-    # An option may itself begin like a letter ("A is closer"); of one letter it is the letter: options A,
-    # B, C.
+    # An option may itself begin like a letter: "A is closer".
     if len(statement) > 1 and normalised(statement) in options.letters:
         return options.letters[normalised(statement)]
     return _named_letters(statement, options, announced) or _named_texts(statement, options)
@@ -311,9 +310,8 @@ def _read(text: str, options: _Options) -> tuple[set[str], str]:
 
 
 def _read_once(text: str, options: _Options) -> tuple[set[str], str]:
-    # From the most to the least deliberate: an announcement; a letter at the head of the first or last line,
-    # around an explanation; the text of an option in a short reply, since a long one that announces nothing
-    # mentions options while it thinks; a yes or no that begins or ends it.
+    # From the most to the least deliberate: an announcement; a letter at the head of the first or last line; the
+    # text of an option in a short reply, since a long one mentions options while it thinks; a yes or no.
     found, method = _announced(text, options)
     if found:
         return found, method
@@ -411,21 +409,19 @@ _POINT = re.compile(
 _BARE_POINT = re.compile(rf"[^\d(\[]*({_DECIMAL}) ?, ?({_DECIMAL})[^\d(\[]*")
 _LISTED = re.compile(  # what stands between two points of a list
     r"[^{}]*\}\s*,?\s*\{\s*\w+|</?\w[^<>]{0,80}>|\b(?:and|point)\b", re.I)  # fmt: skip
-_ONE = r"[(\[]?[A-H][)\]]?"
-_LINK = r"(?: ?(?:,|->|→|=>|>|-|;|&) ?(?:and |then )?| and | then | |(?=[(\[]))"  # of a sequence's letters
-_ORDER = re.compile(
-    rf"(?<![A-Za-z]){_ONE}(?:{_LINK}{_ONE}){{1,9}}(?![A-Za-z])|(?:(?<=[:=] )|(?<=is )|^)[A-H]{{3,8}}(?=\W*$)")  # fmt: skip
+_ORDER = re.compile(r"(?:.*(?:[:=]|\bis) )?(\W*(?:[A-H]\W*){2,8})", re.S)  # letters and what links them
 # A limit or a time of day is no number of things.
 _BOUND = re.compile(
     r"\b(?:than|least|most|over|under|above|below|beyond|up to|exceed\w*|maximum|minimum)(?: of)? -?\d|\d:\d"
     r"|[<>≤≥]=? ?-?\d|\d ?\+(?! ?\d)|\d(?: \w+)? (?:(?:or|and) (?:more|less|fewer|above|below|over|under|so|up"
     r"|higher|lower|greater|beyond)|at (?:least|most)|plus|minimum|maximum)\b")  # fmt: skip
 _NOT_COUNTED = re.compile(  # numbers of lists, steps and figures
-    r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b")  # fmt: skip
+    r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b"
+)
 _NOTHING = re.compile(
-    r"^(?:none|nothing|zero|nobody|nobody at all)$|^none of\b|^no \w+(?: \w+)? (?:is|are)\b"
-    r"|\b(?:there (?:are|is)|i (?:can )?(?:see|count|find)) (?:no|not any|none)\b(?! (?:way|doubt))"
-    r"|\bno one\b|\bnot a single\b")  # fmt: skip
+    r"^(?:none|nothing|zero|nobody|nobody at all)$|^none of\b|^no \w+(?: \w+)? (?:is|are)\b|\b(?:there (?:are|is)"
+    r"|i (?:can )?(?:see|count|find)) (?:no|not any|none)\b(?! (?:way|doubt))|\b(?:no one|not a single)\b"
+)
 POINT_RANGE = {"unit": (1, 1), "per_mille": (1000, 1000)}  # what x and y are divided by; "pixel": the image's
 
 
@@ -440,11 +436,8 @@ def _statements(block: str, visible: str, longest: int) -> list[tuple[str, str]]
     if len(text) <= longest:  # a longer one that announces nothing thinks aloud
         return [*found, (text, "text")]
     lines = (text.rpartition("\n")[2], text.partition("\n")[0])  # behind or before the explanation
-    return found + [
-        (line, "text")
-        for line in lines
-        if len(line) <= MAX_STATEMENT and not re.match(r"(?:\d+[.)]|step \d) ", line, re.I)
-    ]
+    answers = (line for line in lines if not re.match(r"(?:\d+[.)]|step \d) ", line, re.I))
+    return found + [(line, "text") for line in answers if len(line) <= MAX_STATEMENT]
 
 
 def _first(reply: str, find: Callable[[str], set], longest: int = MAX_STATEMENT) -> tuple[object, str]:
@@ -463,11 +456,8 @@ def _first(reply: str, find: Callable[[str], set], longest: int = MAX_STATEMENT)
 def _numbers(statement: str) -> set[float]:
     """The numbers a statement gives as its answer: those before an explanation, if there are any."""
     statement = re.sub(r"\b(?:minus|negative) (?=\d)", "-", statement.lower()).replace("–", "-")
-    if (
-        _REFUSAL.search(statement)
-        or _CORRECTS.search(statement)
-        or _BOUND.search(_WORDED.sub(_number_of, statement))
-    ):
+    in_digits = _WORDED.sub(_number_of, statement)
+    if _REFUSAL.search(statement) or _CORRECTS.search(statement) or _BOUND.search(in_digits):
         return set()
     # Numbers that are not the answer go first: of lists and figures, the terms of a sum ("2 + 1 = 3", "2 on
     # the left and 3 on the right, for a total of 5"), what a share is of ("3 of the 5 chairs").
@@ -498,10 +488,10 @@ def read_number(reply: str) -> tuple[float | None, str]:
 
 
 def read_yes_no(reply: str) -> tuple[str | None, str]:
-    """("yes" or "no", method) or (None, why not); the leading word counts.
+    """("yes" or "no", method) or (None, why not).
 
-    >>> read_yes_no("No, yes is what I would like to say.")
-    ('no', 'text')
+    >>> read_yes_no("No, no cup is there."), read_yes_no("No, but yes from the car.")
+    (('no', 'text'), (None, 'conflict'))
     """
     letter, method = read_choice(reply, ("yes", "no"), lettered=False)
     return {"A": "yes", "B": "no", None: None}[letter], method
@@ -509,10 +499,11 @@ def read_yes_no(reply: str) -> tuple[str | None, str]:
 
 def read_word(reply: str) -> tuple[str | None, str]:
     """The normalised statement that answers an open question: (text, method) or (None, why not)."""
-    return _first(
-        reply,
-        lambda statement: set() if _REFUSAL.search(normalised(statement)) else {normalised(statement)} - {""},
-    )
+
+    def find(statement):
+        return set() if _REFUSAL.search(normalised(statement)) else {normalised(statement)} - {""}
+
+    return _first(reply, find)
 
 
 def word_matches(said: str, gold: str) -> bool:
@@ -584,22 +575,15 @@ def read_sequence(reply: str) -> tuple[str | None, str]:
     """
 
     def find(statement):
-        if _NEGATION.search(statement) or _REFUSAL.search(statement.lower()):
+        if re.search(r"\.\.\.|…", statement) or _NEGATION.search(statement):
             return set()
-        statement = re.sub(
-            r"\b\d+[.):] |\b(?:image|picture|option|step|first|next|finally)s? |[\[\]']",
-            "",
-            statement.replace("\\rightarrow", "->").replace("\n", " "),
-            flags=re.I,
+        words = (
+            r"\b(?:\d+[.):] |(?:image|picture|option|step|first|next|finally|and|then)s?\b)|\\rightarrow|\n"
         )
-        if re.fullmatch(r"[a-h]{2,8}|[A-H]{2}", statement):
-            statement = " ".join(statement.upper())
-        # All letters must belong to one order: "B, followed by D, A, C" has three that the pattern misses.
-        orders = [re.sub("[^A-H]", "", re.sub("and|then", "", found)) for found in _ORDER.findall(statement)]
-        apart = len(re.findall(r"(?<![A-Za-z'])[A-H](?![A-Za-z'])", statement))  # "B, followed by D, A, C"
-        if re.search(r"\bor\b|\.\.\.|…", statement) or apart > sum(map(len, orders)):
-            return set()
-        return {order for order in orders if len(set(order)) == len(order) > 1}
+        statement = re.sub(words, " ", statement, flags=re.I).strip()
+        letters = statement.upper() if re.fullmatch("[a-h]{2,8}", statement) else statement
+        order = re.sub("[^A-H]", "", found[1]) if (found := _ORDER.fullmatch(letters)) else ""
+        return {order} if len(set(order)) == len(order) > 1 else set()
 
     return _first(reply, find)
 
