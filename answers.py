@@ -39,7 +39,7 @@ _TAGS = re.compile(
 )
 _WRAPPERS = re.compile(r"\\(?:text|math)\w*\s?\{([^{}]*)\}")  # \text{B} -> B
 _DRESS = re.compile(
-    r"(?m:^[^\S\n]*[-•>✅]+ )|[*`$#\"“”\ufeff\u200b]|\\[()\[\]]|\\(?:left|right|bf|rm|,)(?![a-z])"
+    r"(?m:^[^\S\n]*[-•>✅]+ (?!\d))|[*`$#\"“”\ufeff\u200b]|\\[()\[\]]|\\(?:left|right|bf|rm|,)(?![a-z])"
 )
 _EMPHASIS = re.compile(r"(?<!\w)([_'])(\(?\w[^_'\n]{0,60}?)\1(?!\w)")  # 'B', _B_
 _FULL_WIDTH = str.maketrans("（）：．，’。！、【】−", "():.,'.!,()-")
@@ -56,7 +56,7 @@ _PHRASE = re.compile(  # in Chinese as well, which Qwen's models fall into
     r"|(?:答案|正解|정답)[是为は은]?:?|应?选择?", re.I)  # fmt: skip
 _HEDGED = re.compile(  # before an announcement, in its sentence: "I don't think the answer is A."
     r"\b(?:wrong|incorrect|not|no|none|neither|doubt|whether|unsure|unclear|might|may|could|would|suppose"
-    r"|assum\w+|unlikely|at first|if(?! i (?:had|have|must|were)))\b|n't\b", re.I)  # fmt: skip
+    r"|assum\w+|unlikely|example|at first|if(?! i (?:had|have|must|were)))\b|n't\b", re.I)  # fmt: skip
 _LEAD = re.compile(  # a letter in its dress; a bare one only where it can be no article: not "A cup"
     r"(?:(?:so|thus|hence|therefore|yes|sure)[,:]? )?"
     r"(?:(?:it's|it is|it must be|i think|most likely|likely|probably|definitely|clearly|actually) )*"
@@ -75,7 +75,8 @@ _ASIDE = re.compile(r"\b(?:while|whereas|unlike|rather than|instead of)\b|,? (?:
 _ANOTHER = re.compile(  # a letter that an answer goes on to: "A/B", "B or maybe C", "A (left) (B)", "B C"
     r"[(\[]([A-J])[)\]]|(?:\b(?:[Oo]r|and)|[/,&;+]) ?(?:(?:maybe|perhaps|possibly|even|option) )*([A-HJ])"
     r"(?= ?(?:$|[().,;:/&?!]|or\b|and\b))|\b([A-J])[)\].:] ?\w|^[)\]}.:,;+ ]*([A-J])[)\].:!]*$")  # fmt: skip
-_IS_LETTER = re.compile(r"\b(?:is|be)[( \[]+([A-J])[)\]]*(?=[.,;!?\n]|$)")  # "... A. The lamp is B."
+_IS_LETTER = re.compile(  # "The answer is A. The lamp is B."
+    r"\b(?:is|be|it's|meant|correction)[:( \[]+([A-J])[)\]]*(?=[.,;!?\n]|$| (?:from|if|when|in)\b)", re.I)  # fmt: skip
 _DOUBT = re.compile(  # "B. Wait, actually C."
     r"\b(?:wait|actually|hmm|sorry|maybe|perhaps|possibly|no|instead(?! of)|rather(?! than))\b", re.I
 )
@@ -86,7 +87,7 @@ _RULED_OUT = re.compile(  # behind a letter: "(A) can be ruled out."
 _NEGATION = re.compile(
     r"\b(?:not|neither|nor|never|no|none|non|cannot|unable|wrong|incorrect|unlikely|whether|rather than"
     r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me"
-    r"|which of)\b|n't\b|\?")  # fmt: skip
+    r"|which of|example|e\.g)\b|n't\b|\?")  # fmt: skip
 _UNKNOWN = re.compile(  # names things without answering: "No, I can't see the image." is no "no"
     r"\b(?:cannot|can't|can not|(?:un|not )able to|(?:don't|do not) have|no (?:way to|access)|(?:im|not )possible"
     r" to)\b.{0,50}\b(?:see|view|tell|determined?|answer|say|access|help|know|confirm|provide|identify|count"
@@ -106,13 +107,17 @@ _CORRECTS = re.compile(r"\b(?:wait|hmm|on second thought|misread|correction|scra
 _REVERSES = re.compile(  # may take it back: "A. left\n\nHowever, it is on the right."
     rf"{_CORRECTS.pattern}|\b(?:however|actually|but|though|although|looking again|re-?consider\w*"
     r"|re-?exam\w*|mistake\w*|in fact|i was wrong|closer look)\b", re.I)  # fmt: skip
-_SHOWN = re.compile(r"\b(?:e\.g|example|such as|(?<!requested )(?<!required )format)\b[^.!?\n]{0,30}$", re.I)
+_SHOWN = re.compile(
+    r"\b(?:e\.g|example|such as|like(?: this)?|(?<!requested )(?<!required )format)\b[^.!?\n]{0,30}$", re.I
+)
 _NEXT = re.compile(  # a turn that is not the model's own
-    r"\n[ #*>-]{0,9}(?:(?:next )?question|user|human|q|instruction)\b[^\n:]{0,12}:", re.I)  # fmt: skip
-_YES_OR_NO = re.compile(r"^\W*(?:yes|no)(?: or |/)(?:yes|no)\)? ?[:?]")  # the question's own
+    r"\n[ #*>-]{0,9}(?:<\|\w{1,12}\|>)?(?:(?:next )?question|user|human|q|instruction)\b[^\n:]{0,12}[\n:]", re.I)  # fmt: skip
+_YES_OR_NO = re.compile(
+    r"\b(?:yes|no)(?: or |/)(?:yes|no)\b\)?( ?[:?])?"
+)  # the question's own: "Yes or no: no"
 _YES_NO = re.compile(  # at the head of a clause, or concluding; a "no" before a noun is none: "No doubt"
-    r"(?:^|(?<=[.!?:;)\n] )|\b(?P<is>is|be)[:,]? |\b(?:so|thus|hence|therefore|but|and|or)[:,]? |(?<=/))"
-    r"(?:(yes)(?![\w'])|(no)(?= ?(?:$|[^\w\s'])| (?:it|there|this|that|the|they|he|she|i|we|you|not|if|in"
+    r"(?:^|(?<=[.!?:;,)\n] )|\b(?P<is>is|be)[:,]? |\b(?:so|thus|hence|therefore|but|and)[:,]? )"
+    r"(?:(yes)(?![\w'])|(no)(?!\. of)(?= ?(?:$|[^\w\s'])| (?:it|there|this|that|the|they|he|she|i|we|you|not|if|in"
     r"|from|when|because|since|as|and|or)\b))")  # fmt: skip
 _SENTENCE_END = re.compile(r"(?<=\w\w)[.!](?:\s(?!Or\b)|$)")  # not behind "B."
 _NUMBER_WORDS = {w: i for i, w in enumerate(
@@ -175,8 +180,9 @@ def _options(choices: tuple[str, ...], lettered: bool = True) -> _Options:
 
 def _said_yes_no(statement: str, options: _Options) -> set[str]:
     """Letters of every yes and no that a normalised statement answers with: "Yes? No." is a contradiction."""
-    statement = _YES_OR_NO.sub("", statement).strip()
-    if _UNKNOWN.search(re.split(r"[.!?] ", statement, maxsplit=1)[0]):
+    either = _YES_OR_NO.search(statement)
+    statement = statement[either.end() :].strip() if either else statement
+    if (either and not either[1]) or _UNKNOWN.search(re.split(r"[.!?] ", statement, maxsplit=1)[0]):
         return set()
     said = {m[2] or m[3] for m in _YES_NO.finditer(statement)
             if not (m["is"] and _hedged(statement, m.start()))}  # fmt: skip
@@ -219,8 +225,7 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
     None where the statement goes on to reject the letter; more than one where it goes on to another letter or
     to the text of another option.
     """
-    echoed = normalised(statement) == "(a) cat" != f"(a) {normalised(options.plain['A'])}"  # data.TEMPLATES
-    if not options.lettered or echoed:
+    if not options.lettered:
         return set()
     found = _LEAD.match(statement) or (_ANNOUNCED_LETTER.match(statement) if announced else None)
     if not found:
@@ -236,6 +241,8 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
         normal = re.sub(r"^(?:it is |it's |the |an? )+", "", normalised(rest.lstrip(" )]}.:,;!–—-")))
         if (text := options.anywhere.match(normal)) and letter not in options.letters[text[0]]:
             return {letter} | options.letters[text[0]]
+    if not own and re.fullmatch(r"\W*cat\W*", rest, re.I):  # data.TEMPLATES' example: "(A) cat"
+        return set()
     if _RULED_OUT.match(rest if own else rest.lstrip(")]}.:;! ")):
         return set()
     line = rest.partition("\n")[0]
@@ -283,7 +290,8 @@ def _announced(text: str, options: _Options) -> tuple[set[str], str]:
         found = set()
         for line in _announcements(text, pattern):
             found |= _stated(_SENTENCE_END.split(line, maxsplit=1)[0], options, True)
-            found |= {m[1] for m in _IS_LETTER.finditer(line) if found and not _hedged(line, m.start())}
+            others = (m for m in _IS_LETTER.finditer(line) if "(" in m[0] or not _hedged(line, m.start()))
+            found |= {m[1] for m in others} if found else set()
         if found:
             return found, "phrase"
     return set(), "none"
@@ -300,12 +308,19 @@ def _last_box(text: str) -> str:
     )
 
 
-def _read(text: str, options: _Options) -> tuple[set[str], str]:
+def _read(text: str, options: _Options, tail: str = "") -> tuple[set[str], str]:
     """Options named by a text outside its thinking, and by what takes that back -> (letters, method)."""
+    # A first line that is an answer must agree, and what stands behind "however", or else below that line.
     found, method = _read_once(text, options)
-    if found and (turns := list(_REVERSES.finditer(text))):  # "A. left\n\nHowever, it is on the right."
-        rest = text[turns[-1].end() :]
-        found = found | (_read_once(rest, options)[0] or (_texts_in(_plain(rest), options) - found))
+    first, _, below = f"{text.strip()}\n{tail}".partition("\n")
+    turns = list(_REVERSES.finditer(below))
+    rest = re.sub(r"^\W*no\b\W+(?=\w)", "", below[turns[-1].end() :] if turns else below, flags=re.I)
+    again = _read_once(rest, options)[0] or set(_IS_LETTER.findall(_plain(below)))
+    if not turns and re.search(r"\b(?:wrong|incorrect|not)\b", rest):  # "B\n\nA and C are wrong."
+        again = set()
+    again = again or (_texts_in(_plain(rest), options) if turns else again)
+    if found and (turns or not found <= again):
+        found = found | again | (_read_once(first, options)[0] if len(first) <= 30 else set())
     return found, method
 
 
@@ -370,7 +385,7 @@ def read_choice(reply: str, choices: Sequence[str], lettered: bool = True) -> tu
         return None, "empty"
     block, tail, visible = _answer_block(reply)
     if block:  # and what is announced behind it: "<answer>(B)</answer> Final Answer: (C)" is a contradiction
-        found, method = _read(block, options)[0] | _announced(tail, options)[0], "answer_tag"
+        found, method = _read(block, options, tail)[0], "answer_tag"
     else:
         found, method = _read(visible, options)
     if len(found) != 1:
@@ -404,16 +419,16 @@ _NUMBER = re.compile(  # with a unit or none; not COVID-19, 3rd, 3/4, 10:30, 3-4
     rf"(?<![\w.,])(?<!\w-)-?\d{{1,15}}(?:,\d{{3}}){{0,4}}(?:\.\d{{1,20}})?"
     rf"(?=(?:c?m|mm|km|ft|kg)?(?![\w]|[.,]\d|-\d| ?{_SCALE})|[^\x00-\u2fff])")  # fmt: skip
 _POINT = re.compile(
-    rf"[(\[]\s*({_DECIMAL})\s*,\s*({_DECIMAL})\s*[)\]]"
+    rf"[(\[{{<>]\s*({_DECIMAL})\s*,\s*({_DECIMAL})\s*[)\]}}<>]"
     rf"|\bx1?\W{{1,4}}({_DECIMAL})\W{{1,6}}y1?\W{{1,4}}({_DECIMAL})")  # fmt: skip
 _BARE_POINT = re.compile(rf"[^\d(\[]*({_DECIMAL}) ?, ?({_DECIMAL})[^\d(\[]*")
 _LISTED = re.compile(  # what stands between two points of a list
-    r"[^{}]*\}\s*,?\s*\{\s*\w+|</?\w[^<>]{0,80}>|\b(?:and|point)\b", re.I)  # fmt: skip
+    r"[^{}]*\}\s*,?\s*\{\s*\w+|[^<>]*>[^<>]*</point>\W*<point|</?\w[^<>]*>|\b(?:and|point)\b", re.I)  # fmt: skip
 _ORDER = re.compile(r"(?:.*(?:[:=]|\bis) )?(\W*(?:[A-H]\W*){2,8})", re.S)  # letters and what links them
 # A limit or a time of day is no number of things.
 _BOUND = re.compile(
     r"\b(?:than|least|most|over|under|above|below|beyond|up to|exceed\w*|maximum|minimum)(?: of)? -?\d|\d:\d"
-    r"|[<>≤≥]=? ?-?\d|\d ?\+(?! ?\d)|\d(?: \w+)? (?:(?:or|and) (?:more|less|fewer|above|below|over|under|so|up"
+    r"|(?:[<>≤≥]|&[lg]te?;)=? ?-?\d|\d ?\+(?! ?\d)|\d(?: \w+)? \(?(?:(?:or|and) (?:counting|more|less|fewer|above|below|over|under|so|up"
     r"|higher|lower|greater|beyond)|at (?:least|most)|plus|minimum|maximum)\b")  # fmt: skip
 _NOT_COUNTED = re.compile(  # numbers of lists, steps and figures
     r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b"
@@ -440,15 +455,21 @@ def _statements(block: str, visible: str, longest: int) -> list[tuple[str, str]]
     return found + [(line, "text") for line in answers if len(line) <= MAX_STATEMENT]
 
 
-def _first(reply: str, find: Callable[[str], set], longest: int = MAX_STATEMENT) -> tuple[object, str]:
+def _first(
+    reply: str, find: Callable, longest: int = MAX_STATEMENT, agree: bool = True
+) -> tuple[object, str]:
     """What the first statement that holds anything holds, if that is one thing."""
     if not isinstance(reply, str) or not reply.strip():
         return None, "empty"
-    block, _, visible = _answer_block(reply)
-    turns = list(_REVERSES.finditer(visible))
+    block, tail, visible = _answer_block(reply)
+    first, _, below = f"{block or visible.strip()}\n{tail}".partition("\n")
+    turns = list(_REVERSES.finditer(below))
     for statement, method in _statements(block, visible, longest):
         if found := find(statement):
-            found = found | find(_plain(visible[turns[-1].end() :])) if turns else found
+            if agree and turns:  # "However, there are 4."
+                found = found | find(_plain(below[turns[-1].end() :]))
+            if agree and below.strip() and re.match(r"(?!\d+[.)] ).{,30}$", first):
+                found = found | find(_plain(first))
             return (next(iter(found)), method) if len(found) == 1 else (None, "conflict")
     return None, "none"
 
@@ -503,7 +524,7 @@ def read_word(reply: str) -> tuple[str | None, str]:
     def find(statement):
         return set() if _REFUSAL.search(normalised(statement)) else {normalised(statement)} - {""}
 
-    return _first(reply, find)
+    return _first(reply, find, agree=False)
 
 
 def word_matches(said: str, gold: str) -> bool:
@@ -528,7 +549,8 @@ def read_point(reply: str, frame: str, size: tuple[int, int]) -> tuple[tuple[flo
     """
 
     def find(statement):
-        found = list(_POINT.finditer(statement)) or [m for m in [_BARE_POINT.fullmatch(statement[:200])] if m]
+        lone = re.split(r"\n(?=\d)", statement[:200])[0]
+        found = list(_POINT.finditer(statement)) or [*filter(None, [_BARE_POINT.fullmatch(lone)])]
         # A list of points is answered by its first, as the benchmark has it; points apart are a way of
         # thinking: "From (0.1, 0.2) to (0.9, 0.4), so the centre is (0.5, 0.3)".
         between = (statement[a.end() : b.start()] for a, b in itertools.pairwise(found))
