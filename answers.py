@@ -34,9 +34,7 @@ MAX_HEAD, MAX_TAIL = 1024, 3072  # characters read of a text, from its two ends
 # of the options, a thought that is taken back, an option that is ruled out. So a reply is undressed (_TAGS to
 # _FULL_WIDTH), asked where it announces an answer (_BOXED to _HEDGED) and what it states there (_LEAD to
 # _ANOTHER); what doubts, negates or refuses empties what was found. Replies in quotes are in the tests.
-_TAGS = re.compile(
-    r"</?(?:ans(?:wer)?|[bip]|em|strong|br|code|span)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$"
-)
+_TAGS = re.compile(r"</?(?:ans(?:wer)?|[bip]|em|strong|br|code)\b[^<>]{0,40}>|<\|[^<>|]{1,40}\|>|</answer$")
 _WRAPPERS = re.compile(r"\\(?:text|math)\w*\s?\{([^{}]*)\}")  # \text{B} -> B
 _DRESS = re.compile(
     r"(?m:^[^\S\n]*[-•>✅]+ (?!\d))|[*`$#\"“”\ufeff\u200b]|\\[()\[\]]|\\(?:left|right|bf|rm|,)(?![a-z])"
@@ -45,11 +43,8 @@ _EMPHASIS = re.compile(r"(?<!\w)([_'])(\(?\w[^_'\n]{0,60}?)\1(?!\w)")  # 'B', _B
 _FULL_WIDTH = str.maketrans("（）：．，’。！、【】−", "():.,'.!,()-")
 _BOXED = re.compile(r"\\boxed\s?\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}")
 _BELOW = r"(?:\s*(?:given |shown |as )?(?:below|above|follows)[:.])?"  # "the answer is below:"
-_FINAL = re.compile(  # goes before _PHRASE: "Final answer: B. At first I thought the answer is A."
-    rf"\bfinal (?:answer|choice)\s*(?:(?:is|would be)\b{_BELOW}:?|[:=]|\n|(?=[(\[]))"
-    r"|最终答案[是为]?:?", re.I)  # fmt: skip
 _PHRASE = re.compile(  # in Chinese as well, which Qwen's models fall into
-    r"\b(?:ans|answer|option|choice)(?:'s| to (?:the|this) question)?\s?"
+    r"\bfinal (?:answer|choice)\s*(?:\n|(?=[(\[]))|\b(?:ans|answer|option|choice)(?:'s| to (?:the|this) question)?\s?"
     rf"(?:(?:(?:is|would be|should be|must be)\b|(?<='s)){_BELOW}(?:\s*:|\s+(?=\S)|(?=[(\[]))|:|=|->|→)"
     r"|(?:^|\n)(?:answer\s*\n|correct:)|\bit (?:must|should) be\b"
     r"|\bI(?:'d| would| will|'ll|'m| am)? (?:choose|pick|select|go with|going with|say|answer)\b:?"
@@ -61,7 +56,7 @@ _LEAD = re.compile(  # a letter in its dress; a bare one only where it can be no
     r"(?:(?:so|thus|hence|therefore|yes|sure)[,:]? )?"
     r"(?:(?:it's|it is|it must be|i think|most likely|likely|probably|definitely|clearly|actually) )*"
     r"(?:the )?(?:correct )?(?:(?:option|choice|answer|letter):? )?"
-    r"(?:[(\[{]{1,2} ?([a-j])\.? ?[)\]}]{1,2}|([a-j]) ?[).:,;!}](?![A-Za-z0-9])"
+    r"(?:[(\[{<]{1,2} ?([a-j])\.? ?[)\]}>]{1,2}|([a-j]) ?[).:,;!}](?![A-Za-z0-9])"
     r"|([a-j])(?=$|\n| (?:because|since|or|and|is (?:the )?(?:most )?(?:correct|best|right answer))\b|"
     r" ?[/&] ?[a-j]\b| [-–—] |—))", re.I)  # fmt: skip
 _ANNOUNCED_LETTER = re.compile(  # behind "the answer is" no B is an article, and A is none before these
@@ -76,24 +71,25 @@ _ANOTHER = re.compile(  # a letter that an answer goes on to: "A/B", "B or maybe
     r"[(\[]([A-J])[)\]]|(?:\b(?:[Oo]r|and)|[/,&;+]) ?(?:(?:maybe|perhaps|possibly|even|option) )*([A-HJ])"
     r"(?= ?(?:$|[().,;:/&?!]|or\b|and\b))|\b([A-J])[)\].:] ?\w|^[)\]}.:,;+ ]*([A-J])[)\].:!]*$")  # fmt: skip
 _IS_LETTER = re.compile(  # "The answer is A. The lamp is B."
-    r"\b(?:is|be|it's|meant|correction)[:( \[]+([A-J])[)\]]*(?=[.,;!?\n]|$| (?:from|if|when|in)\b)", re.I)  # fmt: skip
+    r"(?i:\b(?:is|be|it's|meant|correction)[:( \[]+)([A-J])[)\]]*(?=[.,;!?\n]|$| (?:from|if|when|in)\b)"
+)
 _DOUBT = re.compile(  # "B. Wait, actually C."
     r"\b(?:wait|actually|hmm|sorry|maybe|perhaps|possibly|no|instead(?! of)|rather(?! than))\b", re.I
 )
-_RULED_OUT = re.compile(  # behind a letter: "(A) can be ruled out."
+_RULED_OUT = re.compile(  # behind a letter: "(A) can be ruled out."; "(A) cat" is data.TEMPLATES' example
     r"[ :(–—-]*(?:\w+ ){0,4}(?:not|no|wrong|incorrect|false|ruled out|excluded|eliminated|unlikely|impossible"
-    r"|isn't|cannot|can't)\b", re.I)  # fmt: skip
+    r"|isn't|cannot|can't)\b|cat\W*$", re.I)  # fmt: skip
 # Turns a text round, or leaves it open: "It is not right of the cup.", "Is it the lamp?"
 _NEGATION = re.compile(
     r"\b(?:not|neither|nor|never|no|none|non|cannot|unable|wrong|incorrect|unlikely|whether|rather than"
     r"|instead of|anything but|except|excluded|eliminated|ruled out|unclear|unlike|too \w+ to|let me"
     r"|which of|example|e\.g)\b|n't\b|\?")  # fmt: skip
 _UNKNOWN = re.compile(  # names things without answering: "No, I can't see the image." is no "no"
-    r"\b(?:cannot|can't|can not|(?:un|not )able to|(?:don't|do not) have|no (?:way to|access)|(?:im|not )possible"
+    r"\b(?:cannot|can't|can not|(?:un|not )able to|do(?:n't| not) have|no (?:way to|access)|(?:im|not )possible"
     r" to)\b.{0,50}\b(?:see|view|tell|determined?|answer|say|access|help|know|confirm|provide|identify|count"
-    r"|images?)\b|\bno (?:way|access|clear|context|one can|image|picture|photo|visual|visible|comment|idea|clue"
-    r"|information)\b|\b(?:i'm sorry|i am sorry|nothing can be|as an ai|i can only|not enough|insufficient"
-    r"|undetermined|indeterminate)\b|^error\b")  # fmt: skip
+    r"|images?)\b|\bno (?:way|access|clear|context|one can|image|picture|photo|visual|visible|comment|idea"
+    r"|clue|information)\b|\b(?:i'm sorry|i am sorry|nothing can be|as an ai|i can only|not enough"
+    r"|insufficient|undetermined|indeterminate)\b|^error\b")  # fmt: skip
 _NEITHER = re.compile(  # of the options: "None of these" is no 0
     r"\bnone of (?:these|those|them|the (?:above|given|listed|options|choices|answers))\b"
     r"|\bno (?:\w+ )?(?:answers?|options?|choices?)\b"
@@ -108,17 +104,16 @@ _REVERSES = re.compile(  # may take it back: "A. left\n\nHowever, it is on the r
     rf"{_CORRECTS.pattern}|\b(?:however|actually|but|though|although|looking again|re-?consider\w*"
     r"|re-?exam\w*|mistake\w*|in fact|i was wrong|closer look)\b", re.I)  # fmt: skip
 _SHOWN = re.compile(
-    r"\b(?:e\.g|example|such as|like(?: this)?|(?<!requested )(?<!required )format)\b[^.!?\n]{0,30}$", re.I
+    r"\b(?:e\.g|example|such as|like|(?<!requested )(?<!required )format)\b[^.!?\n]{0,30}$", re.I
 )
 _NEXT = re.compile(  # a turn that is not the model's own
-    r"\n[ #*>-]{0,9}(?:<\|\w{1,12}\|>)?(?:(?:next )?question|user|human|q|instruction)\b[^\n:]{0,12}[\n:]", re.I)  # fmt: skip
-_YES_OR_NO = re.compile(
-    r"\b(?:yes|no)(?: or |/)(?:yes|no)\b\)?( ?[:?])?"
-)  # the question's own: "Yes or no: no"
+    r"\n[ #*>-]{0,9}(?:<\|\w{1,12}\|>)?(?:(?:next )?question|user|human|q)\b[^\n:]{0,12}[\n:]", re.I
+)
+_YES_OR_NO = re.compile(r"\b(?:yes|no)(?: or |/)(?:yes|no)\b\)?( ?[:?])?")  # of the question: "Yes or no: no"
 _YES_NO = re.compile(  # at the head of a clause, or concluding; a "no" before a noun is none: "No doubt"
     r"(?:^|(?<=[.!?:;,)\n] )|\b(?P<is>is|be)[:,]? |\b(?:so|thus|hence|therefore|but|and)[:,]? )"
-    r"(?:(yes)(?![\w'])|(no)(?!\. of)(?= ?(?:$|[^\w\s'])| (?:it|there|this|that|the|they|he|she|i|we|you|not|if|in"
-    r"|from|when|because|since|as|and|or)\b))")  # fmt: skip
+    r"(?:(yes)(?![\w'])|(no)(?!\. of)(?= ?(?:$|[^\w\s'])| (?:it|there|this|that|the|they|he|she|i|we|you|not|if"
+    r"|in|from|when|because|since|as|and|or)\b))")  # fmt: skip
 _SENTENCE_END = re.compile(r"(?<=\w\w)[.!](?:\s(?!Or\b)|$)")  # not behind "B."
 _NUMBER_WORDS = {w: i for i, w in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -156,7 +151,6 @@ class _Options:
     letters: dict[str, set[str]]  # normalised option text -> its letters (more than one if options repeat)
     plain: dict[str, str]  # letter -> plain option text
     anywhere: re.Pattern  # any option text on word and number boundaries, the longest first
-    yes_no: bool  # whether yes or no are among them
     lettered: bool  # whether the reader was shown letters
 
 
@@ -168,14 +162,14 @@ def _options(choices: tuple[str, ...], lettered: bool = True) -> _Options:
     for letter, choice in zip(LETTERS, choices, strict=False):
         plain[letter] = _plain(choice)
         letters[normalised(plain[letter])].add(letter)
-    # An option text of one letter cannot be told from an article. A number must not be part of another (3 of 13,
+    # An option of one letter cannot be told from an article. A number must not be part of another (3 of 13,
     # 3.5, 3-4, 3 hundred) nor of "Option 2". Longest first: "arm chair" is not "chair".
     readable = (t for t in letters if len(t) > 1 or t.isdigit())
     texts = sorted(readable, key=len, reverse=True)
     number = rf"(?<![-/:])(?<!option )(?<!choice )(?<!image )(?<!figure ){{}}(?![-/:]\d| \d| ?{_SCALE})"
     inside = "|".join(number.format(re.escape(t)) if t[0].isdigit() else re.escape(t) for t in texts)
     anywhere = re.compile(rf"(?<!\w)(?<!\d[.,])(?:{inside or '(?!)'})(?!\w)(?![.,]\d)")
-    return _Options(dict(letters), plain, anywhere, bool({"yes", "no"} & set(letters)), lettered)
+    return _Options(dict(letters), plain, anywhere, lettered)
 
 
 def _said_yes_no(statement: str, options: _Options) -> set[str]:
@@ -191,9 +185,8 @@ def _said_yes_no(statement: str, options: _Options) -> set[str]:
 
 def _named_texts(statement: str, options: _Options) -> set[str]:
     """Letters of the options whose text a statement names; none where it refuses, doubts or negates."""
-    # The whole text of an option comes first, since options hold all that is looked for below: "not", "none
-    # of the above", "Cannot tell". Then yes and no, then refusals, then zero without a digit ("There are no
-    # cups."), and last the texts anywhere, if what remains around them does not negate.
+    # The whole text of an option first, as it may hold all that is looked for below; then yes and no, refusals,
+    # zero without a digit ("There are no cups."), and the texts anywhere, if what is around does not negate.
     if normalised(statement) in options.letters:
         return options.letters[normalised(statement)]
     known = "|".join(options.letters)  # a compound that no option holds is one word: off-white is not white
@@ -201,7 +194,7 @@ def _named_texts(statement: str, options: _Options) -> set[str]:
         r"\b[A-Za-z]+(?:-[A-Za-z]+)+",
         lambda m: m[0] if m[0].lower().replace("-", " ") in known else m[0].replace("-", "_"), statement,
     ))  # fmt: skip
-    if options.yes_no and (said := _said_yes_no(statement, options)):
+    if said := _said_yes_no(statement, options):
         return said
     for refusal in (_NEITHER, _UNKNOWN):  # which may be an option: "Cannot be determined"
         if refusal.search(statement):
@@ -222,8 +215,7 @@ def _texts_in(text: str, options: _Options) -> set[str]:
 def _named_letters(statement: str, options: _Options, announced: bool = False) -> set[str]:
     """Letters at the head of a statement, in any usual dress: B  b)  (B)  [B]  B.  B: left  Option B.
 
-    None where the statement goes on to reject the letter; more than one where it goes on to another letter or
-    to the text of another option.
+    None if it rejects the letter; several if it goes on to another letter or to the text of another option.
     """
     if not options.lettered:
         return set()
@@ -235,14 +227,7 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
     letter, rest = found[found.lastindex].upper(), statement[found.end(found.lastindex) :]
     text = options.plain.get(letter)
     own = text and re.match(rf"[\s)\]}}.:,;!–—-]*{re.escape(text)}(?!\w)", rest, re.I)
-    if own:  # "(B) right of, which is ..."
-        rest = rest[own.end() :]
-    else:  # "(B) left of", where left of is A: a contradiction
-        normal = re.sub(r"^(?:it is |it's |the |an? )+", "", normalised(rest.lstrip(" )]}.:,;!–—-")))
-        if (text := options.anywhere.match(normal)) and letter not in options.letters[text[0]]:
-            return {letter} | options.letters[text[0]]
-    if not own and re.fullmatch(r"\W*cat\W*", rest, re.I):  # data.TEMPLATES' example: "(A) cat"
-        return set()
+    rest = rest[own.end() :] if own else rest  # "(B) right of, which is ..."
     if _RULED_OUT.match(rest if own else rest.lstrip(")]}.:;! ")):
         return set()
     line = rest.partition("\n")[0]
@@ -252,7 +237,8 @@ def _named_letters(statement: str, options: _Options, announced: bool = False) -
         return {letter} | others  # "The answer is B. Point A is farther away."
     clause = _SENTENCE_END.split(_ASIDE.split(rest, maxsplit=1)[0], maxsplit=1)[0]
     others |= {"".join(found) for found in _ANOTHER.findall(_BECAUSE.split(clause, maxsplit=1)[0])}
-    texts = set() if own or _NEGATION.search(clause.lower()) else _texts_in(clause, options)
+    texts = _said_yes_no(normalised(clause.lstrip(" )]}.:")), options)
+    texts |= set() if own or _NEGATION.search(clause.lower()) else _texts_in(clause, options)
     return {letter} | others | (set() if letter in texts else texts)  # "(A) It is to the right."
 
 
@@ -269,11 +255,11 @@ def _hedged(text: str, at: int) -> bool:
     return bool(_HEDGED.search(re.split(r"[.!?;\n]", text[max(0, at - 80) : at])[-1]))
 
 
-def _announcements(text: str, pattern: re.Pattern) -> list[str]:
+def _announcements(text: str) -> list[str]:
     """The lines behind the last final-answer phrases that nothing before or behind them puts in doubt."""
     # Only the last phrases: a long thought may announce hundreds, and each costs a look at its sentence.
     lines = []
-    for phrase in list(pattern.finditer(text))[-MAX_PHRASES:]:
+    for phrase in list(_PHRASE.finditer(text))[-MAX_PHRASES:]:
         line = text[phrase.end() : phrase.end() + 2 * MAX_STATEMENT].lstrip(" :\n").partition("\n")[0]
         corrected = _CORRECTS.search(text, phrase.end())
         if not corrected and not _hedged(text, phrase.start()) and not re.match(r"[^.!]{0,60}\?", line):
@@ -285,27 +271,21 @@ def _announced(text: str, options: _Options) -> tuple[set[str], str]:
     """Options named in the last box or after final-answer phrases -> (letters, method)."""
     if (boxed := _last_box(text)) and (found := _stated(_plain(boxed), options, True)):
         return found, "boxed"
-    text = _plain(text)
-    for pattern in (_FINAL, _PHRASE):
-        found = set()
-        for line in _announcements(text, pattern):
-            found |= _stated(_SENTENCE_END.split(line, maxsplit=1)[0], options, True)
-            others = (m for m in _IS_LETTER.finditer(line) if "(" in m[0] or not _hedged(line, m.start()))
-            found |= {m[1] for m in others} if found else set()
-        if found:
-            return found, "phrase"
-    return set(), "none"
+    found = set()
+    for line in _announcements(_plain(text)):
+        found |= _stated(_SENTENCE_END.split(line, maxsplit=1)[0], options, True)
+        others = (m for m in _IS_LETTER.finditer(line) if "(" in m[0] or not _hedged(line, m.start()))
+        found |= {m[1] for m in others} if found else set()
+    return found, "phrase" if found else "none"
 
 
 def _last_box(text: str) -> str:
     """What the last box holds; with the one before it, where that is another alternative."""
-    boxes = [m for m in _BOXED.finditer(text) if not _SHOWN.search(text[max(0, m.start() - 80) : m.start()])][
-        -2:
-    ]
-    apart = text[boxes[0].end() : boxes[-1].start()] if len(boxes) > 1 else "."
-    return " or ".join(
-        m[1] for m in (boxes if re.fullmatch(r"[$\s]*(?:[,/]|or|and)?[$\s]*", apart) else boxes[-1:])
-    )
+    boxes = list(_BOXED.finditer(text))[-2:]
+    if not boxes or _SHOWN.search(text[: boxes[-1].start()][-80:]):
+        return ""
+    either = re.fullmatch(r"[$\s]*(?:[,/]|or|and)?[$\s]*", text[boxes[0].end() : boxes[-1].start()])
+    return " or ".join(box[1] for box in (boxes if either else boxes[-1:]))
 
 
 def _read(text: str, options: _Options, tail: str = "") -> tuple[set[str], str]:
@@ -316,16 +296,16 @@ def _read(text: str, options: _Options, tail: str = "") -> tuple[set[str], str]:
     turns = list(_REVERSES.finditer(below))
     rest = re.sub(r"^\W*no\b\W+(?=\w)", "", below[turns[-1].end() :] if turns else below, flags=re.I)
     again = _read_once(rest, options)[0] or set(_IS_LETTER.findall(_plain(below)))
+    again = again or _texts_in(_plain(rest if turns else ""), options)
     if not turns and re.search(r"\b(?:wrong|incorrect|not)\b", rest):  # "B\n\nA and C are wrong."
         again = set()
-    again = again or (_texts_in(_plain(rest), options) if turns else again)
     if found and (turns or not found <= again):
         found = found | again | (_read_once(first, options)[0] if len(first) <= 30 else set())
     return found, method
 
 
 def _read_once(text: str, options: _Options) -> tuple[set[str], str]:
-    # From the most to the least deliberate: an announcement; a letter at the head of the first or last line; the
+    # From the most to the least deliberate: an announcement; a letter that heads the first or last line; the
     # text of an option in a short reply, since a long one mentions options while it thinks; a yes or no.
     found, method = _announced(text, options)
     if found:
@@ -343,7 +323,7 @@ def _read_once(text: str, options: _Options) -> tuple[set[str], str]:
             found = found | options.letters.get(normalised(line), set())
     if not found and len(text) <= MAX_STATEMENT:
         found = _named_texts(text, options)
-    if not found and options.yes_no:
+    if not found:
         found = set().union(*(_said_yes_no(normalised(line), options) for line in lines[:1] + lines[-1:]))
     return found, method
 
@@ -361,13 +341,13 @@ def _answer_block(reply: str) -> tuple[str, str, str]:
         return (ended[1].strip() if ended else ""), "", ""
     if (turn := _NEXT.search(visible)) and visible[: turn.start()].strip():  # a question that it asks itself
         visible = visible[: turn.start()]
+    visible = re.sub(r"<answer>\s{0,99}</answer>\s{0,99}$", "", visible)
     before, opened, last = visible.rpartition("<answer>")
     block, _, tail = last.partition("</answer>")
-    earlier = re.search(r"<answer>([^<]*)</answer>(\W*(?:or|and)?\W*)$", before[-4 * MAX_STATEMENT :])
-    if opened and earlier and not block.strip() and not tail.strip():  # an empty one at the end
-        block = earlier[1]
-    elif opened and earlier and not re.search("[.!?]", earlier[2]):  # two alternatives
-        block = f"{earlier[1]} or {block}"
+    if either := re.search(
+        r"<answer>([^<]*)</answer>[^\w.!?]*(?:or|and)?[^\w.!?]*$", before[-4 * MAX_STATEMENT :]
+    ):
+        block = f"{either[1]} or {block}"
     if opened and not _SHOWN.search(before[-80:]):
         return _ends(block.strip()), _ends(tail), _ends(visible)
     return "", "", _ends(f"{before}\n{tail}" if opened else visible)
@@ -411,9 +391,8 @@ def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
 
 
 # ---- reading other answers ----
-# The same in another order: `_statements` lists the places that may hold the answer, the most deliberate
-# first, and a reader says of each what it holds. The first that holds anything decides; two values are a
-# conflict.
+# `_statements` lists the places that may hold the answer, the most deliberate first, and a reader says of each
+# what it holds. The first that holds anything decides; two values are a conflict.
 _DECIMAL = r"-?(?:\d{1,9}(?:\.\d{0,20})?|\.\d{1,20})(?:e[-+]?\d{1,3})?"
 _NUMBER = re.compile(  # with a unit or none; not COVID-19, 3rd, 3/4, 10:30, 3-4, two and a half
     rf"(?<![\w.,])(?<!\w-)-?\d{{1,15}}(?:,\d{{3}}){{0,4}}(?:\.\d{{1,20}})?"
@@ -423,7 +402,8 @@ _POINT = re.compile(
     rf"|\bx1?\W{{1,4}}({_DECIMAL})\W{{1,6}}y1?\W{{1,4}}({_DECIMAL})")  # fmt: skip
 _BARE_POINT = re.compile(rf"[^\d(\[]*({_DECIMAL}) ?, ?({_DECIMAL})[^\d(\[]*")
 _LISTED = re.compile(  # what stands between two points of a list
-    r"[^{}]*\}\s*,?\s*\{\s*\w+|[^<>]*>[^<>]*</point>\W*<point|</?\w[^<>]*>|\b(?:and|point)\b", re.I)  # fmt: skip
+    r"[^{}]*\}\s*,?\s*\{\s*\w+|[^<>]*>[^<>]*</point>\W*<point|</?\w[^<>]*>|\b(?:and|point)\b", re.I
+)
 _ORDER = re.compile(r"(?:.*(?:[:=]|\bis) )?(\W*(?:[A-H]\W*){2,8})", re.S)  # letters and what links them
 # A limit or a time of day is no number of things.
 _BOUND = re.compile(
@@ -434,8 +414,8 @@ _NOT_COUNTED = re.compile(  # numbers of lists, steps and figures
     r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b"
 )
 _NOTHING = re.compile(
-    r"^(?:none|nothing|zero|nobody|nobody at all)$|^none of\b|^no \w+(?: \w+)? (?:is|are)\b|\b(?:there (?:are|is)"
-    r"|i (?:can )?(?:see|count|find)) (?:no|not any|none)\b(?! (?:way|doubt))|\b(?:no one|not a single)\b"
+    r"^(?:none|nothing|zero|nobody|nobody at all)$|^none of\b|^no \w+(?: \w+)? (?:is|are)\b|\b(?:no one|not a"
+    r" single)\b|\b(?:there (?:are|is)|i (?:can )?(?:see|count|find)) (?:no|not any|none)\b(?! (?:way|doubt))"
 )
 POINT_RANGE = {"unit": (1, 1), "per_mille": (1000, 1000)}  # what x and y are divided by; "pixel": the image's
 
@@ -446,8 +426,7 @@ def _statements(block: str, visible: str, longest: int) -> list[tuple[str, str]]
         return [(_plain(_last_box(block) or block), "answer_tag")]
     found = [(_plain(boxed), "boxed")] if (boxed := _last_box(visible)) else []
     text = _plain(visible)
-    for pattern in (_FINAL, _PHRASE):
-        found += [(line, "phrase") for line in reversed(_announcements(text, pattern))]
+    found += [(line, "phrase") for line in reversed(_announcements(text))]
     if len(text) <= longest:  # a longer one that announces nothing thinks aloud
         return [*found, (text, "text")]
     lines = (text.rpartition("\n")[2], text.partition("\n")[0])  # behind or before the explanation
@@ -455,9 +434,7 @@ def _statements(block: str, visible: str, longest: int) -> list[tuple[str, str]]
     return found + [(line, "text") for line in answers if len(line) <= MAX_STATEMENT]
 
 
-def _first(
-    reply: str, find: Callable, longest: int = MAX_STATEMENT, agree: bool = True
-) -> tuple[object, str]:
+def _first(reply: str, find: Callable, longest=MAX_STATEMENT, agree=True) -> tuple[object, str]:
     """What the first statement that holds anything holds, if that is one thing."""
     if not isinstance(reply, str) or not reply.strip():
         return None, "empty"
