@@ -116,7 +116,7 @@ def start_vllm(model: str, *, max_model_len: int, images: int, min_pixels: int, 
         # the longest prompt has to fit into one step.
         batched = max(settings.pop("max_num_batched_tokens", None) or 8192, max_model_len)
         on_cpu = {"dtype": "float32", "enable_chunked_prefill": False, "max_num_batched_tokens": batched}
-        settings = on_cpu | settings
+        settings = on_cpu | {"enforce_eager": True} | settings  # compiling takes half a minute
     from vllm import LLM  # after the environment, which it reads once
 
     defaults = {

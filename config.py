@@ -13,11 +13,14 @@ at once, each with its file and line; `--help` lists the keys. Checks between ke
 
 import contextlib
 import difflib
+import errno
+import glob
 import importlib.metadata
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -246,16 +249,84 @@ def describe_run(config):
     }
 
 
+# ---- files, whole or as they were ----
+class DiskFull(OSError):
+    """No room for a file: names it and says what is whole."""
+
+
+@contextlib.contextmanager
+def names_full_disk(what):
+    """Raise DiskFull with `what` for whatever a library makes of a full disk, a quota or a limit on sizes."""
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:  # safetensors and torch have classes of their own
+        if why := why_full(error):
+            raise DiskFull(f"{why}: {what}") from None
+        raise
+
+
+def why_full(error) -> str | None:
+    """`disk full (the system's words)` of an error that comes from there, whatever its class; else None."""
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+            return f"disk full ({os.strerror(code)})"
+    return None
+
+
 @contextlib.contextmanager
 def write_whole(path):
-    """A temporary path to write to, which takes the place of `path` at the end; an error changes nothing."""
+    """A temporary path to write a file or make a folder at, which takes the place of `path` at the end.
+
+    An error changes nothing; what a killed process left behind goes. Raises: DiskFull.
+    """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}")  # in the same folder: only there a rename is atomic
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        pid = left.name.removeprefix(f".{path.name}.")
+        if pid.isdecimal() and (left == tmp or not is_alive(int(pid))):
+            discard(left)
+    before = "the one before is whole" if path.exists() else "nothing is left of it"
     try:
-        yield tmp
-        os.replace(tmp, path)
+        with names_full_disk(f"{path} was not written; {before}"):
+            yield tmp
+            if tmp.is_dir():  # a rename replaces a file, but no folder with content
+                discard(path)
+            os.replace(tmp, path)
     finally:
-        tmp.unlink(missing_ok=True)
+        discard(tmp)
+
+
+def append(path, text: str):
+    """Add lines to a file, all of them or none. Raises: DiskFull."""
+    with names_full_disk(f"{path} is whole up to its last line"), open(path, "ab", buffering=0) as file:
+        end, left = file.tell(), memoryview(text.encode())
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # a device has no end
+                file.truncate(end)
+            raise
+
+
+def discard(path: Path):
+    """Delete a file or a folder; of a symbolic link the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def write_run_record(config, folder):

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+from config import write_whole
 from rewards import parse_ground_truth
 
 # The column names of STVQA-7K. Another data set maps its own: columns={"question": "my_question", ...}.
@@ -41,7 +42,8 @@ COLUMNS = {
 }
 OPTIONAL_COLUMNS = ("id", "problem", "category", "level", "completion")
 
-# The first is the released inference template, word for word: the published checkpoints expect it.
+# The first is that of the published checkpoints' model card, with the size in brackets as STVQA-7K's own
+# prompts have it. The paper's evaluator words it otherwise: `testsets.RELEASED`.
 TEMPLATES = {
     "spatial_thinker": (
         "You FIRST observe the image in <observe> </observe> tags, then visualise the relevant scene graph "
@@ -264,7 +266,8 @@ def report_rows(loaded: Mapping[str, Samples], listing: Path | None = None) -> s
     reasons = sum((samples.reasons for samples in loaded.values()), Counter())
     if reasons and listing:
         messages = [f"{part}: {message}\n" for part, samples in loaded.items() for message in samples.skipped]
-        listing.write_text("".join(messages), encoding="utf-8")
+        with write_whole(listing) as tmp:
+            tmp.write_text("".join(messages), encoding="utf-8")
     where = f"; {listing} names them" if reasons and listing else ""
     lines.append(f"left out: {count_reasons(reasons)}{where}" if reasons else "left out: none")
     return "\n".join(lines)

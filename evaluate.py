@@ -6,15 +6,17 @@
     python evaluate.py --dataset data/val.parquet --model_path runs/tiny/merged --min_pixels 784 --report
     python evaluate.py --list | --rescore FILE | --compare A.jsonl B.jsonl | --report FILE ...
 
-Greedy, zero-shot, at most 2,048 new tokens, images scaled into the pixel budget of training, as in the paper.
-Every reply is appended to OUT/NAME.jsonl at once: a run that was killed goes on where it stopped when the
-same command is given again, asks only what is missing or failed, and always scores all records. Data sets are
-in testsets.py, models in backends.py, the reading of replies in answers.py, grades and scores in results.py,
-pages in report.py.
+Greedy, zero-shot, at most 2,048 new tokens, as the paper has it; images scaled into the pixel budget of
+training, which the paper's evaluator does not do (docs/evaluation.md says what it asks). Every reply is
+appended to OUT/NAME.jsonl at once: a run that was killed goes on where it stopped when the same command is
+given again, asks only what is missing or failed, and always scores all records. Data sets are in testsets.py,
+models in backends.py, the reading of replies in answers.py, grades and scores in results.py, pages in
+report.py.
 
 What differs from the paper's evaluator: unreadable replies are wrong and counted, never option A; failures
 are counted apart and end the program with status 1; official scores stand beside plain accuracy; questions
-keep their benchmark's own wording and yes/no questions are asked without letters.
+keep their benchmark's own wording and yes/no questions are asked without letters, unless --template released
+asks as it does.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from tqdm import tqdm
 
 from answers import parse_choice  # noqa: F401 a public name here
 from backends import APIS, PROVIDERS, Decoding, NoService, Reply, choose_provider, package_version
-from config import git_revision, plain_errors, write_whole
+from config import append, git_revision, plain_errors, write_whole
 from data import TEMPLATES, PromptEncoder, Sample
 from results import (
     Record,
@@ -50,7 +52,7 @@ from results import (
     short_hash,
     write_tables,
 )
-from testsets import DATASETS, Loaded, Selection, load_items, summarise_results
+from testsets import DATASETS, MODELS, RELEASED, Loaded, Selection, load_items, summarise_results
 
 
 # ---- arguments ----
@@ -68,7 +70,12 @@ def parse_args(argv=None):
     p.add_argument("--skip_bad_rows", action="store_true", help="leave unreadable rows out, and say which")
     p.add_argument("--model_path", default="OX-PIXL/SpatialThinker-7B", help="Hub id, folder, or API's name")
     p.add_argument("--processor_name", help="Hub id or folder of the processor (default: the model's)")
-    p.add_argument("--template", default="spatial_thinker", choices=[*TEMPLATES, "problem"], help="prompt")
+    p.add_argument(
+        "--template",
+        default="spatial_thinker",
+        choices=[*TEMPLATES, *RELEASED, "problem"],
+        help="prompt; released and released_reasoning: to the letter that of the paper's evaluator",
+    )
     p.add_argument("--provider", default="auto", choices=["auto", *PROVIDERS], help="who generates")
     p.add_argument("--base_url", help="server of --provider openai or anthropic, as http://localhost:8000/v1")
     p.add_argument("--concurrency", type=int, default=16, help="API requests at a time")
@@ -87,6 +94,9 @@ def parse_args(argv=None):
     p.add_argument("--circular", action="store_true", help="all rotations of the options; right if all are")
     p.add_argument("--shuffle_options", action="store_true", help="options in random order")
     p.add_argument("--blind", action="store_true", help="without the image")
+    p.add_argument(
+        "--correct_labels", action="store_true", help="mmvp: right the labels that are known to be wrong"
+    )
     p.add_argument(
         "--scoring",
         default="strict",
@@ -111,14 +121,14 @@ def parse_args(argv=None):
             p.error(f"--{name}: expected at least {least:g}, got {getattr(args, name)}")
     if args.min_pixels > args.max_pixels:
         p.error(f"--min_pixels: expected at most max_pixels {args.max_pixels}, got {args.min_pixels}")
-    if args.template == "problem" and (args.circular or args.shuffle_options):
-        p.error("--template problem shows the row's own prompt: its options cannot be reordered")
+    if args.template in ("problem", *RELEASED) and (args.circular or args.shuffle_options):
+        p.error(f"--template {args.template} shows a prompt as it is: its options cannot be reordered")
     return args
 
 
 def dataset_names(asked: list[str]) -> list[str]:
-    """The names to evaluate, each once; all: every benchmark but the parts of another."""
-    everything = [name for name, b in DATASETS.items() if not b.part_of]
+    """The names to evaluate, each once; all: those of a kind that share questions once."""
+    everything = [name for name, b in DATASETS.items() if not b.shares]
     names = list(dict.fromkeys(itertools.chain(*(everything if name == "all" else [name] for name in asked))))
     for name in names:
         if name not in DATASETS and not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -133,11 +143,11 @@ def show_list() -> str:
         rows.append(
             [
                 name,
-                f"{b.rows:,}",
+                f"{b.rows:,}" if b.rows else "?",
                 hubs,
                 b.sources[0].split,
                 b.scored_by,
-                f"part of {b.part_of}" if b.part_of else b.note,
+                ", ".join(filter(None, [f"shares questions with {b.shares}" * bool(b.shares), b.note])),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -150,7 +160,7 @@ def results_path(args, name: str, alone: bool) -> Path:
         args.model_path,
         args.template,
         *([f"limit{args.limit}"] if args.limit else []),
-        *(flag for flag in ("circular", "shuffle_options", "blind") if getattr(args, flag)),
+        *(f for f in ("circular", "shuffle_options", "blind", "correct_labels") if getattr(args, f)),
     )
     clean = [re.sub(r"[^\w.-]+", "-", part).strip("-.")[-80:] for part in parts]
     stem = (
@@ -234,10 +244,10 @@ def ask(
 ):
     """Ask what has no answer yet; every reply is on disk before the next one is read."""
     with contextlib.ExitStack() as stack:
-        files, places, answered = {}, [], 0
+        places, answered = [], 0
         for name, loaded in benchmarks.items():
             header = make_header(args, name, loaded, encoder)
-            files[name], done = stack.enter_context(open_results(paths[name], header))
+            _, done = stack.enter_context(open_results(paths[name], header))
             answered += len(done)
             items = loaded.items
             places += [(name, i) for i in range(len(items)) if items.id_of(i) not in done]
@@ -249,10 +259,9 @@ def ask(
         replies = PROVIDERS[args.provider](args.model_path, queue, encoder, decoding)
         for n, (k, reply) in enumerate(tqdm(replies, total=len(queue), disable=None)):
             name, i = places[k]
-            loaded, f = benchmarks[name], files[name]
+            loaded = benchmarks[name]
             record = make_record(queue[k], loaded.items.keys[i][0], loaded, encoder, reply)
-            f.write((json.dumps(record) + "\n").encode())
-            f.flush()
+            append(paths[name], json.dumps(record) + "\n")
             # A server that has never answered will not answer the thousands that are left either.
             failed_first += n == failed_first and reply.finish_reason == "failed"
             if args.provider in APIS and failed_first == patience and not answered:
@@ -332,12 +341,15 @@ def main(argv=None):
         names = dataset_names(args.dataset)
         if args.provider == "auto":
             args.provider = choose_provider()
+        if args.provider not in APIS:  # a server has names of its own
+            args.model_path = MODELS.get(args.model_path.lower(), args.model_path)
         selection = Selection.of(vars(args))
         benchmarks = {name: load_items(name, selection) for name in names}
-        encoder = PromptEncoder(load_processor(args), args.template, args.min_pixels, args.max_pixels)
-    warn_of_overlap(benchmarks)
-    for name, loaded in benchmarks.items():
-        describe(args, name, loaded, encoder)
+        template = "problem" if args.template in RELEASED else args.template  # made with the item
+        encoder = PromptEncoder(load_processor(args), template, args.min_pixels, args.max_pixels)
+        warn_of_overlap(benchmarks)
+        for name, loaded in benchmarks.items():
+            describe(args, name, loaded, encoder)
     if args.dry_run:
         return
     decoding = Decoding(

@@ -14,16 +14,16 @@ Takes 10 s for a tiny model, memory for one copy of what is exported and a GiB.
 
 import argparse
 import math
-import os
-import pickle
 import shutil
+import signal
 import sys
 import zlib
 from pathlib import Path
 
 import torch
 
-from checkpoint import checkpoints, other_base, read_record, row_sums, same_sums
+from checkpoint import Planner, Reader, check_files, checkpoints, other_base, read_record, row_sums, same_sums
+from config import write_whole
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHARDS = "model"  # folder of torch.distributed.checkpoint files in a checkpoint
@@ -47,13 +47,8 @@ def check_shards(folder: Path, shapes: dict[str, torch.Size], aliases: dict[str,
     Args: shapes by parameter name; aliases: tied name -> the name that keeps the tensor; it may be absent.
     Raises: ValueError naming the file, the key, expected and got.
     """
-    import torch.distributed.checkpoint as dcp
-
-    reader = dcp.FileSystemReader(folder)
-    try:
-        metadata = reader.read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
-        raise ValueError(f"{folder}/.metadata: expected the index of a checkpoint, got {error!r}") from None
+    reader = Reader(folder)
+    metadata = reader.read_metadata()
     found = metadata.state_dict_metadata
     if any(key.startswith("base_model.") for key in found):
         raise ValueError(
@@ -89,7 +84,10 @@ def read_weights(folder: Path, shapes, aliases, dtype: torch.dtype, fingerprint:
     """
     import torch.distributed.checkpoint as dcp
 
-    reader, found = check_shards(folder, shapes, aliases)
+    try:
+        reader, found = check_shards(folder, shapes, aliases)
+    except (AttributeError, KeyError, TypeError) as error:  # torch's classes with somebody's contents
+        raise ValueError(f"{folder}/.metadata: expected the index of a checkpoint, got {error!r}") from None
     state, batch, size = {}, {}, 0
     for k, (key, tensor) in enumerate(found.items()):
         batch[key] = torch.empty(tensor.size, dtype=tensor.properties.dtype)
@@ -97,8 +95,8 @@ def read_weights(folder: Path, shapes, aliases, dtype: torch.dtype, fingerprint:
         if size < AT_ONCE and k + 1 < len(found):
             continue
         try:
-            dcp.load(batch, storage_reader=reader, no_dist=True)
-        except dcp.api.CheckpointException as error:
+            dcp.load(batch, storage_reader=reader, planner=Planner(), no_dist=True)
+        except (Exception, dcp.api.CheckpointException) as error:  # what a damaged file makes of torch
             why = (str(error).strip() or repr(error)).splitlines()[-1]
             raise ValueError(f"{folder}: damaged, in one of {[*batch][:3]} ...: {why}") from None
         for name, values in batch.items():
@@ -226,13 +224,13 @@ def merge(
         raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or empty folder, got one with content; name another")
+    check_files(checkpoint, unread=r"optimizer/|rng-")
     if not (checkpoint / "hf" / "config.json").exists():
         raise ValueError(f"{checkpoint}: expected hf/config.json, which the trainer writes; got none")
 
-    model = build_model(checkpoint, DTYPES[dtype], base)
-    tmp = out.with_name(f".{out.name}.{os.getpid()}")
-    tmp.mkdir(parents=True)
-    try:
+    with write_whole(out) as tmp:
+        model = build_model(checkpoint, DTYPES[dtype], base)
+        tmp.mkdir(parents=True)
         model.save_pretrained(tmp, max_shard_size=max_shard_size)
         for file in (checkpoint / "hf").iterdir():  # as they are: generation config, processor, chat template
             if file.name != "config.json":
@@ -241,9 +239,6 @@ def merge(
         expected = digest(model, tmp)
         del model  # one copy in memory at a time
         difference = verify(expected, tmp, DTYPES[dtype])
-        os.replace(tmp, out)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
     print(f"verified: max |logit difference| = {difference:g}")
     print(f"wrote {out}")
     return out
@@ -337,4 +332,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ends in order: nothing temporary stays
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     main()

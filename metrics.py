@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from config import write_whole
+
 # Of the held-out rows, as val_...; those that need a gold scene are missing where there is none.
 HELD_OUT = ("reward", "format", "count", "spatial", "exact", "accuracy", "mean_iou", "recall50")
 
@@ -131,9 +133,15 @@ def step_line(m: dict, steps: int, elapsed_s: float, done: int) -> str:
 
 def save_samples(folder: Path, groups: list[list], data, encoder, n: int = 4):
     """The first n prompts of a step: their images, all completions and what each earned."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with write_whole(folder) as tmp:
+        write_samples(tmp, groups[:n], data, encoder)
+
+
+def write_samples(folder: Path, groups: list[list], data, encoder):
+    folder.mkdir()
     lines = []
-    for group in groups[:n]:
+    for group in groups:
         sample = data[group[0].row]
         name = re.sub(r"[^\w.-]", "_", sample.id)[:80]
         for k, image in enumerate(encoder.images(sample)):

@@ -18,28 +18,21 @@ from itertools import permutations
 from math import acos, degrees, hypot
 from typing import NamedTuple
 
+from names import CLOTHING, PERSON, PREDICATES, STUFF, article, confusable, head, plural
+from names import predicate as canonical
 from scenes import (
-    CLOTHING,
-    PERSON,
-    PREDICATES,
-    STUFF,
     SceneGraph,
     SceneObject,
     area,
-    article,
     centre,
-    confusable,
     could_be_called,
     diagonal,
     gap,
-    head,
     iou,
     is_nameable,
     overlap_share,
-    plural,
     unique,
 )
-from scenes import predicate as canonical
 
 CATEGORIES = (
     "relation", "reach", "size", "orientation", "instance_location", "depth", "distance", "count",
@@ -100,6 +93,7 @@ FORMS = {
                                     "Which of these appears closest to the {a} in the image?")),
     "count/label": ("count", ("How many {many} are there in the image?",
                               "How many {many} does the image show?")),
+    "count/voted": ("count", ("How many {many} can you see in the image?",)),
     "existence/label": ("existence", ("Is there {a} in the image?", "Does the image show {a}?")),
     "existence/triple": ("existence", ("Is the {a} {verb} the {b} in the image?",
                                        "In the image, is the {a} {verb} the {b}?")),
@@ -263,8 +257,8 @@ class Fact(NamedTuple):
 class View:
     """A graph with what the rules ask again and again."""
 
-    def __init__(self, graph: SceneGraph):
-        self.graph, self.objects = graph, graph.objects
+    def __init__(self, graph: SceneGraph, voted: bool = False):
+        self.graph, self.objects, self.voted = graph, graph.objects, voted
         self.known = {o.id: o for o in graph.objects}
         alone = {o.id: o for o in graph.objects if is_nameable(graph, o, 0.002) and article(o.label)
                  and unique(graph, o)}  # fmt: skip
@@ -634,7 +628,8 @@ def distance(view: View) -> Iterator[Fact]:
 def count(view: View) -> Iterator[Fact]:
     graph = view.graph
     for name in sorted({o.label for o in view.objects} | {k for o in view.objects for k in o.kinds}):
-        if name not in graph.exhaustive or not countable(name) or head(name) in BUNCHES:
+        whole = name in graph.exhaustive  # every one has a box; else votes have to say so
+        if not (whole or view.voted) or not countable(name) or head(name) in BUNCHES:
             continue
         of = [o for o in view.objects if name == o.label or name in o.kinds]
         if any(could_be_called(o, name) for o in view.objects if o not in of) or not 1 <= len(of) <= 8:
@@ -645,9 +640,10 @@ def count(view: View) -> Iterator[Fact]:
         if any(iou(a.box, b.box) > 0.5 for i, a in enumerate(of) for b in of[:i]):
             continue
         block = range(1, 5) if len(of) <= 4 else range(5, 9)
-        yield Fact("count/label", {"many": plural(name)}, name, str(len(of)),
+        yield Fact("count/label" if whole else "count/voted", {"many": plural(name)}, name, str(len(of)),
                    tuple(str(n) for n in block if n != len(of)), ids(*of), (), least,
-                   f"{len(of)} boxes, and every {name} of the image has one")  # fmt: skip
+                   f"{len(of)} boxes, and " + (f"every {name} of the image has one" if whole else
+                                               "votes that there are no more"))  # fmt: skip
 
 
 def existence(view: View) -> Iterator[Fact]:
@@ -718,9 +714,12 @@ RULES = (
 
 
 # ---- questions ---------------------------------------------------------------------------------------------
-def candidates(graph: SceneGraph, per_form: int = 8) -> list[Question]:
-    """All that the rules can ask of a graph, up to per_form questions of each form, in a fixed order."""
-    view, of_form = View(graph), {}
+def candidates(graph: SceneGraph, per_form: int = 8, voted: bool = False) -> list[Question]:
+    """All that the rules can ask of a graph, up to per_form questions of each form, in a fixed order.
+
+    Args: voted: also counts of what may have no box (count/voted), which only unanimous votes can make true.
+    """
+    view, of_form = View(graph, voted), {}
     for rule in RULES:
         for fact in rule(view):
             of_form.setdefault(fact.form, []).append(fact)
@@ -838,8 +837,10 @@ def option_holds(graph: SceneGraph, q: Question, used: list[SceneObject], option
     if q.category == "count":
         names = [n for n in (used[0].label, *used[0].kinds) if plural(n) in text or n in text]
         names = [
-            n for n in names if n in graph.exhaustive and all(n == o.label or n in o.kinds for o in used)
-        ]
+            n for n in names
+            if (n in graph.exhaustive or q.form == "count/voted")
+            and all(n == o.label or n in o.kinds for o in used)
+        ]  # fmt: skip
         if not names or any(o.group or o.crowd for o in used):
             return False  # others may be there, without a box
         return option == str(len(referents(graph, max(names, key=len))))

@@ -6,8 +6,9 @@
 
 A results file is JSON lines: a header that says what was run, then one Record a reply, appended at once.
 
-What differs from the paper's evaluator: unparsed, truncated and failed replies stay in the denominator and
-are counted beside the score; official scores stand beside plain accuracy; intervals and tests are given.
+What differs from the paper's evaluator: replies that are unreadable, cut off or failed are counted beside the
+score, where it reads most of them as option A; official scores stand beside plain accuracy; intervals and
+tests are given.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from types import SimpleNamespace
 from typing import NotRequired, TypedDict
 
 from answers import is_right, normalised, read, released_letter
-from config import write_whole
+from config import append, write_whole
 from rewards import TERMS, Weights, label_similarity, parse_ground_truth, parse_scene, score_completion
 
 
@@ -219,7 +220,7 @@ def summarise(records: Sequence[dict]) -> dict:
             "methods": dict(Counter(r["method"] for r in records).most_common()),
             "categories": {
                 name: tally(group)
-                for name, group in sorted(grouped(records, lambda r: r.get("category") or "").items())
+                for name, group in sorted(grouped(records, lambda r: str(r.get("category") or "")).items())
             },
         }
         | ({"released": sum(lettered) / len(lettered)} if lettered else {})
@@ -261,8 +262,8 @@ def grouped(records: Sequence[dict], key: Callable[[dict], object]) -> dict:
 
 
 def by_meta(records: Sequence[dict], *keys: str) -> dict:
-    """Records grouped by the named values of their rows."""
-    return grouped(records, lambda r: tuple(r["meta"].get(key) for key in keys))
+    """Records grouped by the named values of their rows, as texts: a file may have anything there."""
+    return grouped(records, lambda r: tuple(str(r["meta"].get(key)) for key in keys))
 
 
 def all_right(groups: Iterable[Sequence[dict]]) -> float | None:
@@ -282,7 +283,7 @@ def cv_bench_2d(records):
 
 
 def mmvp_pairs(records):
-    """One question about two images with opposite answers; no score unless every cluster is such a pair."""
+    """Two images, and a question whose answer differs; no score unless every cluster is such a pair."""
     pairs = [pair for pair in grouped(records, lambda r: r["cluster"]).values() if len(pair) == 2]
     return {"pairs": all_right(pairs)} if 2 * len(pairs) == len(records) else {}
 
@@ -321,17 +322,19 @@ def three_d_sr(records):
 
 def hallusionbench(records):
     """aAcc: items; qAcc: questions right on all their figures; fAcc: figures with all their questions right.
+    Their mean is what leaderboards quote.
 
     Visual supplements (VS) of figure 0 show no figure: they are questions, but belong to no figure.
     """
     shown = [r for r in records if (r["meta"]["category"], str(r["meta"]["figure_id"])) != ("VS", "0")]
     figures = by_meta(shown, "category", "subcategory", "set_id", "figure_id")
     questions = by_meta(records, "category", "subcategory", "set_id", "question_id")
-    return {
+    scores = {
         "aAcc": accuracy(records),
         "qAcc": all_right(questions.values()),
         "fAcc": all_right(figures.values()),
     }
+    return {"mean of aAcc, qAcc, fAcc": mean(scores.values()), **scores}
 
 
 def mmstar(records):
@@ -352,24 +355,39 @@ IDENTITY = (  # what makes a run, of the header's config and data: another value
     "blind", "fingerprint", "prompts", "weights")  # fmt: skip
 
 
+HEAD = b'{"header": {'  # how a results file begins
+
+
 def read_records(path, slim: bool = False) -> tuple[dict, list[Record]]:
-    """(header, the last record of every item, in the order of the data); slim: without the long texts."""
-    records = {}
-    with open(path, encoding="utf-8") as f:
+    """(header, the last record of every item, in the order of the data); slim: without the long texts.
+
+    Lines that hold no record are passed over and named: their items count as not asked.
+    """
+    records, lost = {}, []
+    with open(path, "rb") as f:
         try:
-            header = json.loads(f.readline())
-            if not isinstance(header, dict) or "header" not in header:
+            header = json.loads(f.readline())["header"]
+            if not isinstance(header["config"], dict):
                 raise ValueError("no header")
-            for line in f:
-                if line.endswith("\n"):  # a killed run leaves half a line
-                    record = json.loads(line)
-                    for key in ("reply", "choices", "ground_truth", "error") if slim else ():
-                        record.pop(key, None)
-                    records[record["id"]] = record
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             message = f"{path}: expected results of evaluate.py, got something else: {error}"
             raise ValueError(message) from None
-    return header["header"], sorted(records.values(), key=lambda r: (r["row"], r["id"]))
+        for number, line in enumerate(f, 2):
+            if not line.endswith(b"\n"):  # a killed run leaves half a line
+                continue
+            try:
+                record = json.loads(line)
+                if not (isinstance(record["row"], int) and isinstance(record["finish_reason"], str)):
+                    raise ValueError("no record")
+                records[str(record["id"])] = record
+            except (ValueError, TypeError, LookupError, RecursionError):
+                lost.append(number)
+                continue
+            for text in ("reply", "choices", "ground_truth", "error") if slim else ():
+                record.pop(text, None)
+    if lost:
+        print(f"{path}: passed over {len(lost)} lines that hold no record, the first is line {lost[0]}")
+    return header, sorted(records.values(), key=lambda r: (r["row"], r["id"]))
 
 
 @contextlib.contextmanager
@@ -392,7 +410,12 @@ def open_results(path: Path, header: dict):
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path, "a+b") as f:
         done, whole = set(), 0
-        if f.tell():
+        f.seek(0)
+        first = f.readline()
+        if first and not first.endswith(b"\n") and first[: len(HEAD)] == HEAD[: len(first)]:
+            print(f"{path}: its header was cut off before anything was asked; begun anew")
+            f.truncate(0)
+        elif first:
             before, records = read_records(path, slim=True)
             f.seek(0)
             for line in f:
@@ -400,9 +423,9 @@ def open_results(path: Path, header: dict):
             check_same_run(path, before, header["header"])
             done = {r["id"] for r in records if r["finish_reason"] != "failed"}
             f.truncate(whole)  # half a line of a killed run
-        else:
-            f.write((json.dumps(header) + "\n").encode())
-            f.flush()
+        if not whole:
+            append(path, json.dumps(header) + "
+")
         yield f, done
 
 
@@ -451,6 +474,9 @@ def summarise_run(header: dict, records: list[Record], benchmark=None, paper: fl
     if benchmark and not benchmark.released:
         records = [{k: v for k, v in r.items() if k != "released"} for r in records]
     variant = [flag for flag in ("circular", "shuffle_options", "blind") if config.get(flag)]
+    variant += (
+        ["correct_labels"] if config.get("correct_labels") and benchmark and benchmark.known_wrong else []
+    )
     variant += [f"limit {config['limit']}"] if config.get("limit") else []
     left_out = config.get("limit") or header["data"].get("skipped") or len(asked) < header["data"]["n"]
     complete = not left_out
@@ -472,8 +498,8 @@ def summarise_run(header: dict, records: list[Record], benchmark=None, paper: fl
             key: {str(value): tally(group) for (value,), group in groups.items()}
             for key, groups in tables.items()
         },
-        "prompt_tokens": sum(r.get("prompt_tokens", 0) for r in asked),
-        "tokens": sum(r.get("n_tokens", 0) for r in asked),
+        "prompt_tokens": sum(r.get("prompt_tokens") or 0 for r in asked),
+        "tokens": sum(r.get("n_tokens") or 0 for r in asked),
     }
     if letters := [r for r in asked if r["kind"] == "choice"]:  # a model that likes one letter shows here
         summary["letters"] = {
@@ -538,14 +564,17 @@ def shared_records(path_a, path_b) -> tuple[list[dict], list[dict]]:
 
     Raises: ValueError if there are none, or if the files are of different items.
     """
-    sides, circular = [], set()
+    sides, circular, empty = [], set(), []
     for path in (path_a, path_b):
         header, records = read_records(path, slim=True)
         circular.add(bool(header["config"].get("circular")))
         records = collapse(records) if header["config"].get("circular") else records
         sides.append({r["row"]: r for r in records if r["finish_reason"] != "failed"})
+        empty += [f"{path} ({len(records)} failed items)"] if not sides[-1] else []
     if len(circular) > 1:
         raise ValueError(f"{path_a} and {path_b}: expected --circular in both or in none")
+    if empty:
+        raise ValueError(f"nothing to compare: no item has an answer in {' and '.join(empty)}")
     shared = sorted(sides[0].keys() & sides[1].keys())
     if not shared:
         raise ValueError(f"{path_a} and {path_b}: expected results on the same items, got none in common")
@@ -649,9 +678,18 @@ def details(summary: dict, markdown: bool = False) -> str:
 
 
 def write_tables(out: Path):
-    """OUT/summary.json and OUT/summary.md, of all results in the folder."""
-    summaries = [json.loads(path.read_text()) for path in sorted(out.glob("*.summary.json"))]
-    parts = [f"## {s['dataset']}: {run_name(s)}\n\n{details(s, markdown=True)}" for s in summaries]
+    """OUT/summary.json and OUT/summary.md, of all results in the folder; other files there are named."""
+    summaries, parts = [], []
+    for path in sorted(out.glob("*.summary.json")):
+        try:
+            s = json.loads(path.read_text(encoding="utf-8"))
+            overview([s], released=True)
+            parts.append(f"## {s['dataset']}: {run_name(s)}\n\n{details(s, markdown=True)}")
+            summaries.append(s)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            print(
+                f"{path}: no summary of evaluate.py, left out of the table: {type(error).__name__}: {error}"
+            )
     top = overview(summaries, released=True, markdown=True)
     with write_whole(out / "summary.json") as tmp:
         tmp.write_text(json.dumps(summaries, indent=2) + "\n", encoding="utf-8")

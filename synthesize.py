@@ -42,10 +42,10 @@ import tiny
 import votes
 import writer
 from backends import PROVIDERS, NoService
-from config import Config, ConfigError, opt, plain_errors, write_run_record, write_whole
+from config import Config, ConfigError, append, opt, plain_errors, write_run_record, write_whole
 from questions import CATEGORIES, LEVELS, Question, candidates
 from scenes import SceneGraph, clean
-from selection import choose, hash01, order_options, split_of
+from selection import choose, hash01, order_options, quotas, split_of
 from stvqa import LETTERS, stvqa_features, stvqa_row, write_parquet
 
 SPLITS = ("train", "val")
@@ -135,8 +135,7 @@ class Ledger:
                 for line in file:
                     whole += len(line) if line.endswith(b"\n") else 0
                 file.truncate(whole)
-        self.file = open(path, "a", encoding="utf-8")
-        header = next(self._lines(), None)
+        header = next(self._lines(), None) if path.exists() else None
         if header is None:
             self.add({"settings": settings})
         elif settings not in (None, header["settings"]):
@@ -161,8 +160,7 @@ class Ledger:
             return file.read().endswith(b'{"end":true}\n')
 
     def add(self, record: dict):
-        self.file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        self.file.flush()
+        append(self.path, json.dumps(record, separators=(",", ":")) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[dict]):
@@ -268,7 +266,7 @@ def plan(cfg: SynthesizeConfig, out: Path, graphs: Ledger) -> tuple[list[dict], 
             continue
         images += 1
         found = picks[split_of(graph.image_group, held_out, cfg.seed)]
-        questions = candidates(graph, per_form=PER_FORM)
+        questions = candidates(graph, PER_FORM, voted=bool(cfg.validator))
         if cfg.writer == "rules":
             found += [Pick(q.key, q.image_id, q.category, q.form, q.topic, q.answer, q.level, q.rating,
                            hash(q.objects), hash(q.text), NUMBERS[len(q.wrong)])
@@ -303,7 +301,7 @@ def ask(cfg: SynthesizeConfig, out: Path, graphs: Ledger, planned: list[dict], p
         have = {record["key"] for record in ledger}
         todo = {p["image_id"] for p in planned if p["key"] not in have}
         for graph in tqdm(graphs_of(graphs, todo), "ask", total=len(todo), disable=None):
-            for q in candidates(graph, per_form=PER_FORM):
+            for q in candidates(graph, PER_FORM, voted=bool(cfg.validator)):
                 if q.key in plans and q.key not in have:
                     ledger.add({"key": q.key, "question": asdict(q)})
     else:
@@ -313,7 +311,8 @@ def ask(cfg: SynthesizeConfig, out: Path, graphs: Ledger, planned: list[dict], p
         tasks = ((p["key"], graph, p["category"], p["level"])
                  for graph in graphs_of(graphs, by_image) for p in by_image[graph.image_id])  # fmt: skip
         picture = sources.image_bytes if cfg.show_images else None
-        replies = writer.write(tasks, cfg.writer, list(ledger), picture=picture, **service(cfg, purse))
+        replies = writer.write(tasks, cfg.writer, list(ledger), picture=picture,
+                               voted=bool(cfg.validator), **service(cfg, purse))  # fmt: skip
         for record in tqdm(replies, "ask", disable=None):
             ledger.add(record)
     asked = {r["key"]: to_question(r["question"]) for r in ledger if r["key"] in plans and r["question"]}
@@ -358,7 +357,8 @@ def judge(cfg: SynthesizeConfig, out: Path, graphs: Ledger, asked: dict, purse) 
         if name == "blind":
             keep = {k for k in items if not votes.is_blind(said[name].get(k, []))}
         else:
-            keep = {k for k in items if votes.accepted(said[name].get(k, []), cfg.accept)}
+            keep = {k for k, i in items.items()
+                    if votes.accepted(said[name].get(k, []), cfg.accept, i["unanimous"])}  # fmt: skip
         before, stays = len(stays), {k: q for k, q in stays.items() if q.key in keep}
         print(f"{'filter' if name == 'blind' else 'validate':10}{len(stays):,} of {before:,} stay")
     return stays, said
@@ -421,6 +421,7 @@ def as_item(item: dict, graph: SceneGraph, said: dict) -> dict:
         "level": q.level,
         "rating": q.rating,
         "form": q.form,
+        "unanimous": q.form == "count/voted",  # the graph does not vouch for it
         "topic": q.topic,
         "fact": q.fact,
         "writer": q.writer,
@@ -495,8 +496,9 @@ def export(cfg: SynthesizeConfig, out: Path, graphs: Ledger, items: list[dict]):
 
 
 # ---- the card and the page ---------------------------------------------------------------------------------
-def tables(items: list[dict]) -> dict[str, list[tuple]]:
-    """{title: rows}; the first row of each names the columns."""
+def tables(items: list[dict], shares: dict[str, float]) -> dict[str, list[tuple]]:
+    """{title: rows}; the first row of each names the columns. By shares: were no category rare."""
+    wanted = quotas(len(items), shares, dict.fromkeys(CATEGORIES, len(items)))
     splits = Counter((i["category"], i["split"]) for i in items)
     levels = Counter((i["level"], i["split"]) for i in items)
     letters = Counter((len(i["options"]), i["letter"]) for i in items)
@@ -508,7 +510,10 @@ def tables(items: list[dict]) -> dict[str, list[tuple]]:
         guesses.append((form, sum(1 / len(i["options"]) for i in of) / len(of), most / len(of)))
     first, numbers = LETTERS[: max((n for n, _ in letters), default=0)], sorted({n for n, _ in letters})
     return {
-        "Questions": [("category", *SPLITS), *((c, *(splits[c, s] for s in SPLITS)) for c in CATEGORIES)],
+        "Questions": [
+            ("category", *SPLITS, "by shares"),
+            *((c, *(splits[c, s] for s in SPLITS), wanted[c]) for c in CATEGORIES),
+        ],
         "Levels": [("level", *SPLITS), *((v, *(levels[v, s] for s in SPLITS)) for v in LEVELS)],
         "Right letters": [("options", *first), *((str(n), *(letters[n, x] for x in first)) for n in numbers)],
         "Always the most frequent answer of a form": [("form", "chance", "right"), *guesses],
@@ -540,7 +545,7 @@ def describe(cfg: SynthesizeConfig, items: list[dict]) -> dict:
         "name": cfg.push_to_hub or "Spatial questions",
         "totals": {"questions": len(items), "images": len({i["image_id"] for i in items})}
         | dict(Counter(i["split"] for i in items)),
-        "tables": tables(items) | vote_tables(Path(cfg.out)),
+        "tables": tables(items, cfg.shares) | vote_tables(Path(cfg.out)),
         "models": {"writer": cfg.writer, "blind": cfg.blind or "none", "validator": cfg.validator or "none"},
         "cost": {"models": round(spent(Path(cfg.out)), 2)} if cfg.models else {},
         "notes": [f"prompts of the writer: {writer.PROMPTS}"] * (cfg.writer != "rules")

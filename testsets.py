@@ -4,12 +4,14 @@
     load_items("cv-bench", Selection(limit=100)).items[0]      # a data.Sample
 
 Each has plain accuracy, which the paper reports, and where there is one its official score beside it. Columns
-of the mirrors under hunarbatra/ are known from the paper's evaluator alone: what is found is checked, and how
-an answer is graded (letter, yes or no, number, word, point, sequence) follows from the row. To add a
-benchmark, add its line to DATASETS.
+are those of the data sets' cards and of the code of lmms-eval and of the paper's evaluator; those of the
+mirrors under hunarbatra/ are known from the latter alone. No row of the Hub has been seen: what is found is
+checked, and how an answer is graded (letter, yes or no, number, word, point, sequence) follows from the row.
+To add a benchmark, add its line to DATASETS.
 """
 
 import ast
+import csv
 import functools
 import hashlib
 import json
@@ -17,14 +19,15 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from answers import LETTERS, parse_polygon, read_number
-from data import COLUMNS, Sample, open_image, read_table, row_to_sample
+from data import COLUMNS, Sample, check_pixels, open_image, read_table, row_to_sample
 from results import (
     cv_bench,
     cv_bench_2d,
@@ -52,10 +55,12 @@ class Source:
     images: tuple[str, ...] = ("image",)
     task: str | None = None
     meta: tuple[str, ...] = ()  # columns that the official score groups by
+    extra: tuple[str, ...] = ()  # the same, of columns that only some of its files have
     config: str | None = None
     keep: tuple[str, str] | None = None  # (column, value) of the rows that belong to it
     gold: tuple[tuple[str, str], ...] = ()  # written answer -> answer
     frame: str = "unit"  # of points: unit, per_mille or pixel
+    rows: int = 0  # where they are not as many as the benchmark's
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -74,13 +79,15 @@ class Source:
 @dataclass(frozen=True)
 class Benchmark:
     sources: tuple[Source, ...]  # the first that can be had is read
-    rows: int
+    rows: int  # 0: not known
     official: Callable[[Sequence[dict]], dict] | None = None  # None: plain accuracy
     scored_by: str = "accuracy"  # the official score, in words
     tables: tuple[str, ...] = ()  # meta columns that get a table of their own
-    pair: bool = False  # rows 2k and 2k + 1 ask the same about two images
+    pair: str = ""  # rows 2k and 2k + 1 belong together: "question" if they ask the same, else "place"
     released: bool = True  # whether the paper's evaluator reads letters as `answers.released_letter` does
-    part_of: str = ""  # the benchmark that holds the same questions
+    ending: str = ""  # what the paper's evaluator writes behind its questions
+    known_wrong: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # row: (right letter, its text)
+    shares: str = ""  # another benchmark with the same questions, which `all` takes instead
     note: str = ""
 
 
@@ -95,6 +102,22 @@ STVQA = Source(
     task=COLUMNS["category"],
 )
 MMVP = Source("hunarbatra/MMVP", "train", question="text", answer="label")
+# Columns of Questions.csv of MMVP/MMVP too, whose rows on the Hub are images and nothing else.
+MMVP_CSV = Source(
+    "lmms-lab-eval/MMVP", "train", question="Question", answer="Correct Answer", choices="Options"
+)
+MMVP_WRONG = {98: ("B", "short"), 99: ("A", "long"), 278: ("B", "sitting"), 279: ("A", "standing")}
+SR = Source("hunarbatra/3DSRBench", "test", choices="choices", task="task")
+# Columns of upstream's .tsv files too, whose rows on the Hub have no images; the circular one has a qid.
+SR_TSV = Source(
+    "oscarqjh/3DSRBench_lmmseval",
+    "test",
+    question="question",
+    task="category",
+    choices=("A", "B", "C", "D"),
+    extra=("qid",),
+    config="3dsr",
+)
 ROBO = Source(
     "hunarbatra/RoboSpatial-Home",
     "train",
@@ -108,7 +131,9 @@ ROBO_HOME = Source(
     question="question",
     task="category",
     images=("img", "depth_image"),
+    rows=350,
 )
+IN_TAGS = " Please give the final answer within answer tags."
 
 
 def blink(config: str, rows: int) -> Benchmark:
@@ -121,8 +146,8 @@ DATASETS = {
     "cv-bench": Benchmark((CV,), 2638, cv_bench, "means over sources", ("type", "source")),
     "cv-bench-2D": Benchmark((replace(CV, keep=("type", "2D")),), 1438,
                              cv_bench_2d, "mean over sources",
-                             ("source",), part_of="cv-bench"),
-    "cv-bench-3D": Benchmark((replace(CV, keep=("type", "3D")),), 1200, part_of="cv-bench"),
+                             ("source",), shares="cv-bench"),
+    "cv-bench-3D": Benchmark((replace(CV, keep=("type", "3D")),), 1200, shares="cv-bench"),
     "blink-spatial": blink("Spatial_Relation", 143),
     "blink-depth": blink("Relative_Depth", 124),
     "blink-object": blink("Object_Localization", 122),
@@ -134,13 +159,12 @@ DATASETS = {
                               released=False),
     "spatialbench": Benchmark((Source("hunarbatra/SpatialBench", "train", question="text", task="category",
                                       meta=("question_id",)),), 174, spatialbench, "pairs, counting error",
-                              released=False),
-    "mmvp": Benchmark((MMVP, Source("MMVP/MMVP", "train", question="Question", answer="Correct Answer",
-                                    choices="Options")), 300, mmvp_pairs, "pairs", pair=True, released=False),
-    "3dsrbench": Benchmark((Source("hunarbatra/3DSRBench", "test", choices="choices", task="task"),
-                            Source("ccvl/3DSRBench", "test", question="question", task="category",
-                                   choices=("A", "B", "C", "D"), meta=("qid",))),
-                           2625, three_d_sr, "circular and flip (upstream file)"),
+                              released=False, ending=IN_TAGS),
+    "mmvp": Benchmark((MMVP, MMVP_CSV), 300, mmvp_pairs, "pairs", pair="question", released=False,
+                      ending=IN_TAGS, known_wrong=MMVP_WRONG, note="2 pairs have known wrong labels"),
+    "3dsrbench": Benchmark((SR, SR_TSV), 2625, three_d_sr, "circular and flip (upstream file)"),
+    "3dsrbench_full": Benchmark((replace(SR, hub="hunarbatra/3DSRBench-Full"),), 0, mmvp_pairs, "pairs",
+                                pair="place", shares="3dsrbench", note="each image, and mirrored"),
     "lego": Benchmark((Source("hunarbatra/LEGO-Puzzles", "train", choices="choices", task="category"),), 1000,
                       note="and 100 of sort, graded as exact sequences"),
     "spatialreasoner": Benchmark((Source("hunarbatra/SpatialReasonerEval", "train", choices="choices",
@@ -149,11 +173,14 @@ DATASETS = {
                              note="colour and depth image"),
     "robospatial_rgb": Benchmark((replace(ROBO, images=("image",)), replace(ROBO_HOME, images=("img",))), 228,
                                  robospatial, "yes/no, points", note="robospatial without the depth image"),
-    "stvqa": Benchmark((STVQA,), 692, tables=("level",)),
+    "robospatial_home": Benchmark((replace(ROBO_HOME, images=("img",)),), 350, robospatial, "yes/no, points",
+                                  shares="robospatial_rgb", note="and 122 of points"),
+    "stvqa": Benchmark((STVQA, replace(STVQA, hub="hunarbatra/STVQA-7K")), 692, tables=("level",)),
     "hallusionbench": Benchmark((Source(
         "lmms-lab/HallusionBench", "image", question="question", answer="gt_answer", task="subcategory",
         meta=("category", "subcategory", "set_id", "figure_id", "question_id"),
-        gold=(("0", "no"), ("1", "yes"))),), 951, hallusionbench, "aAcc, qAcc, fAcc", ("category",)),
+        gold=(("0", "no"), ("1", "yes"))),), 951, hallusionbench, "mean of aAcc, qAcc, fAcc",
+        ("category",), ending="\nOptions:\n(A) Yes \n(B) No"),
     "vstarbench": Benchmark((Source("lmms-lab/vstar-bench", "test", question="text", answer="label",
                                     task="category"),), 191),
     "mmstar": Benchmark((Source("Lin-Chen/MMStar", "val", question="question", task="category",
@@ -177,6 +204,13 @@ PAPER = {model: dict(zip(PAPER_COLUMNS, map(float, figures.split()), strict=True
 }.items()}  # fmt: skip
 
 
+MODELS = {  # shorter names of the paper's models, for --model_path
+    "spatialthinker-3b": "OX-PIXL/SpatialThinker-3B",
+    "spatialthinker-7b": "OX-PIXL/SpatialThinker-7B",
+    "spatialthinker-30b": "hunarbatra/SpatialThinker-30B",  # on Qwen3-VL-30B-A3B; not in the paper
+}
+
+
 def paper_figure(model_path: str, dataset: str) -> float | None:
     """What the paper reports for a model, by the last part of its name: a share, or None."""
     name = model_path.rstrip("/").rpartition("/")[2].lower()
@@ -189,6 +223,38 @@ def summarise_results(header: dict, records: list[dict]) -> dict:
     """The summary of a results file, with the official score and the paper's figure of its benchmark."""
     name, model = header["config"]["dataset"], header["config"]["model_path"]
     return summarise_run(header, records, DATASETS.get(name), paper_figure(model, name))
+
+
+# ---- the prompts of the paper's evaluator, to the letter ----
+# The names in braces were never filled in: this is what the models were shown. W and H are those of the first
+# image, Q is the question.
+RELEASED = {
+    "released": (
+        "You FIRST observe the image in <observe> </observe> tags, then visualise the relevant scene graph "
+        "in <scene> </scene> tags, followed by thinking about the reasoning process as an internal monologue "
+        "within <think> </think> tags and then provide the final answer. The final answer MUST BE put within "
+        "<answer> </answer> tags, and only return the final choice including the correct option and answer "
+        "within the answer tags, e.g., <answer> ({correct_option}) {correct_answer} </answer>.\n\n"
+        "Image size: {Width} x {Height}\n(%W x %H)\n\nNow answer the following question:\n%Q"
+    ),
+    "released_reasoning": (
+        "You FIRST think about the reasoning process as an internal monologue and then provide the final "
+        "answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST "
+        "BE put within <answer> </answer> tags, and only return the final choice including the correct "
+        "option and answer within the answer tags, e.g., <answer> ({correct_option}) {correct_answer} "
+        "</answer>.\n"
+        "Question: %Q"
+    ),
+}
+_ONLY_LETTER = "Please answer directly with only the letter of the correct option and nothing else."
+
+
+def released_prompt(template: str, question: str, size: tuple[int, int]) -> str:
+    """What the paper's evaluator asks, with "released" less the sentence that asks for a letter alone."""
+    if template == "released":
+        question = question.replace(_ONLY_LETTER, "")
+    filled = {"%W": str(size[0]), "%H": str(size[1]), "%Q": question}
+    return re.sub("%[WHQ]", lambda gap: filled[gap[0]], RELEASED[template])
 
 
 # ---- rows -> items ----
@@ -264,18 +330,44 @@ def kind_of(answer: str, shown: bool = False) -> str:
     return "number" if len(answer.split()) == 1 and read_number(answer)[0] is not None else "word"
 
 
-def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
-    """A benchmark's row as a Sample. Raises: ValueError naming the row and the column."""
+class NoAnswer(ValueError):
+    """A row that nobody can answer and every run leaves out: its gold, or all options but one, are "nan"."""
 
-    def bad(column, expected, got):
-        return ValueError(f"row #{index}, column {column}: expected {expected}, got {str(got)[:200]!r}")
+
+def benchmark_sample(
+    row: dict,
+    index: int,
+    source: Source,
+    template: str = "",
+    ending: str = "",
+    right: Mapping[int, tuple[str, str]] = MappingProxyType({}),
+) -> Sample:
+    """A benchmark's row as a Sample.
+
+    Args: template: "", or one of RELEASED, whose prompt becomes the sample's `problem`, with the `ending` of
+        its benchmark; right: {row: (letter, a word of its option)}, gold to put in the place of the row's.
+    Raises: ValueError naming the row and the column; NoAnswer.
+    """
+
+    def bad(column, expected, got, kind=ValueError):
+        return kind(f"row #{index}, column {column}: expected {expected}, got {str(got)[:200]!r}")
 
     images = [row.get(column) for column in source.images]
     images = [e for image in images for e in (image if isinstance(image, list) else [image]) if e is not None]
     if not images:
         raise bad(source.images[0], "an image", None)
     question, answer = read_question(row, source, bad)
-    question, options = show_options(question, answer, read_options(row, source, bad), source, bad)
+    asked = row[source.question] if template else ""
+    options_of_release = ending if template and find_options(ending) else ""
+    shown, options = show_options(
+        question + options_of_release, answer, read_options(row, source, bad), source, bad
+    )
+    asked += shown[len(question) :] if template else ""
+    if index in right:
+        answer, word = right[index]
+        if word not in dict(zip(LETTERS, options, strict=False)).get(answer, "").lower():
+            raise bad(source.question, f"{word!r} in option {answer}, to correct the label", options)
+    question, asked, answer, options, gone = leave_out_nan(shown, asked, answer, options, source, bad)
     kind, answer, meta = settle_gold(question, answer, options, source, bad)
     hint = _HINTS.get(kind)
     if hint and not re.search(r"\b(?:answer|respond) with\b", question, re.I):
@@ -284,6 +376,8 @@ def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
         size = open_image(images[0]).size
     except OSError as error:
         raise bad(source.images[0], "a readable image", error) from None
+    if ending and not options_of_release:
+        asked += "." * (not asked.endswith(".")) + ending
     return Sample(
         str(index),
         tuple(images),
@@ -292,10 +386,51 @@ def benchmark_sample(row: dict, index: int, source: Source) -> Sample:
         tuple(options) if kind == "choice" else (),
         answer,
         answer,
-        category=str(row[source.task]) if source.task else "",
+        problem=released_prompt(template, asked, size) if template else "",
+        category=label(row[source.task]) if source.task else "",
         kind=kind,
-        meta={key: row[key] for key in source.meta} | meta,
+        meta={key: label(row[key]) for key in (*source.meta, *source.extra) if key in row} | meta | gone,
     )
+
+
+def label(value) -> str:
+    """A category or another value to group by, whatever the file has there."""
+    return "" if value is None else str(value)
+
+
+def is_nan(text) -> bool:
+    return str(text).strip().lower() == "nan"
+
+
+def leave_out_nan(
+    question: str, asked: str, answer: str, options: list[str], source: Source, bad: Callable
+) -> tuple[str, str, str, list[str], dict]:
+    """(question, question of the release, gold, options, {"nan_options": letters} if any), all without
+    options that are "nan", as pandas writes what was empty. The others move up, and the gold with them."""
+    letter = gold_letter(answer, options) if options else None
+    kept = [i for i, o in enumerate(options) if not is_nan(o)]
+    if is_nan(answer) or (letter and LETTERS.index(letter) not in kept):
+        raise bad(source.answer, "an answer", "nan", NoAnswer)
+    if len(kept) == len(options):
+        return question, asked, answer, options, {}
+    if len(kept) < 2:
+        raise bad(source.answer, "two options", options, NoAnswer)
+    texts = [options[i] for i in kept]
+    gone = "".join(x for i, x in enumerate(LETTERS[: len(options)]) if i not in kept)
+    answer = f"({LETTERS[kept.index(LETTERS.index(letter))]})" if letter else answer
+    question, asked = (fewer_options(text, texts, len(options)) for text in (question, asked))
+    return question, asked, answer, texts, {"nan_options": gone}
+
+
+def fewer_options(text: str, options: list[str], n: int) -> str:
+    """A question that shows n options, with the first letters in front of those left, and no others."""
+    spans = find_options(text)
+    if len(spans) != n:
+        return text
+    text = text[: spans[len(options) - 1][1]] + text[spans[-1][1] :]
+    for (start, end), option in reversed(list(zip(spans, options, strict=False))):
+        text = text[:start] + option + text[end:]
+    return text
 
 
 def read_question(row: dict, source: Source, bad: Callable) -> tuple[str, str]:
@@ -366,25 +501,38 @@ def settle_gold(
 
 
 def read_options(row: dict, source: Source, bad: Callable) -> list[str]:
-    """The options of a row, from a list, a list written as text, several columns, or nowhere."""
+    """The options of a row, from a list, a list written as text, several columns, or nowhere; "nan" where
+    one of several is missing."""
     if isinstance(source.choices, tuple):
-        return [str(row[c]).strip() for c in source.choices if row.get(c) is not None and str(row[c]).strip()]
+        options = [label(row.get(column)).strip() for column in source.choices]
+        while options and not options[-1]:
+            options.pop()
+        return [o or "nan" for o in options]  # one between others has a letter, which theirs must not take
     options = row.get(source.choices) if source.choices else None
     if isinstance(options, str) and options.strip().startswith("["):
         try:
             commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", options.strip())  # numpy: "['lamp' 'chair']"
-            options = ast.literal_eval(commas)
-        except (ValueError, SyntaxError):
+            bare = re.sub(r"(?<=[\[,])\s*nan\s*(?=[,\]])", "None", commas)  # numpy: "['lamp', nan]"
+            options = ast.literal_eval(bare)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise bad(source.choices, "a list", options) from None
     options = [options] if isinstance(options, str) and options.strip() else options or []
+    if not isinstance(options, list | tuple):
+        raise bad(source.choices, "a list", options)
+    options = ["nan" if o is None else str(o).strip() for o in options]
     # "(A) lamp" -> "lamp"; not where this would make two of them equal: then the letter is part of the text.
-    bare = [re.sub(r"^\(([A-J])\)\s+", "", str(o)).strip() for o in options]
-    return bare if len(set(bare)) == len(bare) else [str(o).strip() for o in options]
+    bare = [re.sub(r"^\(([A-J])\)\s+", "", o).strip() for o in options]
+    alike = len(set(bare)) < len(bare) - max(0, sum(map(is_nan, bare)) - 1)
+    return options if alike else bare
 
 
-def stvqa_sample(row: dict, index: int, need_scene: bool) -> Sample:
+def stvqa_sample(row: dict, index: int, need_scene: bool, template: str = "") -> Sample:
     sample = row_to_sample(row, COLUMNS, index, need_scene)[0]
-    return replace(sample, id=str(index), meta={"level": sample.level, "item": sample.id})
+    if template:
+        asked = released_prompt(template, row[COLUMNS["question"]], sample.size)
+        sample = replace(sample, problem=asked)
+    named = {"category": label(sample.category), "level": label(sample.level)}
+    return replace(sample, id=str(index), meta={"level": named["level"], "item": sample.id}, **named)
 
 
 def permuted(sample: Sample, order: Sequence[int]) -> Sample:
@@ -427,6 +575,8 @@ class Selection:
     circular: bool = False  # all rotations of the options
     shuffle_options: bool = False
     blind: bool = False  # without the image
+    correct_labels: bool = False  # where the benchmark's are known to be wrong
+    template: str = ""  # of the prompt; those of RELEASED change the question
 
     @classmethod
     def of(cls, config: Mapping) -> "Selection":
@@ -486,19 +636,25 @@ def load_items(name: str, selection: Selection) -> Loaded:
     rows = list(range(len(table)))
     if source.keep:
         rows = [i for i, value in enumerate(table[source.keep[0]]) if str(value) == source.keep[1]]
-    if source is STVQA:
-        convert = functools.partial(stvqa_sample, need_scene=COLUMNS["scene_answer"] in table.column_names)
+    template = selection.template if selection.template in RELEASED else ""
+    if source.answer == STVQA.answer:
+        scenes = COLUMNS["scene_answer"] in table.column_names
+        convert = functools.partial(stvqa_sample, need_scene=scenes, template=template)
     else:
-        convert = functools.partial(benchmark_sample, source=source)
-    checked, fingerprint = check_rows(name, table, rows, convert, source, selection)
-    skipped = len(rows) - len(checked)
+        right = benchmark.known_wrong if selection.correct_labels else {}
+        ending = benchmark.ending if template else ""
+        convert = functools.partial(
+            benchmark_sample, source=source, template=template, ending=ending, right=right
+        )
+    checked, fingerprint, skipped = check_rows(name, table, rows, convert, source, selection)
     if not checked:
         raise ValueError(f"{name} ({source.hub}): no rows" + (f" with {source.keep}" if source.keep else ""))
-    if name in DATASETS and len(rows) != benchmark.rows:
-        print(f"warning: {name} has {len(rows)} rows here, {benchmark.rows} were expected")
+    expected = source.rows or benchmark.rows
+    if expected and len(rows) != expected:
+        print(f"warning: {name} has {len(rows)} rows here, {expected} were expected")
     clusters = {row: c.images_hash for row, c in checked.items()}
-    if benchmark.pair and not skipped:  # a row left out would shift the pairs behind it
-        clusters = pair_clusters(name, checked) or clusters
+    if benchmark.pair and len(checked) == len(rows):  # a row left out would shift the pairs behind it
+        clusters = pair_clusters(name, checked, benchmark.pair == "question") or clusters
     chosen = list(checked)
     if selection.limit and selection.limit < len(rows):
         categories = [c.category for c in checked.values()]
@@ -526,20 +682,29 @@ class CheckedRow(NamedTuple):
 
 def check_rows(
     name: str, table, rows: Sequence[int], convert: Callable, source: Source, selection: Selection
-) -> tuple[dict[int, CheckedRow], str]:
-    """({row: what is kept of it}, fingerprint of all). Raises: ValueError at a bad row, unless skipped."""
-    digest, checked = hashlib.sha256(), {}
+) -> tuple[dict[int, CheckedRow], str, int]:
+    """({row: what is kept of it}, fingerprint of all, bad rows skipped). Raises: ValueError at a bad row.
+
+    Images are read to their end here, as one that is damaged behind its header would fail when it is asked.
+    """
+    digest, checked, skipped, nan_options = hashlib.sha256(), {}, 0, []
     for row in tqdm(rows, desc=f"checking {name}", disable=None, leave=False):
         try:
             sample = convert(table[row], row)
+            images = [check_image(row, encoded) for encoded in sample.encoded_images]
             if sample.kind == "choice" and (selection.circular or selection.shuffle_options):
                 permuted(sample, range(len(sample.options)))  # raises if it cannot be reordered
+        except NoAnswer as error:
+            print(f"{name}: left out: {error}")
+            continue
         except ValueError as error:
             if not selection.skip_bad_rows:
                 raise ValueError(f"{name} ({source.hub}): {error} (--skip_bad_rows leaves it out)") from None
             print(f"{name}: left out: {error}")
+            skipped += 1
             continue
-        images = [short_hash(e.get("bytes") or Path(e["path"]).read_bytes()) for e in sample.encoded_images]
+        if letters := sample.meta.get("nan_options"):
+            nan_options.append(f"#{row} {letters}")
         asked = [row, sample.question, sample.options, sample.ground_truth, sample.problem, images]
         digest.update(json.dumps(asked).encode())
         checked[row] = CheckedRow(
@@ -549,13 +714,29 @@ def check_rows(
             category=sample.category,
             turns=len(sample.options) if sample.kind == "choice" and selection.circular else 1,
         )
-    return checked, digest.hexdigest()[:16]
+    if nan_options:
+        rest = f" and {len(nan_options) - 20} more" if len(nan_options) > 20 else ""
+        print(f"{name}: options that are 'nan' are left out of rows {', '.join(nan_options[:20])}{rest}")
+    return checked, digest.hexdigest()[:16], skipped
 
 
-def pair_clusters(name: str, checked: dict[int, CheckedRow]) -> dict[int, str] | None:
-    """{row: its pair} of a benchmark whose rows 2k and 2k + 1 ask the same, or None where they do not."""
+def check_image(row: int, encoded: dict) -> str:
+    """A hash of an image that a model can be shown. Raises: ValueError naming the row."""
+    try:
+        check_pixels(encoded)
+        w, h = open_image(encoded).size
+        content = encoded.get("bytes") or Path(encoded["path"]).read_bytes()
+    except OSError as error:
+        raise ValueError(f"row #{row}: expected a readable image, got {error}") from None
+    if max(w, h) > 200 * min(w, h):
+        raise ValueError(f"row #{row}: expected an image of a ratio up to 200:1, got {w} x {h} pixels")
+    return short_hash(content)
+
+
+def pair_clusters(name: str, checked: dict[int, CheckedRow], same: bool) -> dict[int, str] | None:
+    """{row: its pair} of a benchmark of pairs 2k, 2k + 1, or None where they do not ask the `same`."""
     questions = [c.question for c in checked.values()]
-    if any(a != b for a, b in zip(questions[::2], questions[1::2], strict=False)):
+    if same and any(a != b for a, b in zip(questions[::2], questions[1::2], strict=False)):
         print(f"warning: rows 2k and 2k + 1 of {name} ask different things: no score of pairs")
         return None
     return {row: f"pair {place // 2}" for place, row in enumerate(checked)}
@@ -572,8 +753,16 @@ def open_table(name: str, benchmark: Benchmark, selection: Selection):
         else:
             where, config = source.hub, source.config
         try:
-            table = read_table(where, source.split, selection.revision, source.images, config)
-        except (ValueError, OSError, RuntimeError) as error:  # not there, no such split, no network
+            if Path(where, "Questions.csv").exists():
+                table = read_mmvp_folder(Path(where))
+            else:
+                table = read_table(where, source.split, selection.revision, source.images, config)
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+            csv.Error,
+        ) as error:  # not there, no such split, no network
             misses.append(f"{where}: {str(error).removeprefix(f'{where}: ').splitlines()[0][:300]}")
             continue
         if not (missing := [c for c in source.columns if c not in table.column_names]):
@@ -587,6 +776,27 @@ def open_table(name: str, benchmark: Benchmark, selection: Selection):
         + "".join(f"\n  {miss}" for miss in unique)
         + ("" if local else "\n  --local_path reads a file or folder instead of the Hub")
     )
+
+
+def read_mmvp_folder(folder: Path):
+    """MMVP as it is published: Questions.csv, and in "MMVP Images" N.jpg for the row with the index N."""
+    import datasets
+
+    table, source = folder / "Questions.csv", MMVP_CSV
+    with open(table, newline="", encoding="utf-8-sig") as f:
+        rows = list(csv.DictReader(f))
+    wanted = (source.question, source.choices, source.answer)
+    if not rows or (missing := [c for c in wanted if c not in rows[0]]):
+        got = f"missing {missing}, got {list(rows[0])}" if rows else "no rows"
+        raise ValueError(f"{table}: expected columns {list(wanted)}, {got}")
+    whole = []
+    for place, row in enumerate(rows, 1):
+        # The column's name is misspelt in some copies; it is the first, and counts from 1.
+        if (index := str(next(iter(row.values()))).strip()) != str(place):
+            raise ValueError(f"{table}: expected the indices 1, 2, ..., got {index!r} in row {place}")
+        image = {"bytes": None, "path": str(folder / "MMVP Images" / f"{place}.jpg")}
+        whole.append({c: row[c] for c in wanted} | {"image": image})
+    return datasets.Dataset.from_list(whole)
 
 
 def stratified(categories: Sequence[str], limit: int, seed: int) -> list[int]:

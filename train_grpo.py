@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from backends import hf_generate, start_vllm, vllm_generate, vllm_reload
 from checkpoint import CheckpointError, refuse_another_run, resume, save
-from config import Config, opt, plain_errors, write_run_record
+from config import Config, DiskFull, append, opt, plain_errors, write_run_record
 from data import Prompt, PromptCache, PromptEncoder, batch_at, load_samples, report_rows
 from distributed import (
     Stop,
@@ -496,14 +496,12 @@ class VLLMSampler:
         self.token_bias = {i: FORBIDDEN_BIAS for i in forbidden_ids}
         self.max_tokens, self.sleep_level = cfg.max_completion_length, cfg.sleep_level if on_gpu else 0
         limits = {"max_num_seqs": cfg.vllm_max_seqs, "max_num_batched_tokens": cfg.vllm_max_batched_tokens}
-        on_device = {"enforce_eager": True}
-        if on_gpu:
-            on_device = {
-                "dtype": "bfloat16",
-                "gpu_memory_utilization": cfg.vllm_memory,
-                "enable_sleep_mode": bool(cfg.sleep_level),
-                "hf_overrides": {"head_dtype": "float32"},  # logits, as in the trainer's head
-            }
+        on_device = {
+            "dtype": "bfloat16",
+            "gpu_memory_utilization": cfg.vllm_memory,
+            "enable_sleep_mode": bool(cfg.sleep_level),
+            "hf_overrides": {"head_dtype": "float32"},  # logits, as in the trainer's head
+        }
         rng = torch.get_rng_state()  # LLM(seed=...) seeds every generator of the process
         self.llm = start_vllm(
             cfg.model,
@@ -517,7 +515,7 @@ class VLLMSampler:
             logprobs_mode="processed_logprobs",  # after bias and temperature: of what was sampled from
             disable_log_stats=True,
             mm_processor_cache_gb=0,  # of 4 GiB of images: rows come once an epoch
-            **on_device,
+            **(on_device if on_gpu else {}),
             **{name: value for name, value in limits.items() if value},
         )
         torch.set_rng_state(rng)
@@ -679,7 +677,7 @@ def main():
         raise SystemExit(dry_run(cfg) if os.environ.get("RANK", "0") == "0" else 0)
     try:
         train(cfg)
-    except CheckpointError as error:
+    except (CheckpointError, DiskFull) as error:
         raise SystemExit(f"error: {error}") from None
 
 
@@ -758,8 +756,7 @@ def train(cfg: GRPOConfig):
 
     def log(m: dict):
         if accelerator.is_main_process:
-            with open(out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(m) + "\n")
+            append(out / "metrics.jsonl", json.dumps(m) + "\n")
         say(step_line(m, cfg.steps, time.time() - started, m["step"] - first))
         if cfg.tracker != "none":
             accelerator.log({k: v for k, v in m.items() if isinstance(v, (int, float))}, step=m["step"])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 
 from checkpoint import CheckpointError, refuse_another_run, resume, save
-from config import Config, opt, plain_errors, write_run_record
+from config import Config, DiskFull, append, opt, plain_errors, write_run_record, write_whole
 from data import PromptEncoder, batch_at, load_samples, report_rows
 from distributed import gather, leave, refuse_lone_processes, refuse_other_sharding
 from lora import add_adapters, merge_adapters
@@ -130,7 +130,7 @@ def build_model(cfg):
 def main():
     try:
         train(SFTConfig.parse_args())
-    except CheckpointError as error:
+    except (CheckpointError, DiskFull) as error:
         raise SystemExit(f"error: {error}") from None
 
 
@@ -272,16 +272,16 @@ def train(cfg: SFTConfig):
             if accelerator.is_main_process:
                 numbers = " | ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step")
                 print(f"update {done}/{steps} | {numbers}", flush=True)
-                with open(out / "metrics.jsonl", "a") as f:
-                    f.write(json.dumps(line) + "\n")
+                append(out / "metrics.jsonl", json.dumps(line) + "\n")
         if done % cfg.save_every == 0 or done == steps:
             save(accelerator, model, optimizer, processor, out, done, {}, keep_last=1)
 
     # ---- save ----
     if accelerator.is_main_process:
         merge_adapters(base)
-        base.to(torch.bfloat16).save_pretrained(out / "final")
-        processor.save_pretrained(out / "final")
+        with write_whole(out / "final") as tmp:
+            base.to(torch.bfloat16).save_pretrained(tmp)
+            processor.save_pretrained(tmp)
         print(f"wrote {out / 'final'}")
 
 

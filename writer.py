@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from backends import APIS, PROVIDERS, Decoding, NoService
 from data import PromptEncoder, Sample
+from names import plural, predicate, singular
 from questions import CATEGORIES, FORMS, HANDS, Question, contradiction, referents
-from scenes import SceneGraph, centre, plural, predicate, singular
+from scenes import SceneGraph, centre
 
 TEMPERATURES = (0.3, 0.7, 1.0)  # of the first attempt, the second, the third
 MIN_PIXELS, MAX_PIXELS = 784, 802_816  # of a picture as the model is shown it
@@ -277,9 +278,12 @@ class Written(BaseModel):
 
 
 def read_reply(
-    text: str, graph: SceneGraph, category: str, level: str, task: str, model: str
+    text: str, graph: SceneGraph, category: str, level: str, task: str, model: str, voted: bool = False
 ) -> Question | str:
-    """The question, or the reply's fault: "kind: what was expected and found", a line. Never raises."""
+    """The question, or the reply's fault: "kind: what was expected and found", a line. Never raises.
+
+    Args: voted: votes will be taken, so that what may have no box can be counted too (form count/voted).
+    """
     said = parse(text)
     if isinstance(said, str):
         return said
@@ -304,9 +308,12 @@ def read_reply(
     ids = in_order(graph, category, question, options, said.objects)
     if category == "reach" and (fault := deed_fault(graph, options, answer, ids)):
         return fault
+    called = {n for o in graph.objects if o.id in ids for n in (o.label, *o.kinds)}
+    by_votes = voted and category == "count" and not called & graph.exhaustive
     written = Question(
         "w" + sha256(f"{task}|{question}|{answer}".encode()).hexdigest()[:15],
-        graph.image_id, category, f"{category}/written", category, question, answer,
+        graph.image_id, category, "count/voted" if by_votes else f"{category}/written", category, question,
+        answer,
         tuple(o for o in options if o != answer), ids, facts(graph, ids), level, said.rating,
         "written by a model; the graph does not object", model,
     )  # fmt: skip
@@ -521,12 +528,14 @@ PASSES = (0, 0, 1, 1, 2, 2)  # attempts, in turn; what got no reply at one pass 
 
 def write(
     tasks: Iterable[tuple[str, SceneGraph, str, str]], model: str, done: Iterable[dict], *, purse: Purse,
-    picture: Callable[[SceneGraph], bytes] | None = None, max_new_tokens: int = 1024, **service,
+    picture: Callable[[SceneGraph], bytes] | None = None, voted: bool = False, max_new_tokens: int = 1024,
+    **service,
 ) -> Iterator[dict]:  # fmt: skip
     """A record for each reply: {key, attempt, raw, tokens, dollars, fault, question}, as they arrive.
 
     Args: tasks: (key, graph, category, level); done: the records of earlier runs, so that no attempt is paid
-        for twice; picture: of a graph, encoded, for models that see; service: as for `replies_of`.
+        for twice; picture: of a graph, encoded, for models that see; voted: as for `read_reply`; service: as
+        for `replies_of`.
     Raises: as `replies_of`. A request that got no reply has the fault "failed: ..." and is no attempt.
     """
     refused, finished, later = {}, set(), []  # {key: (fault, reply) of each attempt}
@@ -561,7 +570,7 @@ def write(
             max_new_tokens=max_new_tokens, **service,
         ):  # fmt: skip
             key, graph, category, level = task
-            found = fault_of(reply) or read_reply(reply.text, graph, category, level, key, model)
+            found = fault_of(reply) or read_reply(reply.text, graph, category, level, key, model, voted)
             good = isinstance(found, Question)
             record = {"key": key, "attempt": attempt, "raw": reply.text[:LONGEST], "dollars": dollars,
                       "tokens": [reply.prompt_tokens, reply.n_tokens], "fault": None if good else found,

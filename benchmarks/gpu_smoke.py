@@ -56,6 +56,7 @@ from backends import has_gpu  # noqa: E402
 from checkpoint import resume, save  # noqa: E402
 from data import PromptCache, PromptEncoder, Sample  # noqa: E402
 from distributed import make_accelerator, whole_weights  # noqa: E402
+from dry_run import CARDS  # noqa: E402
 from merge import merge  # noqa: E402
 from metrics import check_mismatch, step_metrics  # noqa: E402
 from stvqa import write_parquet  # noqa: E402
@@ -63,7 +64,6 @@ from tiny import rows  # noqa: E402
 
 TINY = REPO / "assets" / "tiny"
 PACKAGES = "torch transformers accelerate vllm flash-attn datasets numpy triton".split()
-PEAK_TFLOPS = {"A100": 312, "H100 80GB HBM3": 989, "H200": 989}  # dense bf16, by the card's name
 U16, U32 = 2.0**-8, 2.0**-24  # the most that one rounding to bf16 or float32 changes a number, relative
 ON_GPU = has_gpu()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
@@ -120,7 +120,7 @@ def free_gib() -> float | None:
 
 def peak_tflops() -> float | None:
     name = torch.cuda.get_device_name() if ON_GPU else ""
-    return next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
+    return next((flops / 1e12 for card, (_, flops, _) in CARDS.items() if card in name), None)
 
 
 def distance(got, want) -> float:

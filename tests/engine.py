@@ -30,7 +30,6 @@ def main(model, data):
         min_pixels=PIXELS[0],
         max_pixels=PIXELS[1],
         logprobs_mode="processed_logprobs",
-        enforce_eager=True,  # compiling takes half a minute
         max_num_batched_tokens=64,  # a CPU takes a whole prompt in one step all the same
     )
     from vllm import SamplingParams

@@ -395,9 +395,9 @@ TABLES = {
         "spatial": "Spatial_Relation", "depth": "Relative_Depth", "object": "Object_Localization",
         "counting": "Counting", "multi-view": "Multi-view_Reasoning", "jigsaw": "Jigsaw"}.items()},
     "realworld_qa": realworld_qa, "spatialbench": spatialbench, "mmvp": mmvp, "3dsrbench": three_d_sr,
-    "lego": lego, "spatialreasoner": spatialreasoner, "robospatial": robospatial,
-    "robospatial_rgb": robospatial, "stvqa": stvqa, "hallusionbench": hallusionbench,
-    "vstarbench": vstarbench, "mmstar": mmstar,
+    "3dsrbench_full": three_d_sr, "lego": lego, "spatialreasoner": spatialreasoner,
+    "robospatial": robospatial, "robospatial_rgb": robospatial, "robospatial_home": robospatial_home,
+    "stvqa": stvqa, "hallusionbench": hallusionbench, "vstarbench": vstarbench, "mmstar": mmstar,
 }  # fmt: skip
 
 
@@ -412,9 +412,29 @@ def write_all(folder: Path):
         write(folder / f"{name}.parquet", *table())
 
 
-def write_3dsrbench_upstream(path: Path):
-    """The circular .tsv: two questions, each with a mirrored image, each with both rotations."""
+def write_mmvp_upstream(folder: Path, rows: int = 300):
+    """MMVP/MMVP as it lies on the Hub: 150 pairs, their labels at the known places swapped."""
+    (folder / "MMVP Images").mkdir(parents=True)
+    lines = ["lndex,Question,Options,Correct Answer"]
+    pictures = [png(n, (28, 28)) for n in range(4)]
+    for n in range(1, rows + 1):
+        question, options = "Is the door open, or closed?", "(a) Open (b) Closed"
+        if n in (99, 100):
+            question, options = "Does the elephant have long or short tusks?", "(a) Long (b) Short"
+        if n in (279, 280):
+            question, options = "Is the person standing or sitting?", "(a) Standing (b) Sitting"
+        lines.append(f'{n},"{question}",{options},({"ab"[(n + 1) % 2]})')
+        (folder / "MMVP Images" / f"{n}.jpg").write_bytes(pictures[n % 4])
+    (folder / "Questions.csv").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+
+
+def write_3dsrbench_upstream(path: Path, plain: bool = False, none: str = ""):
+    """The circular .tsv: two questions, each with a mirrored image, each with both rotations.
+
+    Args: plain: the other .tsv, without qid; none: what stands where there is no option.
+    """
     columns = ["index", "question", "A", "B", "C", "D", "answer", "category", "qid", "image_source", "image"]
+    columns = [c for c in columns if not (plain and c == "qid")]
     lines = ["\t".join(columns)]
     for q in ("AAAA", "BBBB"):
         for flip in ("", "-flip"):
@@ -428,11 +448,11 @@ def write_3dsrbench_upstream(path: Path):
                             "Which is higher?",
                             a,
                             b,
-                            "",
-                            "",
+                            none,
+                            none,
                             "AB"[turn],
                             "height",
-                            f"{q}{flip}-{turn}",
+                            *([] if plain else [f"{q}{flip}-{turn}"]),
                             "COCO",
                             picture,
                         ]

@@ -29,3 +29,11 @@ def distance(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
     gap = sum(float((a[k] - b[k]).double().square().sum()) for k in a) ** 0.5
     return gap / sum(float(b[k].double().square().sum()) for k in b) ** 0.5
+
+
+def seal(checkpoint):
+    """The checkpoint, with the hashes of its files as they are now."""
+    from checkpoint import SUMS, files_of, hashes, write_sums
+
+    write_sums(checkpoint, hashes(checkpoint, [name for name in files_of(checkpoint) if name != SUMS]))
+    return checkpoint

@@ -1,7 +1,9 @@
 """The project's programs as users start them: alone or on several processes, to the end or to a moment."""
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -49,6 +51,17 @@ def wait_until(condition, process: subprocess.Popen | None = None, seconds: floa
         assert process is None or process.poll() is None, f"ended with status {process.returncode}"
         assert time.monotonic() < deadline, f"waited for {seconds} s"
         time.sleep(every)
+
+
+@contextlib.contextmanager
+def limited(size: int):
+    """No file of this process grows beyond so many bytes: a full disk, but for the number of its error."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def settings(**pairs) -> list[str]:

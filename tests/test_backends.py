@@ -444,7 +444,7 @@ def test_vllms_own_server_gives_the_same_replies(greedy, tiny_start, tiny_data, 
 
     port = free_port()
     arguments = ["--model", str(tiny_start), "--port", str(port), "--served-model-name", "tiny"]
-    arguments += ["--dtype", "float32", "--max-model-len", "512"]
+    arguments += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     server = start_script(
         *("-m", "vllm.entrypoints.openai.api_server", *arguments),
         env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},

@@ -1,15 +1,23 @@
 """Checkpoints: what is kept, continued and refused. Shards: test_sharding.py; kills: end to end."""
 
 import json
+import math
+import os
+import pickle
+import re
+import subprocess
 
 import pytest
 import torch
 from bounds import U64, rounding
-from programs import metrics, run_script, settings
+from models import seal
+from programs import limited, metrics, run_script, settings
 
 from checkpoint import (
+    SUMS,
     CheckpointError,
     checkpoints,
+    files_of,
     fingerprint,
     refuse_another_run,
     resume,
@@ -98,19 +106,232 @@ def test_metrics_of_lost_steps_are_cut_off(tmp_path):
     assert parts.resume(tmp_path, "never") == 0 and metrics.read_text() == ""
 
 
-def test_damage_is_named(tmp_path):
+# ---- damaged, tampered with, full of links -----------------------------------------------------------------
+class Evil:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A checkpoint to damage, of a model that can read it."""
     parts = Parts()
-    parts.save(tmp_path, 1)
-    checkpoint = tmp_path / "checkpoint-1"
-    (file,) = (checkpoint / "model").glob("*.distcp")
+    parts.step()
+    parts.save(tmp_path / "run", 1, scores={"val_reward": 0.5})
+    return tmp_path / "run" / "checkpoint-1"
+
+
+def refusal(checkpoint) -> str:
+    """The one line that a damaged checkpoint is refused with, after its folder's name."""
+    with pytest.raises(CheckpointError) as error:
+        Parts().resume(checkpoint.parent)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    return str(error.value).removeprefix(f"{checkpoint}").removeprefix("/")
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [
+    "model/__0_0.distcp", "model/.metadata", "optimizer/__0_0.distcp", "optimizer/.metadata", "rng-0.json",
+    "trainer.json", "hf/config.json", "b2sums.txt",
+])  # fmt: skip
+def test_a_flipped_bit_a_lost_file_and_a_link_are_named(broken, tmp_path, name):
+    file = broken / name
+    whole = file.read_bytes()
+    flip(file)
+    changed = "trainer.json" if name == SUMS else name  # the hash of the last file differs, or the file
+    assert refusal(broken) == f"{changed}: not as it was written, by its hash in b2sums.txt"
+    file.unlink()
+    assert refusal(broken).startswith(f"{name}: {'expected the hashes' if name == SUMS else 'missing'}")
+    (tmp_path / "same").write_bytes(whole)
+    file.symlink_to(tmp_path / "same")
+    assert refusal(broken) == f"{name}: expected no symbolic link, got one to {tmp_path}/same"
+
+
+def make_folder_a_link(checkpoint):
+    (checkpoint / "model").rename(checkpoint.parent / "elsewhere")
+    (checkpoint / "model").symlink_to("../elsewhere")
+
+
+def make_checkpoint_a_link(checkpoint):
+    checkpoint.rename(checkpoint.with_name("elsewhere"))
+    checkpoint.symlink_to("elsewhere")
+
+
+def set_record(**changes):
+    def change(checkpoint):
+        file = checkpoint / "trainer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        seal(checkpoint)
+
+    return change
+
+
+def put(name, data):
+    def change(checkpoint):
+        (checkpoint / name).write_bytes(data)
+        seal(checkpoint)
+
+    return change
+
+
+def cut(checkpoint):
+    file = checkpoint / "model" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="checkpoint-1/model: expected this model's state"):
-        parts.resume(tmp_path)
-    (checkpoint / "trainer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="trainer.json: expected a checkpoint's record"):
-        parts.resume(tmp_path)
+    seal(checkpoint)
+
+
+def other_weights(checkpoint):
+    import torch.distributed.checkpoint as dcp
+
+    weights = {"weight": torch.ones(2, 3), "bias": torch.tensor([1.0, float("nan")])}
+    dcp.save(weights, checkpoint_id=checkpoint / "model", no_dist=True)
+    seal(checkpoint)
+
+
+def places_elsewhere(checkpoint):
+    file = checkpoint / "model" / ".metadata"
+    index = pickle.loads(file.read_bytes())
+    for place in index.storage_data.values():
+        place.relative_path = "../optimizer/__0_0.distcp"
+    put("model/.metadata", pickle.dumps(index))(checkpoint)
+
+
+SUM, HUGE = [1.0, 1.0, 1.0], b"[" * 100_000
+
+
+@pytest.mark.parametrize("damage, message", [
+    (make_folder_a_link, "model: expected no symbolic link, got one to ../elsewhere"),
+    (make_checkpoint_a_link, ": expected no symbolic link, got one to elsewhere"),
+    (lambda c: os.mkfifo(c / "hf" / "pipe"), "hf/pipe: expected a file or a folder, got a pipe"),
+    (lambda c: (c / "hf" / "tokenizer.json").write_text("{}"), "hf/tokenizer.json: not a file of this"),
+    (lambda c: (c / SUMS).write_text(""), "b2sums.txt: expected the hashes of all files, got 0"),
+    (lambda c: (c / SUMS).write_bytes(bytes(range(256))), "b2sums.txt: expected the hashes of all files"),
+    (put("trainer.json", b"{}"), "trainer.json: expected a checkpoint's record"),
+    (put("trainer.json", b"[1]"), "trainer.json: expected a checkpoint's record"),
+    (put("trainer.json", HUGE), "trainer.json: expected a checkpoint's record"),
+    (put("trainer.json", b"\xff"), "trainer.json: expected a checkpoint's record"),
+    (set_record(step="1"), "trainer.json: .*step '1'"),
+    (set_record(scores=None), "trainer.json: .*scores None"),
+    (set_record(fingerprint={"weight": SUM, "bias": [1.0, math.nan, 1.0]}), "trainer.json: .*bias.*nan"),
+    (set_record(fingerprint={"weight": SUM, "bias": [1.0, math.inf, 1.0]}), "trainer.json: .*bias.*inf"),
+    (set_record(fingerprint={"weight": "sum"}), "trainer.json: .*weights of weight: expected finite sums"),
+    (set_record(fingerprint={"weight": SUM, "bias": SUM}), "model: not the weights that were trained: w"),
+    (set_record(adapters={"rank": 4}), "trainer.json: .*base_fingerprint"),
+    (other_weights, "model: not the weights that were trained: weight and 1 more"),
+    (put("rng-0.json", b"{}"), "rng-0.json: expected random states"),
+    (put("rng-0.json", b'{"python": [3, [1], null]}'), "rng-0.json: expected random states"),
+    (put("rng-0.json", HUGE), "rng-0.json: expected random states"),
+    (put("model/.metadata", b"\x80"), "model/.metadata: expected the index of a checkpoint"),
+    (put("model/.metadata", pickle.dumps({"a": 1})), "model/.metadata: expected the index .*a dict"),
+    (put("optimizer/.metadata", b""), "optimizer/.metadata: expected the index of a checkpoint"),
+    (places_elsewhere, r"model/.metadata: .*a place in \.\./optimizer/__0_0.distcp"),
+    (cut, "model: expected this model's state"),
+])  # fmt: skip
+def test_damage_is_named(broken, damage, message):
+    damage(broken)
+    assert re.match(message, refusal(broken)), refusal(broken)
+
+
+def test_no_pickle_of_a_stranger_is_executed(broken, tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    for part in ("model", "optimizer"):
+        file, trap = broken / part / ".metadata", tmp_path / f"trap-{part}"
+        before = file.read_bytes()
+        index = pickle.loads(before)
+        index.planner_data = Evil(trap)
+        put(f"{part}/.metadata", pickle.dumps(index))(broken)
+        assert refusal(broken).startswith(f"{part}/.metadata: expected the index") and not trap.exists()
+        assert "posix.mkdir, which has no place in one" in refusal(broken)
+        dcp.FileSystemReader(broken / part).read_metadata()  # torch's own runs it
+        assert trap.exists()
+        put(f"{part}/.metadata", before)(broken)
+    parts, trap = Parts(), tmp_path / "trap"  # a learning rate that is a class
+    parts.step()
+    parts.optimizer.param_groups[0]["lr"] = Evil(trap)
+    parts.save(tmp_path / "other", 1)
+    line = refusal(tmp_path / "other" / "checkpoint-1")
+    assert line.startswith("optimizer: expected this model's state, got ")
+    assert line.endswith("a class for param_groups.0.lr, which is not run")
+    assert not trap.exists()
+
+
+def test_a_checkpoint_of_an_older_version_continues_and_its_random_states_are_not_read(
+    broken, tmp_path, capsys
+):
+    (broken / SUMS).unlink()
+    (broken / "rng-0.json").unlink()
+    (broken / "rng-0.pt").write_bytes(pickle.dumps(Evil(tmp_path / "trap")))
+    assert Parts().resume(broken.parent) == 1
+    assert "has random states as a pickle, of an older version" in capsys.readouterr().out
+    assert not (tmp_path / "trap").exists()
+    other_weights(broken)
+    (broken / SUMS).unlink()
+    assert refusal(broken).startswith("model: not the weights that were trained")
+
+
+def test_hashes_are_those_of_b2sum(broken):
+    assert subprocess.run(["b2sum", "-c", "--quiet", SUMS], cwd=broken).returncode == 0
+    listed = {line.split("  ")[1] for line in (broken / SUMS).read_text().splitlines()}
+    assert listed == {n for n in files_of(broken) if n != SUMS} and "hf/config.json" in listed
+
+
+def test_nothing_is_deleted_or_written_through_a_link(tmp_path):
+    parts, out, precious = Parts(), tmp_path / "run", tmp_path / "precious"
+    out.mkdir()
+    (precious / "model").mkdir(parents=True)
+    (precious / "model" / "mine").write_text("keep")
+    for name in ("checkpoint-1", "checkpoint-2.old", "checkpoint-2.tmp", "checkpoint-3"):
+        (out / name).symlink_to(precious)
+    for step in (2, 3, 4):  # removes leftovers, replaces the link of its own step, drops old ones
+        parts.save(out, step, keep_last=1)
+    assert (precious / "model" / "mine").read_text() == "keep" and len(list(precious.rglob("*"))) == 2
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-1", "checkpoint-4"]
+    (out / "checkpoint-4" / "model" / "link").symlink_to(precious)
+    parts.save(out, 5, keep_last=1)
+    assert (precious / "model" / "mine").exists() and names(out) == ["checkpoint-1", "checkpoint-5"]
+
+
+def test_weights_that_are_not_finite_do_not_displace_those_that_are(broken):
+    parts = Parts()
+    with torch.no_grad():
+        parts.model.bias[1] = float("nan")
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-2 could not .*weights of bias.*checkpoint-1 is whole"
+    ):
+        parts.save(broken.parent, 2, keep_last=1)
+    assert [p.name for p in broken.parent.iterdir()] == ["checkpoint-1"]
+    assert Parts().resume(broken.parent) == 1
+
+
+def test_a_full_disk_is_named_at_any_file(broken):
+    sizes = {name: (broken / name).stat().st_size for name in files_of(broken)}
+    for limit in sorted({0, *sizes.values()})[:-1]:
+        with limited(limit), pytest.raises(CheckpointError, match="disk full .*checkpoint-1 is whole"):
+            Parts().save(broken.parent, 2)
+        assert [p.name for p in broken.parent.iterdir()] == ["checkpoint-1"]
+
+
+def test_other_mistakes(tmp_path):
     with pytest.raises(CheckpointError, match="resume=elsewhere: expected auto, never or a checkpoint"):
-        parts.resume(tmp_path / "new", "elsewhere")
+        Parts().resume(tmp_path / "new", "elsewhere")
+    Parts().save(tmp_path, 1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnull\n')
+    with pytest.raises(CheckpointError, match="metrics.jsonl: expected a line of JSON a step"):
+        Parts().resume(tmp_path)
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(CheckpointError, match="run.json: expected the record of a run"):
+        refuse_another_run(GRPOConfig(), tmp_path, FREE_TO_CHANGE)
 
 
 def test_fingerprint_by_hand():

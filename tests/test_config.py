@@ -1,6 +1,7 @@
 """config.py: precedence, messages that name the place, types, round trip, the record of a run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import limited
 from pydantic import ValidationError, model_validator
 
 import config as config_module
-from config import Config, ConfigError, describe_run, opt, to_yaml, write_run_record, write_whole
+from config import (
+    Config,
+    ConfigError,
+    DiskFull,
+    append,
+    describe_run,
+    opt,
+    to_yaml,
+    write_run_record,
+    write_whole,
+)
 
 ROOT = Path(config_module.__file__).parent
 
@@ -290,6 +302,40 @@ def test_write_whole_replaces_at_the_end_or_not_at_all(tmp_path):
             tmp.write_text("half")
             raise RuntimeError
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    kept = {".a.txt.bak", f".a.txt.{os.getppid()}", f".b.{dead.pid}", f".a.txt.b.{dead.pid}", "a.txt.1"}
+    for name in (*kept, f".a.txt.{os.getpid()}", f".a.txt.{dead.pid}"):
+        (tmp_path / name).mkdir()
+    with write_whole(tmp_path / "a.txt") as tmp:
+        tmp.write_text("new")
+    assert {p.name for p in tmp_path.iterdir()} == kept | {"a.txt"}
+
+
+def test_a_full_disk_is_named_with_what_is_whole(tmp_path):
+    path, lines = tmp_path / "a.txt", tmp_path / "lines.jsonl"
+    path.write_text("old")
+    append(lines, "é\n")
+    for write, message in (
+        (lambda: tmp.write_text("x" * 99), f"{path} was not written; the one before is whole"),
+        (lambda: append(lines, "y" * 99 + "\n"), f"{lines} is whole up to its last line"),
+        (lambda: append("/dev/full", "y\n"), "/dev/full is whole up to its last line"),
+    ):
+        with limited(10), pytest.raises(DiskFull) as error, write_whole(path) as tmp:
+            write()
+        assert str(error.value).partition(": ")[2] == message and str(error.value).startswith("disk full (")
+        assert path.read_text() == "old" and lines.read_bytes() == b"\xc3\xa9\n"
+        assert sorted(tmp_path.iterdir()) == [path, lines]
+    with pytest.raises(DiskFull, match="disk full .*new was not written; nothing is left of it"):
+        with limited(10), write_whole(tmp_path / "new") as tmp:
+            tmp.mkdir()
+            (tmp / "weights").write_bytes(bytes(99))
+    with pytest.raises(ValueError, match="something else"), write_whole(path):
+        raise ValueError("something else")
+    assert sorted(tmp_path.iterdir()) == [path, lines]
 
 
 def test_run_record(tmp_path):

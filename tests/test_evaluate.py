@@ -39,7 +39,12 @@ def test_import_is_light():
 
 
 def test_names():
-    assert set(dataset_names(["all"])) == set(DATASETS) - {"cv-bench-2D", "cv-bench-3D"}
+    assert set(dataset_names(["all"])) == set(DATASETS) - {
+        "cv-bench-2D",
+        "cv-bench-3D",
+        "3dsrbench_full",
+        "robospatial_home",
+    }
     assert dataset_names(["mmvp", "mmvp", "stvqa"]) == ["mmvp", "stvqa"]
     with pytest.raises(ValueError, match="expected cv-bench, .* or a file, got 'cvbench'"):
         dataset_names(["cvbench"])
@@ -116,7 +121,7 @@ def test_records_have_the_keys_that_are_declared(tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_every_benchmark_runs_from_its_rows_to_its_table(tiny_base, tmp_path, capsys):
-    """All 21 names, the real model class, one load of it."""
+    """All names, the real model class, one load of it."""
     fixtures.write_all(tmp_path / "data")
     main(
         [
@@ -179,6 +184,32 @@ def test_dry_run_and_list_load_no_model(tiny_data, tmp_path, capsys):
         ]
     )
     assert "first prompt" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "provider, asked", [("hf", "OX-PIXL/SpatialThinker-7B"), ("openai", "SpatialThinker-7b")]
+)
+def test_short_names_of_models_but_not_of_servers(provider, asked, tiny_data, monkeypatch, capsys):
+    monkeypatch.setattr("evaluate.load_processor", lambda args: None)
+    main(["--dataset", str(tiny_data / "val.parquet"), "--model_path", "SpatialThinker-7b",
+          "--provider", provider, "--dry_run"])  # fmt: skip
+    assert f"| {asked} through {provider}" in capsys.readouterr().out
+
+
+def test_the_released_prompt_is_what_is_asked(tmp_path, capsys):
+    fixtures.write_all(tmp_path / "data")
+    with serve(lambda body, nth: (200, openai_answer("<answer> (A) Yes </answer>"), {})) as (url, api):
+        main([*("--dataset", "hallusionbench", "--local_path", str(tmp_path / "data"), "--model_path", "m"),
+              *("--provider", "openai", "--base_url", url, "--out", str(tmp_path), "--template", "released"),
+              *("--min_pixels", "784", "--report")])  # fmt: skip
+    texts = {text_of(body) for body in api.bodies}
+    assert len(texts) == 2 and all(text.endswith("\nOptions:\n(A) Yes \n(B) No") for text in texts)
+    assert all("\n\nImage size: {Width} x {Height}\n(84 x 56)\n\nNow answer the" in text for text in texts)
+    summary = json.loads((tmp_path / "summary.json").read_text())[0]
+    assert (summary["accuracy"], summary["template"], summary["unparsed"]) == (0.5, "released", 0)
+    assert next(iter(summary["official"])) == "mean of aAcc, qAcc, fAcc"
+    with pytest.raises(SystemExit):
+        parse_args(["--template", "released", "--shuffle_options"])
 
 
 # ---- runs that survive ----

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bounds import gradient_bound, rounding
-from models import distance
+from models import distance, seal
 from programs import metrics, run_script, settings
 from safetensors.torch import load_file, save_file
 
@@ -253,6 +253,7 @@ def test_a_base_out_of_reach_or_of_other_weights_is_named(example, run, other_mo
     record = json.loads((checkpoint / "trainer.json").read_text())
     record["adapters"]["base"] = str(tmp_path / "gone")
     (checkpoint / "trainer.json").write_text(json.dumps(record))
+    seal(checkpoint)
     holds = f"checkpoint-3: holds adapters for {tmp_path / 'gone'}; "
     with pytest.raises(ValueError, match=f"{holds}.*gone is not to be had .*: name its folder by --base"):
         merge(checkpoint, tmp_path / "out")
@@ -280,7 +281,7 @@ def test_damaged_and_missing_adapters_are_named(run, tmp_path):
         shutil.rmtree(checkpoint / "model")
         dcp.save(changed, checkpoint_id=checkpoint / "model", no_dist=True)
         with pytest.raises(ValueError, match=message):
-            merge(checkpoint, tmp_path / "out")
+            merge(seal(checkpoint), tmp_path / "out")
         shutil.rmtree(checkpoint)
 
 

@@ -1,11 +1,16 @@
 """merge.py: names, casts, refusals, and that the copy computes what the trainer's weights compute."""
 
 import json
+import os
+import pickle
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+from models import seal
+from programs import limited
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -100,6 +105,76 @@ def test_small_shards_load_too(run, tmp_path):
     assert (out / "model.safetensors.index.json").exists()
 
 
+# ---- killed, on a full disk, tampered with ----
+@pytest.mark.parametrize("moment", ["shutil.copy2", "verify", "config.os.replace"])
+def test_a_killed_merge_succeeds_when_started_again(run, tmp_path, moment, monkeypatch):
+    """A process of its own, killed where it calls a function: afterwards nothing temporary is left."""
+    out = tmp_path / "out"
+    if (child := os.fork()) == 0:
+        torch.set_num_threads(1)  # a fork has no other threads to wait for
+        monkeypatch.setattr(f"merge.{moment}" if "." not in moment else moment,
+                            lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # fmt: skip
+        try:
+            merge(run.checkpoint, out)
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == [f".out.{child}"]
+    (tmp_path / f".out.{os.getppid()}").mkdir()  # of one that is still at work
+    merge(run.checkpoint, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".out.{os.getppid()}", "out"]
+
+
+@pytest.mark.parametrize("limit", [0, 2_000, 100_000])
+def test_a_full_disk_leaves_nothing_of_a_merge(run, tmp_path, limit):
+    with limited(limit), pytest.raises(SystemExit) as end:
+        main([str(run.checkpoint), str(tmp_path / "out")])
+    assert str(end.value) == (
+        f"error: disk full (File too large): {tmp_path}/out was not written; nothing is left of it"
+    )
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_stranger_s_checkpoint_runs_nothing(broken, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trap"),)
+
+    file = broken / SHARDS / ".metadata"
+    index = pickle.loads(file.read_bytes())
+    index.state_dict_metadata[NORM] = 1
+    for content, why in (
+        (Evil(), "posix.mkdir"),
+        ([1, Evil()], "posix.mkdir"),
+        (index, "no attribute 'size'"),
+    ):
+        file.write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=rf"model/\.metadata: expected the index .*{why}"):
+            merge(seal(broken), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+@pytest.mark.parametrize("name", ["model/__0_0.distcp", "model/.metadata", "trainer.json", "hf/config.json",
+                                  "hf/tokenizer.json"])  # fmt: skip
+def test_a_flipped_bit_and_a_link_are_named(broken, tmp_path, name):
+    file = broken / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{broken}/{name}: not as it was written, by its hash"):
+        merge(broken, tmp_path / "out")
+    file.rename(tmp_path / "file")
+    file.symlink_to(tmp_path / "file")
+    with pytest.raises(ValueError, match=f"{broken}/{name}: expected no symbolic link, got one to "):
+        merge(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_its_optimizer_can_be_merged(broken, tmp_path):
+    shutil.rmtree(broken / "optimizer")
+    assert (merge(broken, tmp_path / "out") / WEIGHTS).exists()
+
+
 def test_refuses_to_overwrite(run, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="expected a new or empty folder"):
@@ -112,13 +187,13 @@ def test_truncated_and_missing_files_are_named(broken, tmp_path):
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"model/__0_0\.distcp: truncated: .* ends at byte \d+, got \d+"):
-        merge(broken, tmp_path / "out")
+        merge(seal(broken), tmp_path / "out")
     file.unlink()
     with pytest.raises(ValueError, match=r"model/__0_0\.distcp: missing; it holds .*weight"):
-        merge(broken, tmp_path / "out")
+        merge(seal(broken), tmp_path / "out")
     (broken / SHARDS / ".metadata").write_bytes(b"\x80")
     with pytest.raises(ValueError, match=r"model/\.metadata: expected the index"):
-        merge(broken, tmp_path / "out")
+        merge(seal(broken), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -138,7 +213,7 @@ def test_wrong_weights_are_named(run, broken, tmp_path, damage, message):
     shutil.rmtree(broken / SHARDS)
     dcp.save(weights, checkpoint_id=broken / SHARDS, no_dist=True)
     with pytest.raises(ValueError, match=message) as error:
-        merge(broken, tmp_path / "out")
+        merge(seal(broken), tmp_path / "out")
     assert str(broken / SHARDS) in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-7"]
 
@@ -169,7 +244,7 @@ def test_other_mistakes(run, tmp_path, capsys):
     with pytest.raises(ValueError, match="expected model/ or checkpoint-N folders"):
         merge(tmp_path)
     (tmp_path / SHARDS).mkdir()
-    with pytest.raises(ValueError, match=r"expected hf/config\.json"):
+    with pytest.raises(ValueError, match=r"b2sums.txt: expected the hashes of all files"):
         merge(tmp_path, tmp_path / "out")
     with pytest.raises(SystemExit, match="error: .*no such folder"):
         main([str(tmp_path / "nowhere")])

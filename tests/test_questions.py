@@ -204,6 +204,8 @@ def test_count_and_existence():
         assert q.answer == str(n) and {q.answer, *q.wrong} == set("1234" if n < 5 else "5678")
         assert q.objects == tuple(c.id for c in cups[:n])
     assert not asked("count/label", scene(*cups))  # some may have no box
+    (q,) = [q for q in candidates(scene(*cups[:3]), voted=True) if q.category == "count"]
+    assert (q.form, q.answer) == ("count/voted", "3")  # by votes, if all agree
     mug = thing("mug", 100, 400, 180, 500)
     assert not asked(
         "count/label", scene(*cups[:2], mug, exhaustive=frozenset({"cup"}))

@@ -349,9 +349,15 @@ def test_hallusionbench_groups(folder):
     assert got["aAcc"] == 6 / 8
     assert got["qAcc"] == 2 / 4  # VD 0 is spoiled by row 4, VS 1 by row 3
     assert got["fAcc"] == 2 / 3  # VD 0 and VS 1 are whole, VD 1 is not; VS 0 shows no figure
+    assert got["mean of aAcc, qAcc, fAcc"] == pytest.approx((6 / 8 + 2 / 4 + 2 / 3) / 3)
     # both questions of VS without a figure: two questions are spoiled, no figure is
     records = records_of("hallusionbench", folder, lambda i, s: i not in (1, 3))
-    assert official("hallusionbench", records) == {"aAcc": 6 / 8, "qAcc": 2 / 4, "fAcc": 1.0}
+    assert official("hallusionbench", records) == {
+        "mean of aAcc, qAcc, fAcc": (6 / 8 + 2 / 4 + 1) / 3,
+        "aAcc": 6 / 8,
+        "qAcc": 2 / 4,
+        "fAcc": 1.0,
+    }
 
 
 def test_mmstar_means_over_l2_categories(folder):
@@ -581,6 +587,58 @@ def test_a_run_goes_on_behind_its_last_whole_line(tmp_path, capsys):
     now = header_of()["header"] | {"versions": {"torch": "9"}}
     check_same_run(path, header_of()["header"], now)
     assert "goes on with {'torch': '9'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("half", ['{"he', '{"header": {"conf', json.dumps(header_of())])
+def test_a_header_that_was_cut_off_costs_nothing(half, tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    path.write_text(half)
+    with open_results(path, header_of()) as (f, done):
+        f.write(line_of(1).encode())
+    assert done == set() and "header was cut off" in capsys.readouterr().out
+    assert path.read_text() == json.dumps(header_of()) + "\n" + line_of(1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\0\0\0", b'{"id": "2"}', b"[1]", b"5", b"\xff", b'{"id": "2", "row": null, "finish_reason": 1}'],
+)
+def test_a_line_that_is_no_record_costs_one_item(line, tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    start = json.dumps(header_of()) + "\n" + line_of(1)
+    path.write_bytes(start.encode() + line + b"\n" + line_of(3).encode())
+    assert [r["id"] for r in read_records(path)[1]] == ["1", "3"]
+    assert "passed over 1 lines that hold no record, the first is line 3" in capsys.readouterr().out
+    with open_results(path, header_of()) as (_, done):
+        assert done == {"1", "3"}
+
+
+def test_foreign_files_in_the_folder_are_named(tmp_path, capsys):
+    summary = summarise_run(header_of(dataset="d", model_path="m", template="t", provider="hf")["header"] | {
+        "data": {"n": 0}}, [])  # fmt: skip
+    (tmp_path / "good.summary.json").write_text(json.dumps(summary))
+    (tmp_path / "dir.summary.json").mkdir()
+    foreign = ["", "{", "[]", "7", "null", '{"a": 1}', json.dumps(summary | {"ci95": 3}), "[" * 100_000]
+    for i, text in enumerate([*foreign, json.dumps(summary | {"categories": 5})]):
+        (tmp_path / f"{i}.summary.json").write_text(text)
+    (tmp_path / "bytes.summary.json").write_bytes(b"\xff\xfe")
+    write_tables(tmp_path)
+    assert capsys.readouterr().out.count("no summary of evaluate.py, left out of the table") == 11
+    assert json.loads((tmp_path / "summary.json").read_text()) == [summary]
+
+
+def test_a_comparison_with_nothing_but_failures_says_so(tmp_path):
+    good, bad = write_results(tmp_path / "good.jsonl", [1, 0]), write_results(tmp_path / "bad.jsonl", [0, 0])
+    bad.write_text(bad.read_text().replace('"stop"', '"failed"'))
+    for a, b in ((good, bad), (bad, good), (bad, bad)):
+        with pytest.raises(ValueError, match=r"no item has an answer in .*bad.jsonl \(2 failed items\)"):
+            compare(a, b)
+
+
+def test_any_category_can_be_summed_up():
+    records = [record(True, category=c, parsed="A", method="x") for c in (None, 3, "b", ["a"], {"k": 1}, "b")]
+    got = summarise(records)["categories"]
+    assert {name: t["n"] for name, t in got.items()} == {"": 1, "3": 1, "['a']": 1, "b": 2, "{'k': 1}": 1}
 
 
 def test_what_a_record_holds_is_declared_once():

@@ -9,25 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from names import PREDICATES, article, confusable, label_of, plural, predicate, singular
 from scenes import (
-    PREDICATES,
     RawGraph,
     RawObject,
     SceneGraph,
     SceneObject,
     agrees,
-    article,
     clean,
-    confusable,
     could_be_called,
     gap,
     iou,
     is_nameable,
-    label_of,
     overlap_share,
-    plural,
-    predicate,
-    singular,
     unique,
 )
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from models_behind import Model
 from programs import REPO, run_script, settings
-from servers import KEY, serve
+from servers import KEY, openai_answer, serve, text_of
 
 import synthesize
 from data import load_samples
@@ -88,7 +88,8 @@ def test_the_card_says_what_is_in_it(drawn):
     for line in (
         "- questions: 240",
         "- writer: rules",
-        "| relation | 100 | 20 |",
+        "| relation | 100 | 20 | 120 |",
+        "| reach | 0 | 0 | 15 |",  # drawn scenes have none, and the others share its part
         "licence of 240 pictures: CC0-1.0",
     ):
         assert line in card, line
@@ -251,6 +252,36 @@ def test_a_set_from_files_keeps_their_pictures_and_licences(coco):
     assert {(i["source"], i["licence"]) for i in items} == {("coco", "CC BY 2.0")}
     for sample, item in zip(load_samples(str(coco / "out")), items, strict=True):
         assert sample.encoded_images[0]["bytes"] == open(item["image"], "rb").read()
+
+
+def test_what_may_have_no_box_is_counted_if_all_votes_agree(tmp_path, monkeypatch):
+    """Three dogs and two cups by their boxes; of the cups the third vote says otherwise."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    places = [("dog", 40, 40), ("dog", 300, 40), ("dog", 520, 40), ("cup", 40, 320), ("cup", 300, 320)]
+    things = [graph_files.thing(n, x, y, 80, 100, name) for n, (name, x, y) in enumerate(places, 1)]
+    graph_files.write_vg(tmp_path, {
+        "image_data": [{"image_id": 1, "width": 640, "height": 480, "url": "a/1.jpg"}],
+        "objects": [{"image_id": 1, "objects": things}], "relationships": [], "attributes": [],
+    })  # fmt: skip
+    graph_files.write_pictures(tmp_path, {"images/1.jpg": (640, 480)})
+    turns = Counter()
+
+    def respond(body, nth):
+        text = text_of(body)
+        name = "dogs" if "dogs" in text else "cups"
+        turns[name] += 1
+        number = "3" if name == "dogs" or turns[name] == 3 else "2"
+        return 200, openai_answer(next(line for line in text.splitlines() if line.endswith(f" {number}"))), {}
+
+    keys = dict(
+        source=f"vg:{tmp_path}", images=tmp_path / "images", shares="{count: 1}", per_image=5, val_share=0
+    )
+    with serve(respond) as (url, _):
+        voted = make(tmp_path / "voted", **keys, validator="openai:m", base_url=f"{url}/v1", concurrency=1)
+    assert [(i["form"], i["topic"], i["answer"]) for i in voted] == [("count/voted", "dog", "3")]
+    assert turns == {"dogs": 3, "cups": 3}
+    with pytest.raises(SystemExit):
+        make(tmp_path / "by_rules", **keys)
 
 
 def test_a_missing_picture_is_named_and_the_others_are_kept(coco, capsys):

@@ -36,8 +36,9 @@ def by_name(name, folder):
 def test_all_names_of_the_paper_are_there():
     named = (
         "cv-bench, cv-bench-2D, cv-bench-3D, blink-spatial, blink-depth, blink-object, blink-counting, "
-        "blink-multi-view, blink-jigsaw, realworld_qa, spatialbench, mmvp, 3dsrbench, lego, "
-        "spatialreasoner, robospatial, robospatial_rgb, stvqa, hallusionbench, vstarbench, mmstar"
+        "blink-multi-view, blink-jigsaw, realworld_qa, spatialbench, mmvp, 3dsrbench, 3dsrbench_full, lego, "
+        "spatialreasoner, robospatial, robospatial_rgb, robospatial_home, stvqa, hallusionbench, "
+        "vstarbench, mmstar"
     )
     assert list(DATASETS) == named.split(", ") == list(fixtures.TABLES)
 
@@ -193,7 +194,204 @@ def test_depth_of_16_bits_is_seen():
     assert seen.min() == 0 and seen.max() == 255 and len(fixtures.np.unique(seen)) > 40
 
 
+# ---- schemas as they are published ----
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("none", ["", "nan", "NaN"])
+def test_3dsrbench_plain_and_circular(plain, none, tmp_path, capsys):
+    fixtures.write_3dsrbench_upstream(tmp_path / "3dsr.tsv", plain, none)
+    items = load("3dsrbench", tmp_path / "3dsr.tsv").items
+    assert [item.answer for item in items][:2] == ["(A) lamp", "(B) lamp"]
+    assert {item.options for item in items} == {("lamp", "chair"), ("chair", "lamp")}
+    assert items[0].question == "Which is higher?\n(A) lamp\n(B) chair"
+    assert ("qid" in items[0].meta) is not plain
+    assert ("left out of rows #0 CD, #1 CD" in capsys.readouterr().out) is bool(none)
+
+
+@pytest.mark.parametrize(
+    "question, answer, options, gold, gone",
+    [
+        ("Which? Options: A: cup, B: lamp, C: nan, D: nan", "B", ("cup", "lamp"), "(B) lamp", "CD"),
+        ("Which?\nA: nan, B: cup, C: lamp, D: nan", "C", ("cup", "lamp"), "(B) lamp", "AD"),
+        ("Which?\n(A) cup\n(B) nan\n(C) lamp\nTake one.", "C", ("cup", "lamp"), "(B) lamp", "B"),
+        ("Which? A: cup, B: nanny, C: banana", "B", ("cup", "nanny", "banana"), "(B) nanny", None),
+        ("Which? A: cup, B: nan, C: lamp", "B", None, "expected an answer, got 'nan'", None),
+        ("Which? A: cup, B: nan, C: nan, D: nan", "A", None, "expected two options", None),
+    ],
+)
+def test_options_that_are_nan(question, answer, options, gold, gone, tmp_path, capsys):
+    """Left out and named; a row whose answer is one of them too, whatever else happens to bad rows."""
+    features, rows = fixtures.mmstar()
+    rows[1] |= {"question": question, "answer": answer}
+    fixtures.write(tmp_path / "mmstar.parquet", features, rows)
+    loaded = load("mmstar", tmp_path)
+    assert (loaded.skipped, loaded.rows, len(loaded.items)) == (0, 4, 4 if options else 3)
+    out = capsys.readouterr().out
+    if options:
+        item = loaded.items[1]
+        assert (item.options, item.answer, item.meta.get("nan_options")) == (options, gold, gone)
+        shown = [item.question[start:end] for start, end in find_options(item.question)]
+        assert shown == list(options) and ("nan" in item.question.split()) is False
+        assert (f"left out of rows #1 {gone}" in out) is bool(gone)
+        assert item.question.endswith("Take one.") is question.endswith("Take one.")
+    else:
+        assert f"mmstar: left out: row #1, column answer: {gold}" in out
+
+
+def test_nan_in_a_list_of_options():
+    source = DATASETS["spatialreasoner"].sources[0]
+    row = fixtures.spatialreasoner()[1][0]
+    for choices in ("['lamp', nan, 'arm chair']", ["lamp", None, "arm chair"], ["lamp", "nan", "arm chair"]):
+        item = benchmark_sample(row | {"choices": choices, "answer": "C"}, 0, source)
+        assert (item.options, item.answer) == (("lamp", "arm chair"), "(B) arm chair")
+
+
+@pytest.fixture(scope="module")
+def mmvp_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mmvp")
+    fixtures.write_mmvp_upstream(folder)
+    return folder
+
+
+def test_mmvp_as_it_is_published(mmvp_folder, capsys):
+    """Pictures by their number, which is not the order of their names; labels as they are, or right."""
+    loaded = load("mmvp", mmvp_folder)
+    items = loaded.items
+    assert len(items) == 300 and "warning" not in capsys.readouterr().out
+    assert [
+        e["path"].rpartition("/")[2] for e in (items[1].encoded_images[0], items[9].encoded_images[0])
+    ] == ["2.jpg", "10.jpg"]
+    assert (items[1].options, items[1].answer) == (("Open", "Closed"), "(B) Closed")
+    assert loaded.clusters[98] == loaded.clusters[99] == "pair 49"
+    changed = load("mmvp", mmvp_folder, correct_labels=True)
+    rows = [i for i in range(300) if changed.items[i].answer != items[i].answer]
+    assert [changed.items[i].answer for i in rows] == ["(B) Short", "(A) Long", "(B) Sitting", "(A) Standing"]
+    assert rows == [98, 99, 278, 279] and changed.fingerprint != loaded.fingerprint
+
+
+def test_labels_are_corrected_only_where_the_row_is_meant(tmp_path):
+    features, rows = fixtures.mmvp()
+    fixtures.write(tmp_path / "mmvp.parquet", features, rows * 17)
+    with pytest.raises(ValueError, match="#98, column text: expected 'short' in option B, to correct"):
+        load("mmvp", tmp_path, correct_labels=True)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("Index,Question,Options\n1,a,b\n", r"missing \['Correct Answer'\]"),
+        ("Index,Question,Options,Correct Answer\n2,a,b,c\n", "expected the indices 1, 2, ..., got '2'"),
+        ("", "no rows"),
+        ("Index,Question,Options,Correct Answer\n1,Is it open?,(a) Open (b) Closed,(a)\n", "row #0.*1.jpg"),
+    ],
+)
+def test_a_folder_of_mmvp_that_is_not_whole(text, message, tmp_path):
+    (tmp_path / "Questions.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load("mmvp", tmp_path)
+
+
+def test_all_350_rows_of_robospatial(tmp_path, capsys):
+    features, (yes, point) = fixtures.robospatial_home()
+    parts = {"compatibility": [yes] * 105, "configuration": [yes] * 123, "context": [point] * 122}
+    for name, rows in parts.items():
+        rows = [row | {"category": name} for row in rows]
+        fixtures.write(tmp_path / "robospatial_home" / f"{name}-0.parquet", features, rows)
+    loaded = load("robospatial_home", tmp_path)
+    assert len(loaded.items) == 350 and "warning" not in capsys.readouterr().out
+    records = fixtures.records_of("robospatial_home", tmp_path, lambda i, s: s.kind == "point")
+    assert DATASETS["robospatial_home"].official(records) == {"yes/no": 0.0, "points": 1.0}
+    # The first of a list counts, by even-odd: the middle of a star drawn in one line is outside.
+    star = "[(0.5, 0.1), (0.75, 0.9), (0.1, 0.4), (0.9, 0.4), (0.25, 0.9)]"
+    source = DATASETS["robospatial_home"].sources[0]
+    item = benchmark_sample(point | {"answer": star}, 0, source)
+    assert grade(item, "[(0.5, 0.2), (0.5, 0.5)]")["correct"]
+    assert not grade(item, "[(0.5, 0.5), (0.5, 0.2)]")["correct"]
+
+
+def test_pairs_by_place(tmp_path):
+    features, rows = fixtures.three_d_sr()
+    rows[1]["prompt"] = "Which side of the car faces away?"
+    fixtures.write(tmp_path / "3dsrbench_full.parquet", features, rows)
+    records = fixtures.records_of("3dsrbench_full", tmp_path, lambda i, s: i != 2)
+    assert DATASETS["3dsrbench_full"].official(records) == {"pairs": 1 / 2}
+
+
+# ---- the prompts of the paper's evaluator ----
+def test_the_released_prompt_to_the_letter(tmp_path):
+    fixtures.write_all(tmp_path)
+
+    def asked(name, i=0, template="released"):
+        return load(name, tmp_path, template=template).items[i].problem
+
+    first = (
+        "You FIRST observe the image in <observe> </observe> tags, then visualise the relevant scene graph "
+        "in <scene> </scene> tags, followed by thinking about the reasoning process as an internal monologue "
+        "within <think> </think> tags and then provide the final answer. The final answer MUST BE put within "
+        "<answer> </answer> tags, and only return the final choice including the correct option and answer "
+        "within the answer tags, e.g., <answer> ({correct_option}) {correct_answer} </answer>.\n\n"
+        "Image size: {Width} x {Height}\n(84 x 56)\n\nNow answer the following question:\n"
+    )
+    assert asked("mmvp") == first + (
+        "Is the door open or closed?\n(a) Open\n(b) Closed. Please give the final answer within answer tags."
+    )
+    assert asked("spatialbench") == first + (
+        "Is the cup there?. Please give the final answer within answer tags."
+    )
+    assert asked("realworld_qa") == first + "Which way is it?\n\nA. Left.\nB. Right.\nC. Straight.\n"
+    assert asked("realworld_qa", 1).endswith("?\nPlease answer directly with a single word or number.")
+    hallusion = load("hallusionbench", tmp_path, template="released").items[0]
+    assert hallusion.problem == first + (
+        "Is bar 0 higher? Answer with yes or no.\nOptions:\n(A) Yes \n(B) No"
+    )
+    assert (hallusion.kind, hallusion.answer) == ("choice", "(A) Yes")
+    question = fixtures.stvqa()[1][0]["question_with_options"]
+    assert asked("stvqa").endswith(f"Now answer the following question:\n{question}")
+    reasoning = asked("realworld_qa", 0, "released_reasoning")
+    assert reasoning.startswith("You FIRST think about") and "</answer>.\nQuestion: Which way" in reasoning
+    assert reasoning.endswith("of the correct option and nothing else.")  # there it is not taken off
+    released = load("mmvp", tmp_path, template="released")
+    plain = load("mmvp", tmp_path)
+    assert plain.items[0].problem == "" and plain.questions == released.questions
+
+
 # ---- what is refused ----
+@pytest.mark.parametrize("name", ["stvqa", "mmstar", "cv-bench"])
+@pytest.mark.parametrize("value", [None, 3, [1, "b"]])
+def test_a_category_may_be_anything(name, value, tmp_path):
+    features, rows = fixtures.TABLES[name]()
+    task = DATASETS[name].sources[0].task
+    kind = {int: fixtures.WHOLE, list: fixtures.TEXTS}.get(type(value), fixtures.TEXT)
+    value = list(map(str, value)) if isinstance(value, list) else value
+    rows = [row | {task: value} for row in rows]
+    fixtures.write(tmp_path / f"{name}.parquet", dict(features) | {task: kind}, rows)
+    loaded = load(name, tmp_path, limit=3)
+    named = "" if value is None else str(value)
+    assert len(loaded.items) == 3 and {item.category for item in loaded.items} == {named}
+
+
+@pytest.mark.parametrize("name", ["stvqa", "mmstar", "blink-jigsaw"])
+def test_damaged_images_are_named_before_a_model_is_asked(name, tmp_path, capsys):
+    """Of all the images of a row, however far behind its header the damage lies."""
+    features, rows = fixtures.TABLES[name]()
+    column = {"stvqa": "images", "blink-jigsaw": "image_3"}.get(name, "image")
+    whole = rows[1][column]["bytes"]
+    for damaged in (whole[: len(whole) // 2], whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]):
+        rows[1] = rows[1] | {column: {"bytes": damaged, "path": None}}
+        fixtures.write(tmp_path / f"{name}.parquet", features, rows)
+        with pytest.raises(ValueError, match="row #1: expected a readable image.*--skip_bad_rows leaves"):
+            load(name, tmp_path)
+        loaded = load(name, tmp_path, skip_bad_rows=True)
+        assert loaded.skipped == 1 and "left out: row #1" in capsys.readouterr().out
+
+
+def test_an_image_too_slim_is_named(tmp_path):
+    features, rows = fixtures.mmstar()
+    rows[2]["image"] = {"bytes": fixtures.png(1, (603, 3)), "path": None}
+    fixtures.write(tmp_path / "mmstar.parquet", features, rows)
+    with pytest.raises(ValueError, match="row #2: expected an image of a ratio up to 200:1, got 603 x 3"):
+        load("mmstar", tmp_path)
+
+
 def test_missing_columns_are_named(tmp_path):
     features, rows = fixtures.mmstar()
     for row in rows:

@@ -170,6 +170,21 @@ def test_words_and_ids_are_held_against_the_scene(category, question, options, a
             assert got.objects == ("cup.1", "plate.1")  # first the one whose place is asked for
 
 
+def test_what_may_have_no_box_is_counted_only_where_votes_follow():
+    said = {"question": "How many cups are there in the image?", "options": list("1234"), "answer": "1"}
+    said |= {"objects": ["cup.1"], "level": "easy", "rating": 5}
+    graph = replace(SCENE, exhaustive=frozenset())
+    assert "against the graph" in read_reply(json.dumps(said), graph, "count", "easy", "task", "m")
+    got = read_reply(json.dumps(said), graph, "count", "easy", "task", "m", voted=True)
+    assert got.form == "count/voted"
+    got = read_reply(json.dumps(said | {"answer": "2"}), graph, "count", "easy", "task", "m", voted=True)
+    assert "against the graph" in got
+    known = replace(SCENE, exhaustive=frozenset({"cup"}))
+    assert (
+        read_reply(json.dumps(said), known, "count", "easy", "task", "m", voted=True).form == "count/written"
+    )
+
+
 def test_all_that_the_rules_ask_may_be_said_by_a_model(graphs):
     asked = [(graph, q) for graph in graphs for q in candidates(graph)]
     for graph, q in asked:

@@ -3,8 +3,8 @@
     faults(graph, question)        [] or what is wrong, a line each
     set_faults(items)              the same of a whole set, as in selected.jsonl
 
-Shares no function with questions.py or scenes.py: it has its own words, its own intervals, and margins half
-as strict, so that it speaks up only where a question may mislead.
+Shares no function with questions.py, names.py or scenes.py: it has its own words, its own intervals, and
+margins half as strict, so that it speaks up only where a question may mislead.
 """
 
 import json
@@ -572,8 +572,11 @@ class Reader:
             self.fault(not fits, f"answer: {a.id} is not in the cell {self.q.answer}")
 
     # ---- count and existence ----
-    def count_label(self, many: str):
-        names = one_of_many(many) & set(self.graph.exhaustive)
+    def count_voted(self, many: str):
+        self.count_label(many, {name for o in self.graph.objects for name in (o.label, *o.kinds)})
+
+    def count_label(self, many: str, known=None):
+        names = one_of_many(many) & set(self.graph.exhaustive if known is None else known)
         if len(names) != 1:
             return self.fault(True, f"{many}: not counted in this image")
         (name,) = names
@@ -670,6 +673,7 @@ CLOSED = (
     "location/quadrant",
     "location/cell",
     "count/label",
+    "count/voted",
     "existence/label",
     "existence/triple",
 )
