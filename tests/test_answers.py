@@ -445,7 +445,7 @@ MENDED = [  # kind, reply, choices, right reading[, finish_reason]
         "(1e-1, 2.0e-1)",
         '{"point_2d": [0.1, 0.2]}\n{"point_2d": [0.5, 0.7]}',
         "<point>(0.1, 0.2)</point><point>(0.5, 0.7)</point>",
-        '```json\n[\n {"point_2d": [0.1, 0.2], "label": "b"},\n {"point_2d": [0.3, 0.4], "label": "c"}\n]\n```',
+        '```json\n[\n {"point_2d": [0.1, 0.2], "l": "b"},\n {"point_2d": [0.3, 0.4], "l": "c"}\n]\n```',
         '<point x="0.1" y="0.2" alt="cup">cup</point> <point x="0.3" y="0.4" alt="cup">cup</point>',
         '<points x1="0.1" y1="0.2" x2="0.3" y2="0.4" alt="cup">cup</points>', "0.1, 0.2\n0.3, 0.4",
         "[(0.1, 0.2)" + ", (0.3, 0.4)" * 20 + "]", '[{"x": 0.1, "y": 0.2}, {"x": 0.3, "y": 0.4}]')),
