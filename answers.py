@@ -400,7 +400,7 @@ _LISTED = re.compile(  # what stands between two points of a list
 _ORDER = re.compile(r"(?:.*(?:[:=]|\bis) )?(\W*(?:[A-H]\W*){2,8})", re.S)  # letters and what links them
 _BOUND = re.compile(  # a limit or a time of day is no number of things
     r"\b(?:than|least|most|over|under|above|below|beyond|up to|exceed\w*|maximum|minimum)(?: of)? -?\d|\d:\d"
-    r"|(?:[<>≤≥]|&[lg]te?;)=? ?-?\d|\d ?\+(?! ?\d)|\d(?: \w+)? \(?(?:(?:or|and) (?:counting|more|less"
+    r"|(?:[<>≤≥]|&[lg]t;)=? ?-?\d|\d ?(?:\+|plus)(?! ?\d)|\d(?: \w+)? \(?(?:(?:or|and) (?:counting|more|less"
     r"|fewer|above|below|over|under|so|up|higher|greater)|at (?:least|most)|m(?:in|ax)imum)\b")  # fmt: skip
 _NOT_COUNTED = re.compile(  # numbers of lists, steps and figures
     r"(?m:^[^\S\n]*\d+[.)] (?=.*\n))|\b(?:step|image|picture|figure|option) \d+:?|\bthe one\b"

@@ -669,6 +669,18 @@ def test_the_end_of_a_very_long_reply_is_read():
         assert released_letter("Answer:B" + " " * n, ("A", "B")) == letter
 
 
+def test_of_a_long_reply_its_two_ends_are_read():
+    """MAX_HEAD characters of its beginning, MAX_TAIL of its end."""
+    said = "\nThe answer is B.\n"  # 18 characters
+    for before, after, letter in (
+        (1006, 9000, "B"),
+        (1010, 9000, None),
+        (9000, 3054, "B"),
+        (9000, 3061, None),
+    ):
+        assert parse_choice("z" * before + said + "z" * after, SIDES) == letter
+
+
 def test_letters_go_as_far_as_the_options():
     ten = [f"no {i}" for i in range(10)]
     assert parse_choice("J", ten) == "J" and parse_choice("(J) no 9", ten) == "J"
