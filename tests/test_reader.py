@@ -131,6 +131,17 @@ def test_a_run_with_a_reader_pays_for_nothing_twice(provider, tiny_data, tmp_pat
     assert json.loads((tmp_path / "x.summary.json").read_text())["reader"] == summary["reader"]
 
 
+def test_a_local_model_reads(tiny_base, tiny_data, tmp_path):
+    """Loaded here, as --provider loads it; this one knows no words, so that it reads nothing."""
+    with serve(lambda body, nth: (200, openai_answer("Hm."), {})) as (url, _):
+        main(served(url, tiny_data, tmp_path, "--limit", "3", "--reader", f"hf:{tiny_base}"))
+    records = read_records(tmp_path / "x.jsonl")[1]
+    assert [(r["read_by"], r["read"], r["correct"]) for r in records] == [
+        (f"hf:{tiny_base}", None, False)
+    ] * 3
+    assert all(r["read_reply"] for r in records)
+
+
 def test_a_rotation_that_only_the_reader_reads_counts_with_it():
     base = {"row": 0, "turns": 2, "category": "", "kind": "choice", "gold": "(A) x", "meta": {},
             "method": "none", "finish_reason": "stop"}  # fmt: skip
