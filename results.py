@@ -70,6 +70,10 @@ class Record(Grade):
     prompt_tokens: int
     latency_s: float
     error: NotRequired[str]  # why it failed; absent otherwise
+    read_by: NotRequired[str]  # the model (provider:model) that was shown a reply which the rules left unread
+    read: NotRequired[object]  # what it read, as `parsed`; None: no answer
+    read_correct: NotRequired[bool]
+    read_reply: NotRequired[str]  # what it said
 
 
 def short_hash(what: bytes | str) -> str:
@@ -81,15 +85,12 @@ def judge(sample, reply: str, finish_reason: str = "stop") -> dict:
     """Whether a reply answers a sample rightly: {"parsed", "method", "correct"} of `grade`.
 
     Args: sample: a data.Sample, or anything with its kind, options, answer, size and meta;
-        finish_reason: of a reply cut off ("length") only an answer block, a box or a leading letter counts,
-        since a phrase or a text may be a thought that was to go on; of a failed request nothing.
+        finish_reason: of a reply cut off ("length") little counts (answers.read), of a failed one nothing.
     """
     frame = sample.meta["frame"] if sample.kind == "point" else ""
-    parsed, method = read(sample.kind, reply, sample.options, frame, sample.size)
+    parsed, method = read(sample.kind, reply, sample.options, frame, sample.size, finish_reason)
     if finish_reason == "failed":
         parsed, method = None, "failed"
-    elif finish_reason == "length" and method in ("phrase", "text"):
-        parsed, method = None, "unfinished"
     return {"parsed": parsed, "method": method, "correct": is_right(sample.kind, parsed, sample.answer)}
 
 
@@ -473,6 +474,7 @@ def summarise_run(header: dict, records: list[Record], benchmark=None, paper: fl
     """
     config, asked = header["config"], records
     records = collapse(records) if config.get("circular") else records
+    with_reader = summarise_reader(asked, bool(config.get("circular")))
     if benchmark and not benchmark.released:
         records = [{k: v for k, v in r.items() if k != "released"} for r in records]
     variant = [flag for flag in ("circular", "shuffle_options", "blind") if config.get(flag)]
@@ -484,13 +486,17 @@ def summarise_run(header: dict, records: list[Record], benchmark=None, paper: fl
     complete = not left_out
     whole = complete and benchmark and header["data"].get("rows") == benchmark.rows and not variant
     official = benchmark.official(records) if benchmark and benchmark.official and complete else {}
-    summary = {
-        "dataset": config["dataset"],
-        "model": config["model_path"],
-        "template": config["template"],
-        "variant": ", ".join(variant),
-        "provider": config["provider"],
-    } | summarise(records)
+    summary = (
+        {
+            "dataset": config["dataset"],
+            "model": config["model_path"],
+            "template": config["template"],
+            "variant": ", ".join(variant),
+            "provider": config["provider"],
+        }
+        | summarise(records)
+        | with_reader
+    )
     tables = {key: by_meta(records, key) for key in (benchmark.tables if benchmark else ())}
     summary |= {
         "official": {key: value for key, value in official.items() if value is not None},
@@ -513,6 +519,19 @@ def summarise_run(header: dict, records: list[Record], benchmark=None, paper: fl
     if price := config.get("price"):  # USD per million tokens, in and out
         summary["usd"] = (price[0] * summary["prompt_tokens"] + price[1] * summary["tokens"]) / 1e6
     return summary
+
+
+def summarise_reader(records: list[Record], circular: bool) -> dict:
+    """{"reader": by, shown, read, and the `tally` with what it read} of a run that a model helped to read."""
+    shown = {r["id"]: r for r in records if r["parsed"] is None and "read_by" in r}
+    if not shown:  # what the rules can read by now is theirs
+        return {}
+    said = {key: {"correct": r["read_correct"], "parsed": r["read"]} for key, r in shown.items()}
+    merged = [r | said.get(r["id"], {}) for r in records]
+    by = ", ".join(sorted({r["read_by"] for r in shown.values()}))
+    read = sum(r["read"] is not None for r in shown.values())
+    both = tally(collapse(merged) if circular else merged)
+    return {"reader": {"by": by, "shown": len(shown), "read": read, **both}}
 
 
 # ---- comparison ----
@@ -616,7 +635,8 @@ def run_name(summary: dict) -> str:
 def overview(summaries: list[dict], released: bool = False, markdown: bool = False) -> str:
     """One line a results file."""
     titles = "dataset,n,accuracy,95 % interval,official,unparsed,truncated,failed,paper".split(",")
-    rows = [titles + ["released scoring"] * released]
+    read = any("reader" in s for s in summaries)
+    rows = [titles + ["with reader"] * read + ["released scoring"] * released]
     if len({run_name(s) for s in summaries}) > 1:
         rows[0].insert(1, "model, template")
     for s in summaries:
@@ -630,6 +650,7 @@ def overview(summaries: list[dict], released: bool = False, markdown: bool = Fal
             *(str(s[key]) for key in ("unparsed", "truncated", "failed")),
             percent(s["paper"]),
         ]
+        cells += [percent(s.get("reader", {}).get("accuracy"))] * read
         cells += [percent(s.get("released"))] * released
         if len(rows[0]) > len(cells):
             cells.insert(1, run_name(s))
@@ -657,6 +678,12 @@ def details(summary: dict, markdown: bool = False) -> str:
     if summary["official"]:
         scores = (f"{key} {percent(value)}" for key, value in summary["official"].items())
         lines.append("official: " + ", ".join(scores))
+    if "reader" in summary:
+        r = summary["reader"]
+        lines.append(
+            f"accuracy {percent(r['accuracy'])} with the {r['read']} of {r['shown']} unread replies "
+            f"that {r['by']} reads"
+        )
     if "each_rotation" in summary:
         lines.append(f"each rotation by itself: {percent(summary['each_rotation']['accuracy'])}")
     if "scenes" in summary:

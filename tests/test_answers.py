@@ -1,11 +1,17 @@
 """answers.py: what a reply says, over the replies that models give and some that they should not."""
 
+import json
+import math
+import re
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import answers
 from answers import (
     MAX_PHRASES,
     MAX_STATEMENT,
@@ -23,7 +29,10 @@ from answers import (
     released_letter,
     word_matches,
 )
+from results import judge
 from rewards import MAX_CHARS
+
+HERE = Path(__file__).parent
 
 SIDES = ("left of", "right of", "above", "below")
 CHAIRS = ("chair", "arm chair", "table", "bed")
@@ -88,7 +97,7 @@ REPLIES = [
     ("No.", YES_NO, "B"),
     ("No, there is no cup.", YES_NO, "B"),
     ("Yes, there is no doubt.", YES_NO, "A"),
-    ("No cup is there.", YES_NO, "B"),
+    ("No cup is there.", YES_NO, None),  # a "no" before a noun answers nothing
     ("yes or no", YES_NO, None),
     ("No idea.", YES_NO, None),
     ("I have no idea.", YES_NO, None),
@@ -360,7 +369,135 @@ HARD_POINTS = [
 ]  # fmt: skip
 
 
+# What a careful reader refuses, or reads all the same, by kind.
+F, N, X = ("left", "right", "front", "behind"), ("3", "2", "1", "0"), None
+LIST = [0.1, 0.2]  # the first point of all lists below
+MENDED = [  # kind, reply, choices, right reading[, finish_reason]
+    # two answers
+    ("choice", "The answer is A. The lamp is B.", ("lamp", "chair"), X),
+    ("choice", "Answer: A (left) or B (right) depending on the viewpoint.", F, X),
+    ("choice", "The correct answer is A (left). Or B (right), if seen from the car.", F, X),
+    ("choice", "The correct answer is (A). The cup would be (B) from behind.", F, X),
+    ("choice", "The answer is left. Or right, from the car.", F, X),
+    ("choice", "(A), (C)", F, X), ("choice", "(A) (C)", F, X), ("choice", "[A] and [B]", F, X),
+    ("choice", "\\boxed{A} or \\boxed{B}", F, X), ("choice", "\\boxed{A, B}", F, X),
+    ("choice", "<answer>A</answer> or <answer>B</answer>", F, X),
+    ("choice", "<answer>A</answer><answer>B</answer>", F, X),
+    # a letter beside another option's text
+    ("choice", "(A) It is to the right.", F, X), ("choice", "A. The chair is on the right side", F, X),
+    ("choice", "<answer>A - at the right</answer>", F, X),
+    ("choice", "(B) on the left side of the man", F, X),
+    ("choice", "<answer>(A) There are 2</answer>", N, X), ("choice", "A, i.e. behind", F, X),
+    ("choice", "The answer is A, because the chair is on the right.", F, X),
+    ("choice", "B. The chair is on the right, the lamp on the left", F, "B"),
+    # nothing, and none of the options
+    ("choice", "There are no people, but several chairs.", N, X), ("choice", "None of these.", N, X),
+    ("choice", "There are no correct options.", N, X), ("choice", "None.", N, "D"),
+    ("choice", "There are no chairs.", N, "D"),
+    ("choice", "I think none of the above.", F[:3] + ("None of the above",), "D"),
+    ("choice", "It is impossible to tell.", ("nan", "Two", "One", "Cannot be determined"), "D"),
+    ("choice", "It cannot be determined from the image.", ("Yes", "No", "Cannot be determined"), "C"),
+    ("choice", "I cannot tell which one.", ("left", "right", "None of the above"), X),
+    # no before a noun, yes beside no
+    ("yes_no", "No other object blocks the space, so yes, it can fit.", (), "yes"),
+    ("yes_no", "No difference can be seen: the lines are equal.", (), X),
+    ("yes_no", "No visible dog.", (), X),
+    ("yes_no", "No, but yes in another frame.", (), X),
+    ("yes_no", "Yes, but no if seen from the side.", (), X),
+    ("yes_no", "Yes\n\nHowever, on a closer look the answer is no.", (), X),
+    ("yes_no", "No, wait, yes.", (), X),
+    ("yes_no", "<answer>yes</answer> Wait, no.", (), X), ("yes_no", "Answer with yes or no.", (), X),
+    ("yes_no", "Now, the chair fits. Yes.", (), "yes"), ("yes_no", "no - the lamp is in front", (), "no"),
+    # examples
+    ("choice", "Your answer should look like <answer>(A) left</answer>.", F, X),
+    ("choice", "Example: (A) left", F, X),
+    ("choice", "within the answer tags, e.g., <answer> (A) cat </answer>.", F, X),
+    ("choice", "Answer: (A) cat", F, X),
+    ("choice", "Please answer like this: \\boxed{A}", F, X), ("choice", "(A) cat", ("cat", "dog"), "A"),
+    ("choice", "In the requested format: <answer>A</answer>", F, "A"),
+    # questions it asks itself
+    ("choice", "B\n\nQuestion: Where is the lamp?\n(A) left\n(B) right\nAnswer: A", F, "B"),
+    ("choice", "B\nUser: next question\nA", F, "B"), ("choice", "B\n### Question\nWhere?\nAnswer: A", F, "B"),
+    ("choice", "B<|im_end|>\n<|im_start|>user\nfoo\n<|im_start|>assistant\nA", F, "B"),
+    ("yes_no", "Yes\n\nQuestion: is it?\nAnswer: No", (), "yes"),
+    ("number", "3\nQuestion: How many?\nAnswer: 5", (), 3),
+    # limits
+    *(("number", reply, (), X) for reply in (
+        "10+", "<3", "3 or more", "at least three", ">= 5", "more than five", "up to ten",
+        "3 at most", "> 3", "&lt;3",
+        "no fewer than 3", "a minimum of 3", "3 (or more)", "10 and counting", "\\boxed{10+}",
+        "<answer>< 3</answer>")),
+    ("choice", "3 or more", N, X), ("choice", "less than 2", ("less than 2", "2", "3"), "A"),
+    # reversals
+    ("choice", "A. left\n\nHowever, looking again, the object is on the right.", F, X),
+    ("choice", "A. left\n\nNo, it is on the right.", F, X),
+    ("choice", "A\n\nOn reflection I think it's B.", F, X),
+    ("choice", "A. left\n\nSorry, I meant B.", F, X), ("choice", "Answer: A\n\nCorrection: B", F, X),
+    ("choice", "<answer>A</answer>\nHowever, looking again it is on the right.", F, X),
+    ("choice", "\\boxed{A}\n\nHowever, it is on the right, so B.", F, X),
+    ("choice", "B. However, it is blurry.", F, "B"),
+    ("number", "3\n\nHowever, looking again, there are 4 chairs.", (), X),
+    ("number", "<answer>3</answer> Actually 4.", (), X),
+    # lists of points
+    *(("point", reply, (), LIST) for reply in (
+        "[[0.1, 0.2], [0.3, 0.4]]", "1. (0.1, 0.2)\n2. (0.3, 0.4)", "- (0.1, 0.2)\n- (0.3, 0.4)",
+        "(0.1, 0.2), (0.3, 0.4), and (0.5, 0.6)", "Point 1: (0.1, 0.2)\nPoint 2: (0.3, 0.4)",
+        "(1e-1, 2.0e-1)",
+        '{"point_2d": [0.1, 0.2]}\n{"point_2d": [0.5, 0.7]}',
+        "<point>(0.1, 0.2)</point><point>(0.5, 0.7)</point>",
+        '```json\n[\n {"point_2d": [0.1, 0.2], "l": "b"},\n {"point_2d": [0.3, 0.4], "l": "c"}\n]\n```',
+        '<point x="0.1" y="0.2" alt="cup">cup</point> <point x="0.3" y="0.4" alt="cup">cup</point>',
+        '<points x1="0.1" y1="0.2" x2="0.3" y2="0.4" alt="cup">cup</points>', "0.1, 0.2\n0.3, 0.4",
+        "[(0.1, 0.2)" + ", (0.3, 0.4)" * 20 + "]", '[{"x": 0.1, "y": 0.2}, {"x": 0.3, "y": 0.4}]')),
+    ("point", "From (0.1, 0.2) to (0.3, 0.4)", (), X), ("point", "(1e999, 0.2)", (), X),
+    # no number is infinite
+    ("number", "1e999", (), X), ("number", "9" * 400, (), X), ("number", "1" + ",000" * 200, (), X),
+    # cut off
+    ("choice", "Let me look.\n\nOption A: left. The object is", F, X, "length"),
+    ("choice", "<answer>A or", F, X, "length"),
+    ("choice", "A. left\nB. right\nC. fr", F, X, "length"),
+    ("choice", "Option A: left. It is", F, X, "length"),
+    ("choice", "maybe \\boxed{A}? wait, let me", F, X, "length"), ("yes_no", "Yes", (), X, "length"),
+    ("choice", "B. right\n\nThe lamp is", F, "B", "length"),
+    ("choice", "<answer>A</answer> and then", F, "A", "length"),
+    ("number", "<answer>3</answer>\n", (), 3, "length"),
+]  # fmt: skip
+
+
+def reading(row: dict):
+    """What the evaluation makes of a reply; of a word, the only one of `choices` that it matches."""
+    sample = SimpleNamespace(
+        kind=row["kind"], options=tuple(row["choices"]), size=(1, 1), meta={"frame": "unit"},
+        answer={"choice": "(A) x", "number": "0", "point": "[(0, 0), (1, 0), (1, 1)]"}.get(row["kind"], "x"),
+    )  # fmt: skip
+    said = judge(sample, row["reply"], row.get("finish_reason", "stop"))["parsed"]
+    if row["kind"] == "word":
+        words = [word for word in row["choices"] if said is not None and word_matches(said, word)]
+        return words[0] if len(words) == 1 else words or None
+    return list(said) if isinstance(said, tuple) else said
+
+
 # ---- reading ----
+@pytest.mark.parametrize("row", MENDED, ids=[repr(row[1][:40]) for row in MENDED])
+def test_nothing_wrong_is_read(row):
+    kind, reply, choices, want, *reason = row
+    row = {"kind": kind, "reply": reply, "choices": choices, "finish_reason": (reason or ["stop"])[0]}
+    assert reading(row) == want
+
+
+def test_the_blind_replies_read_as_the_readme_says():
+    """150 replies that the rules were not written for; the README gives these figures as the reader's."""
+    rows = [json.loads(line) for line in (HERE / "blind_replies.jsonl").read_text("utf-8").splitlines()]
+    right = wrong = 0
+    for row in rows:
+        want = float(row["want"]) if row["kind"] == "number" and row["want"] else row["want"]
+        right += reading(row) == want
+        wrong += reading(row) not in (want, None)
+    assert len(rows) == 150 and len({row["style"] for row in rows}) == 10
+    figures = f"{right} right, {len(rows) - right - wrong} unread, {wrong} wrong"
+    assert figures in (HERE.parent / "README.md").read_text("utf-8"), figures
+
+
 @pytest.mark.parametrize("reply, choices, letter", HARD, ids=[repr(r[0][:40]) for r in HARD])
 def test_hard_replies(reply, choices, letter):
     assert parse_choice(reply, choices) == letter
@@ -414,50 +551,87 @@ def test_any_text_reads_as_a_letter_of_the_options_or_none(text):
     assert parse_choice(text, SIDES) in (None, "A", "B", "C", "D")
 
 
-LONG = (
-    "final ",
-    "\\boxed{",
-    "answer is ",
-    "(",
-    "<answer>",
-    "no ",
-    "B ",
-    " ",
-    "\n",
-    "(B) or ",
-    "answer: B\n",
-    "1",
-    "1,",
-    "-",
-    "one ",
-    "A->",
-    "(0.1, ",
-    "'",
-    "_",
-    "a-",
-    "<answer>",
-    "<",
-    "is ",
-    "wait ",
-    "[x: ",
-)
+def worst_texts(pattern: re.Pattern) -> set[str]:
+    """Texts that a pattern almost matches: each of its ways to begin, all of it, and all but its end."""
+    texts = set()
+
+    def text_of(items, before=""):
+        said = ""
+        for op, value in items:
+            name = str(op)
+            if name == "LITERAL":
+                said += chr(value)
+            elif name == "IN":
+                first = next((str(v) if str(o) == "CATEGORY" else v for o, v in value if str(o) != "NEGATE"))
+                plain = {"CATEGORY_DIGIT": "1", "CATEGORY_WORD": "w"}.get(first, " ")
+                said += chr(first) if isinstance(first, int) else "A" if isinstance(first, tuple) else plain
+            elif name in ("MAX_REPEAT", "MIN_REPEAT"):
+                said += text_of(value[2], before + said) * max(1, min(value[0], 2))
+            elif name == "SUBPATTERN":
+                said += text_of(value[3], before + said)
+            elif name == "BRANCH":
+                ways = [text_of(way, before + said) for way in value[1]]
+                texts.update(before + said + way for way in ways)
+                said += ways[0]
+            elif name in ("ANY", "NOT_LITERAL"):
+                said += "x"
+        return said
+
+    texts.add(text_of(re._parser.parse(pattern.pattern, pattern.flags)))
+    return {piece for text in texts for piece in (text, text[:-1]) if piece.strip()}
 
 
-@pytest.mark.parametrize("text", [piece * (100_000 // len(piece)) for piece in LONG], ids=map(repr, LONG))
-def test_long_replies_cost_bounded_time(text):
-    for long in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", f"The answer is {text}"):
-        for reader in (
-            lambda reply: parse_choice(reply, SIDES),
-            lambda reply: released_letter(reply, SIDES),
-            lambda reply: read_point(reply, "unit", (9, 9)),
-            read_number,
-            read_yes_no,
-            read_word,
-            read_sequence,
-        ):
-            started = time.process_time()
-            reader(long)
-            assert time.process_time() - started < 1.0
+PATTERNS = {name: value for name, value in vars(answers).items() if isinstance(value, re.Pattern)}
+READERS = {
+    "choice": lambda reply: read("choice", reply, SIDES, finish_reason="length"),
+    "released": lambda reply: released_letter(reply, SIDES),
+    "word": lambda reply: word_matches(read_word(reply)[0] or "", "left of"),
+    **{
+        kind: lambda reply, kind=kind: read(kind, reply) for kind in ("yes_no", "number", "sequence", "point")
+    },
+}
+SHORT = ["<", " ", "\n", "\n-", "(", "[", "{", "\\", "_", "'", "-", "1", "1,", "a", "a-", "B ",
+"A->", "no ", "is ", "wait ",
+         "answer", "<answer>", "<answer> ", "\\boxed{", "\\boxed{x ", "\\boxed{(A) no ", "(B) or ",
+         "(0.1, ", "[x: ",
+         "</point><point ", "answer: B\n", "Question"]  # fmt: skip
+
+
+def cpu_s(reader, text: str) -> float:
+    """Seconds of the quickest of up to three tries: a busy machine is not the reader's fault."""
+    best = math.inf
+    for _ in range(3):
+        started = time.process_time()
+        reader(text)
+        best = min(best, time.process_time() - started)
+        if best < 0.03:
+            break
+    return best
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_pattern_meets_its_own_worst_text(name):
+    """As long a text as it may be given: what `_ends` leaves of 64 kB."""
+    pattern, n, source = (
+        PATTERNS[name],
+        answers.MAX_HEAD + answers.MAX_TAIL,
+        Path(answers.__file__).read_text(),
+    )
+    use = next((use for use in ("fullmatch", "match") if f"{name}.{use}(" in source), "split")
+    for piece in worst_texts(pattern):
+        for text in ((piece * n)[:n], piece + " " * n, piece + "1" * n, piece + "w" * n):
+            assert cpu_s(getattr(pattern, use), text) < 0.05, (name, text[:60])
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_64_kb_of_anything_are_read_in_50_ms(reader):
+    pieces = SHORT + [min(sorted(worst_texts(p)), key=len) for p in PATTERNS.values() if worst_texts(p)]
+    for piece in pieces:
+        long = (piece * 65_536)[:65_400]
+        for text in (long, f"<answer>A {long}</answer>"):
+            assert cpu_s(READERS[reader], text) < 0.05, (piece, text[:20])
+    for text in (f"\\boxed{{(A) x {'no ' * 21_000}}}", "<" + " " * 65_000, f"\\boxed{{{'word ' * 13_000}}}"):
+        assert cpu_s(READERS[reader], text) < 0.05, text[:20]
 
 
 # ---- limits ----
@@ -493,6 +667,18 @@ def test_the_end_of_a_very_long_reply_is_read():
         assert parse_choice("<answer>B</answer>" + "." * n, SIDES) == letter
     for n, letter in ((MAX_CHARS - 8, "B"), (MAX_CHARS - 7, "A")):
         assert released_letter("Answer:B" + " " * n, ("A", "B")) == letter
+
+
+def test_of_a_long_reply_its_two_ends_are_read():
+    """MAX_HEAD characters of its beginning, MAX_TAIL of its end."""
+    said = "\nThe answer is B.\n"  # 18 characters
+    for before, after, letter in (
+        (1006, 9000, "B"),
+        (1010, 9000, None),
+        (9000, 3054, "B"),
+        (9000, 3061, None),
+    ):
+        assert parse_choice("z" * before + said + "z" * after, SIDES) == letter
 
 
 def test_letters_go_as_far_as_the_options():

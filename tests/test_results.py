@@ -68,7 +68,8 @@ def test_a_reply_cut_off_counts_only_where_it_has_answered():
     sample = item("choice", "(B) right of", SIDES)
     for reply, read in (
         ("<answer>B</answer> and", "B"),
-        ("B. Because", "B"),
+        ("B. right of\nBecause", "B"),
+        ("B. Because", None),
         ("\\boxed{B} so", "B"),
         ("Is the answer B", None),
         ("it is right of", None),
@@ -645,4 +646,6 @@ def test_what_a_record_holds_is_declared_once():
     """What may be absent of a Grade and of a Record, which holds one. Real ones are in test_evaluate.py."""
     assert Grade.__required_keys__ == {"parsed", "method", "correct"}
     assert Grade.__required_keys__ < Record.__required_keys__
-    assert Record.__optional_keys__ - Grade.__optional_keys__ == {"ground_truth", "error"}
+    assert Record.__optional_keys__ - Grade.__optional_keys__ == {
+        *("ground_truth", "error", "read_by", "read", "read_correct", "read_reply")
+    }
