@@ -11,6 +11,7 @@ at once, each with its file and line; `--help` lists the keys. Checks between ke
 `model_validator(mode="after")` methods of the subclass: they raise ValueError with the text the user sees.
 """
 
+import base64
 import contextlib
 import difflib
 import importlib.metadata
@@ -23,6 +24,7 @@ import sys
 from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin
+from urllib.parse import unquote, unquote_plus
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -224,6 +226,47 @@ def _yaml_message(source, error):
 # ---- the record of a run ----
 
 
+def split_url(url: str) -> tuple[str, str, str, str]:
+    """(scheme with its slashes, user and password, host and path, query and fragment), however it is spelled.
+
+    Where a password has a "/", "?" or "#" in it, which no URL may, more is taken for the password.
+    """
+    scheme = re.match(r"(?i)\s*(https?:)?[/\\\\]*", url)[0]
+    rest = url[len(scheme) :]
+    place = re.split(r"[?#]", rest, maxsplit=1)[0]
+    host = re.split(r"[/\\\\]", place, maxsplit=1)[0]
+    at = rest if "@" not in place and not re.fullmatch(r"[\w.-]+(:\d+)?|\[.*\](:\d+)?", host) else place
+    user = at.rpartition("@")[0]
+    place = rest[len(user) + bool(user) :]
+    place = re.split(r"[?#]", place, maxsplit=1)[0]
+    return scheme, user, place, rest[len(user) + bool(user) + len(place) :]
+
+
+def public_url(url: str | None) -> str | None:
+    """A URL without user, password, query and fragment: what may be written to files and shown."""
+    return url and "".join(split_url(url)[::2]).strip()
+
+
+def url_secrets(url: str) -> set[str]:
+    """The parts of a URL that `public_url` leaves out, raw and decoded; without the names of a query."""
+    _, user, _, tail = split_url(url)
+    secrets = {user, *user.split(":", 1), tail[1:], *re.split("[#]", tail)[1:]}
+    secrets |= {base64.b64encode(unquote(user).encode()).decode()} if user else set()  # as a header has it
+    secrets |= {value.partition("=")[2] or value for value in re.split("[?#&;]", tail)}
+    return {s for secret in secrets for s in (secret, unquote(secret), unquote_plus(secret)) if s}
+
+
+def public_command(base_url: str | None = None) -> str:
+    """The command line, without the secrets of the URL that stands in it."""
+    arguments = [a.replace(base_url, public_url(base_url)) if base_url else a for a in sys.orig_argv]
+    return shlex.join(arguments)
+
+
+def without_secrets(config):
+    url = getattr(config, "base_url", None)
+    return config.model_copy(update={"base_url": public_url(url)}) if url else config
+
+
 def to_yaml(config):
     """The resolved config as YAML text; loading it gives back an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -238,8 +281,8 @@ def describe_run(config):
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "config": config.model_dump(mode="json"),
-        "command": shlex.join(sys.orig_argv),
+        "config": without_secrets(config).model_dump(mode="json"),
+        "command": public_command(getattr(config, "base_url", None)),
         "git": git_revision(),
         "python": sys.version.split()[0],
         "packages": versions,
@@ -262,7 +305,7 @@ def write_run_record(config, folder):
     """Write config.yaml and run.json into `folder` (made if need be), each whole or not at all."""
     os.makedirs(folder, exist_ok=True)
     record = json.dumps(describe_run(config), indent=2) + "\n"
-    for name, text in {"config.yaml": to_yaml(config), "run.json": record}.items():
+    for name, text in {"config.yaml": to_yaml(without_secrets(config)), "run.json": record}.items():
         with write_whole(Path(folder, name)) as tmp:
             tmp.write_text(text, encoding="utf-8")
 

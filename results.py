@@ -69,6 +69,8 @@ class Record(Grade):
     prompt_tokens: int
     latency_s: float
     error: NotRequired[str]  # why it failed; absent otherwise
+    stop_reason: NotRequired[str]  # a server's own word for the end, where it says more than finish_reason
+    note: NotRequired[str]  # what was sent otherwise than asked for: another parameter, coarser images
 
 
 def short_hash(what: bytes | str) -> str:
