@@ -601,10 +601,11 @@ class Service:
     are for the next byte, and a trickle of bytes meets them for ever.
     """
 
-    def __init__(self, sdk, call, read, sampling, limits, hide, decoding):
+    def __init__(self, sdk, client, call, read, sampling, limits, hide, decoding):
         """Args: call(Request) -> awaitable of a raw response; read(JSON) -> Reply; sampling: parameters of
         all requests; limits: (letters of base64, pixels of a side) of an image, for this API."""
-        self.sdk, self.call, self.read, self.hide, self.decoding = sdk, call, read, hide, decoding
+        self.sdk, self.client, self.call, self.read = sdk, client, call, read
+        self.hide, self.decoding = hide, decoding
         self.sampling, (self.most, self.side), self.lock = sampling, limits, threading.Lock()
         self.needs_limit = sdk.__name__ == "anthropic"  # of new tokens
         self.stopped, self.loop = threading.Event(), asyncio.new_event_loop()
@@ -629,7 +630,7 @@ class Service:
         self.learn(request, reply)
         note = one_line("; ".join(request.notes), self.hide)
         seconds = reply.latency_s or time.time() - started
-        return replace(reply, text=self.hide(reply.text, 8), latency_s=seconds, note=note)
+        return replace(reply, text=self.hide(reply.text, 6), latency_s=seconds, note=note)
 
     def until_answered(self, request: Request) -> Reply:
         down = odd = 0
@@ -667,7 +668,7 @@ class Service:
             reply = replace(reply, error=one_line(reply.error, self.hide))
             if down > self.decoding.retries or odd >= ODD:
                 return reply
-            pause = min(0.5 * 2.0 ** min(down + odd, 9) / 2, 8) * random.uniform(0.75, 1)
+            pause = min(0.25 * 2.0 ** min(down + odd - 1, 9), 8) * random.uniform(0.75, 1)
             # However long the server wants: not longer than an attempt may take.
             self.stopped.wait(min(pause if wait is None else wait, self.decoding.timeout_s))
             if self.stopped.is_set():
@@ -706,8 +707,15 @@ class Service:
         request.notes += [f"without {name}" for name in request.changed]
 
     def close(self):
+        async def end():
+            requests = asyncio.all_tasks() - {asyncio.current_task()}
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, self.client.close(), return_exceptions=True)
+            self.loop.stop()
+
         self.stopped.set()
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        asyncio.run_coroutine_threadsafe(end(), self.loop)
 
 
 def api_replies(
@@ -816,7 +824,7 @@ def openai_replies(
         return create(model=model, messages=messages, extra_body=request.sampling)
 
     limits = (20e6, math.inf)  # of OpenAI: 20 MB an image
-    service = Service(openai, call, read_openai, sampling, limits, hide, decoding)
+    service = Service(openai, client, call, read_openai, sampling, limits, hide, decoding)
     return api_replies(service, samples, encoder, decoding)
 
 
@@ -845,7 +853,7 @@ def anthropic_replies(
         )
 
     limits = (5 * 2**20, 8000)  # of Anthropic: 5 MB and 8,000 pixels an image
-    service = Service(anthropic, call, read_anthropic, sampling, limits, hide, decoding)
+    service = Service(anthropic, client, call, read_anthropic, sampling, limits, hide, decoding)
     return api_replies(service, samples, encoder, decoding)
 
 

@@ -477,8 +477,8 @@ def summarise_run(header: dict, records: list[Record], benchmark=None, paper: fl
             key: {str(value): tally(group) for (value,), group in groups.items()}
             for key, groups in tables.items()
         },
-        "prompt_tokens": sum(r.get("prompt_tokens", 0) for r in asked),
-        "tokens": sum(r.get("n_tokens", 0) for r in asked),
+        "prompt_tokens": sum(r.get("prompt_tokens") or 0 for r in asked),
+        "tokens": sum(r.get("n_tokens") or 0 for r in asked),
     }
     if letters := [r for r in asked if r["kind"] == "choice"]:  # a model that likes one letter shows here
         summary["letters"] = {
