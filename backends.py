@@ -4,7 +4,8 @@
 
 Every back end takes samples and a `data.PromptEncoder` and yields (index of the sample, Reply) as replies
 come in, in any order. All show the model the same prompt: images first, resized once into one pixel budget,
-then the text. A request that fails for good is a Reply with finish_reason "failed" and says why.
+then the text. A model of another family than Qwen-VL gets its images unresized: its own processor sees to
+that (`OwnEncoder`). A request that fails for good is a Reply with finish_reason "failed" and says why.
 
 The trainer samples with the same engines: `start_vllm`, `vllm_generate` and `hf_generate` take prompts and
 give token ids, and what is true of them (dtype on a CPU, the end of a reply, whose sampling settings count)
@@ -32,7 +33,7 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 
 from config import public_url, url_secrets
-from data import Prompt, PromptEncoder, Sample
+from data import Prompt, PromptEncoder, Sample, smart_size
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,72 @@ def end_token_ids(generation_config, tokenizer) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+# ---- models of any family ----
+@dataclass(frozen=True)
+class OwnPrompt(Prompt):
+    """A Prompt that its model's own processor has made."""
+
+    text: str = ""  # of the chat template, before image tokens are expanded
+
+
+class OwnEncoder:
+    """Sample -> OwnPrompt by the chat template and processor of whatever model it is.
+
+    The processor sizes the images and lays out their tokens. Where it takes Qwen-VL's pixel budget, as that
+    of Qwen3-VL does, images are resized into it once, as for Qwen2.5-VL; elsewhere the budget has no meaning.
+    """
+
+    def __init__(self, plain: PromptEncoder, processor):
+        """Args: plain: an encoder without a processor, for the messages. Raises: ValueError."""
+        self.messages, self.processor = plain.messages, processor
+        self.min_pixels, self.max_pixels = plain.min_pixels, plain.max_pixels
+        tokenizer, images = (getattr(processor, name, None) for name in ("tokenizer", "image_processor"))
+        if not tokenizer or not images or not (processor.chat_template or tokenizer.chat_template):
+            raise ValueError(
+                f"{type(processor).__name__}: expected the processor of a model that sees, with tokenizer, "
+                "image processor and chat template: name one with --processor_name"
+            )
+        processor.chat_template = processor.chat_template or tokenizer.chat_template
+        tokenizer.pad_token_id = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
+        self.cell = (getattr(images, "patch_size", 0) or 0) * (getattr(images, "merge_size", 0) or 0)
+        if self.cell:
+            images.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+
+    def images(self, sample: Sample) -> list:
+        images, budget = sample.load_images(), (self.min_pixels, self.max_pixels)
+        return [i.resize(smart_size(*i.size, *budget, self.cell), 3) for i in images] if self.cell else images
+
+    def __call__(self, sample: Sample) -> OwnPrompt:
+        text, images = self.processor.apply_chat_template(
+            self.messages(sample), tokenize=False, add_generation_prompt=True
+        ), self.images(sample)  # fmt: skip
+        vllm_ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt = OwnPrompt(sample, images, vllm_ids, [], None, None, text)
+        return replace(prompt, ids=self.batch([prompt])["input_ids"][0].tolist())
+
+    for_engine = __call__
+
+    def batch(self, prompts: Sequence[OwnPrompt]) -> dict:
+        """Inputs of the model, padded on the left."""
+        images = [p.images for p in prompts] if any(p.images for p in prompts) else None
+        how = {"padding": True, "padding_side": "left", "add_special_tokens": False}  # the template has them
+        return dict(self.processor(images=images, text=[p.text for p in prompts], return_tensors="pt", **how))
+
+    def length(self, sample: Sample) -> int:
+        return len(self(sample).ids)
+
+
+def encoder_for(make: Callable, processor) -> PromptEncoder | OwnEncoder:
+    """The encoder for a model: exact and cheap for Qwen2-VL and Qwen2.5-VL, by its own processor for others.
+
+    Args: make: processor or None -> PromptEncoder; processor: None behind an API.
+    """
+    qwen = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "NoneType")
+    return make(processor) if type(processor).__name__ in qwen else OwnEncoder(make(None), processor)
+
+
 # ---- vLLM ----
 def has_gpu() -> bool:
     """Whether there is a GPU, asked of its driver: CUDA itself stays untouched in this process.
@@ -131,6 +198,7 @@ def start_vllm(model: str, *, max_model_len: int, images: int, min_pixels: int, 
     defaults = {
         "max_model_len": max_model_len,
         "limit_mm_per_prompt": {"image": images, "video": 0},
+        "mm_processor_cache_gb": 0,  # of 4 GiB of images: none comes twice
         # The budget that the images fit already, so that vLLM does not resize them again.
         "mm_processor_kwargs": {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}},
     }
@@ -241,6 +309,9 @@ def vllm_replies(
         max_pixels=encoder.max_pixels,
         tensor_parallel_size=decoding.tensor_parallel_size,
         seed=decoding.seed,
+        **(
+            {} if getattr(encoder, "cell", 28) else {"mm_processor_kwargs": None}
+        ),  # a budget for Qwen-VL only
     )
     from vllm import SamplingParams
 
@@ -306,6 +377,7 @@ def hf_generate(
     temperature: float,
     token_bias: dict[int, float] | None = None,
     with_logps: bool = False,
+    batch: dict | None = None,
 ) -> list[Generated]:
     """A completion of each prompt, by transformers' `generate` on one left-padded batch.
 
@@ -313,21 +385,16 @@ def hf_generate(
 
     Args: temperature: 0 is greedy; token_bias: {token: what is added to its logit}; with_logps: keep the
         logits of all steps (0.6 MB a token and prompt at a vocabulary of 152k) for the log-probs, which are
-        those of the logits with bias and temperature.
+        those of the logits with bias and temperature; batch: the model's inputs (`OwnEncoder.batch`), for
+        other families than Qwen2.5-VL.
     """
     import torch
     from transformers import GenerationConfig
 
-    longest = max(len(p.ids) for p in prompts)
     end, pad = end_token_ids(model.generation_config, tokenizer), tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts])  # (B, L)
-    real = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts])  # (B, L)
-    batch = {"input_ids": ids, "attention_mask": real,
-             # Without it positions silently become one-dimensional.
-             "mm_token_type_ids": (ids == model.config.image_token_id).int()}  # fmt: skip
-    if seen := [p for p in prompts if p.pixel_values is not None]:
-        batch["pixel_values"] = torch.cat([p.pixel_values for p in seen]).to(model.dtype)
-        batch["image_grid_thw"] = torch.cat([p.image_grid_thw for p in seen])
+    batch = batch or qwen_batch(model, prompts, pad)
+    batch = {k: v.to(model.dtype) if torch.is_floating_point(v) else v for k, v in batch.items()}
+    longest = batch["input_ids"].shape[1]
     # All that the model's own config would otherwise fill in, as Qwen2.5-VL's penalty of 1.05 for repetition:
     # with vLLM, which is given none of it, replies are to agree.
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
@@ -354,6 +421,22 @@ def hf_generate(
         stop = next((t + 1 for t, token in enumerate(row) if token in end), None)
         generated.append(Generated(row[:stop], row_logps[:stop], stop is not None))
     return generated
+
+
+def qwen_batch(model, prompts: Sequence[Prompt], pad: int) -> dict:
+    """Inputs of Qwen2.5-VL for prompts padded on the left."""
+    import torch
+
+    longest = max(len(p.ids) for p in prompts)
+    ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts])  # (B, L)
+    real = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts])  # (B, L)
+    batch = {"input_ids": ids, "attention_mask": real,
+             # Without it positions silently become one-dimensional.
+             "mm_token_type_ids": (ids == model.config.image_token_id).int()}  # fmt: skip
+    if seen := [p for p in prompts if p.pixel_values is not None]:
+        batch["pixel_values"] = torch.cat([p.pixel_values for p in seen])
+        batch["image_grid_thw"] = torch.cat([p.image_grid_thw for p in seen])
+    return batch
 
 
 def hf_replies(
@@ -389,6 +472,7 @@ def hf_replies(
             prompts,
             max_new_tokens=min(decoding.max_new_tokens, room),
             temperature=decoding.temperature,
+            batch=encoder.batch(prompts) if isinstance(encoder, OwnEncoder) else None,
         )
         seconds = time.time() - started
         for (i, prompt), said in zip(fitting, generated, strict=True):

@@ -32,7 +32,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from answers import parse_choice  # noqa: F401 a public name here
-from backends import APIS, PROVIDERS, Decoding, NoService, Reply, choose_provider, package_version
+from backends import (
+    APIS,
+    PROVIDERS,
+    Decoding,
+    NoService,
+    Reply,
+    choose_provider,
+    encoder_for,
+    package_version,
+)
 from config import git_revision, plain_errors, public_command, public_url, write_whole
 from data import TEMPLATES, PromptEncoder, Sample
 from results import (
@@ -332,7 +341,8 @@ def main(argv=None):
             args.provider = choose_provider()
         selection = Selection.of(vars(args))
         benchmarks = {name: load_items(name, selection) for name in names}
-        encoder = PromptEncoder(load_processor(args), args.template, args.min_pixels, args.max_pixels)
+        how = args.template, args.min_pixels, args.max_pixels
+        encoder = encoder_for(lambda processor: PromptEncoder(processor, *how), load_processor(args))
     warn_of_overlap(benchmarks)
     for name, loaded in benchmarks.items():
         describe(args, name, loaded, encoder)

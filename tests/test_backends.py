@@ -13,15 +13,28 @@ import urllib.parse
 import urllib.request
 from dataclasses import replace
 
+import pictures
 import pytest
 import torch
 from bounds import logp_bound
+from families import FAMILIES, HOW, SAMPLES, build, encoder_of
+from families import said as said_in_order
 from fixtures import flags, served
 from PIL import Image
 from programs import run_script, start_script, wait_until
 from servers import KEY, anthropic_answer, openai_answer, serve, text_of
 
-from backends import PROVIDERS, Decoding, asked_wait, check_weights, encode_image, end_token_ids, hf_generate
+from backends import (
+    PROVIDERS,
+    Decoding,
+    OwnEncoder,
+    asked_wait,
+    check_weights,
+    encode_image,
+    encoder_for,
+    end_token_ids,
+    hf_generate,  # fmt: skip
+)
 from config import public_url
 from data import PromptEncoder, Sample, load_samples
 from evaluate import main
@@ -669,6 +682,92 @@ def test_the_engines_prompt_is_the_models(tiny_base, tiny_data):
         for sample in samples[:3]:
             assert encoder.for_engine(sample).ids == encoder(sample).ids
             assert encoder.length(sample) == len(encoder(sample).ids)
+
+
+# ---- models of other families ----
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    for name in FAMILIES:
+        build(name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_of_any_family_is_asked_as_its_own_processor_has_it(name, families):
+    """Against transformers' own chat call and generate, a prompt at a time; and the same in a batch."""
+    from transformers import AutoModelForImageTextToText
+
+    folder, expected = families / name, []
+    encoder, model = (
+        encoder_of(folder),
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32),
+    )
+    assert type(encoder) is OwnEncoder
+    processor = encoder.processor
+    for sample in SAMPLES:
+        (message,) = encoder.messages(sample)
+        (image,) = encoder.images(sample)
+        content = [{"type": "image", "image": image}, *message["content"][1:]]
+        inputs = processor.apply_chat_template(
+            [message | {"content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt")  # fmt: skip
+        prompt = encoder(sample)
+        assert prompt.ids == inputs["input_ids"][0].tolist() and encoder.length(sample) == len(prompt.ids)
+        new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, len(prompt.ids) :].tolist()
+        end = processor.tokenizer.eos_token_id in new
+        text = processor.tokenizer.decode(new, skip_special_tokens=True)
+        expected.append([text, "stop" if end else "length", len(new), len(prompt.ids), ""])
+    assert expected[0][3] != expected[1][3]  # one is padded
+    for batch_size in (1, 2):
+        how = replace(HOW, batch_size=batch_size)
+        assert said_in_order(PROVIDERS["hf"](str(folder), SAMPLES, encoder, how)) == expected
+
+
+def test_the_image_is_seen_in_every_family(families):
+    """Another picture, another distribution: what a prompt without its pixels would not show."""
+    from transformers import AutoModelForImageTextToText
+
+    for name in FAMILIES:
+        encoder = encoder_of(families / name)
+        model = AutoModelForImageTextToText.from_pretrained(families / name, dtype=torch.float32).eval()
+        others = replace(SAMPLES[0], encoded_images=(pictures.noise(84, 56, seed=9),))
+        with torch.no_grad():
+            a, b = (model(**encoder.batch([encoder(s)])).logits[0, -1] for s in (SAMPLES[0], others))
+        assert (a - b).abs().max() > 1e-3, name
+
+
+def test_no_picture_at_all_is_a_prompt_as_well(families):
+    for name in FAMILIES:
+        encoder, blind = encoder_of(families / name), replace(SAMPLES[0], encoded_images=())
+        text = encoder.processor.tokenizer.decode(encoder(blind).ids)
+        assert text.endswith("assistant:") and blind.question in text and "image" not in text
+
+
+def test_a_processor_that_cannot_chat_is_refused_in_one_line(families):
+    processor = encoder_of(families / "gemma3").processor
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(
+        ValueError, match="Gemma3Processor: expected .* chat template: name one with"
+    ) as refused:
+        encoder_for(lambda p: PromptEncoder(p, "no_reasoning", 784, 802816), processor)
+    assert "\n" not in str(refused.value)
+
+
+def test_qwens_own_path_is_its_own(tiny_base):
+    assert type(encoder_of(tiny_base)) is PromptEncoder
+
+
+@pytest.mark.slow
+def test_vllm_reads_other_families_as_transformers_does(families):
+    """The first one's engine in a process of its own."""
+    names = ["smolvlm", "internvl", "gemma3", "qwen3vl"]
+    got = json.loads(run_script("tests/families.py", families, *names).stdout.splitlines()[-1])
+    for name in names:
+        folder = families / name
+        assert got[name] == said_in_order(PROVIDERS["hf"](str(folder), SAMPLES, encoder_of(folder), HOW)), (
+            name
+        )
 
 
 # ---- the engines that the trainer shares ----
