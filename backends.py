@@ -589,25 +589,32 @@ def asked_wait(headers) -> float | None:
     return None
 
 
+def encoded(image, kind: str, **settings) -> str:
+    """Base64 of a file of that kind."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def png(image) -> str:
+    """Base64 of a lossless PNG."""
+    return encoded(image, "PNG")
+
+
 def encode_image(image, most: float, side: float) -> tuple[str, str, str]:
     """(media type, base64, what was done): a lossless PNG if the server takes it, else JPEG, ever coarser.
 
     Args: most: letters of base64; side: pixels.
     """
 
-    def base64_of(image, *how, **quality):
-        buffer = io.BytesIO()
-        image.save(buffer, *how, **quality)
-        return base64.b64encode(buffer.getvalue()).decode()
-
     size = image.size
     if max(size) > side:
         image = image.resize([max(1, int(s * side / max(size))) for s in size])
     note = "" if image.size == size else f"{image.width} x {image.height} pixels, not {size[0]} x {size[1]}"
-    if len(data := base64_of(image, "PNG")) <= most:
+    if len(data := png(image)) <= most:
         return "image/png", data, note
     for quality in (95, 90, 80, 70, 60, 50, 40, 30, 20):
-        if len(data := base64_of(image.convert("RGB"), "JPEG", quality=quality)) <= most:
+        if len(data := encoded(image.convert("RGB"), "JPEG", quality=quality)) <= most:
             return "image/jpeg", data, ", ".join(filter(None, [f"JPEG of quality {quality}", note]))
     return (
         encode_image(image, most, max(image.size) // 2) if max(image.size) > 1 else ("image/jpeg", data, "")

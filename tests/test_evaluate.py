@@ -106,8 +106,9 @@ def test_records_have_the_keys_that_are_declared(tiny_data, tmp_path):
     for record in [*scenes, *others]:
         assert Record.__required_keys__ <= record.keys() <= Record.__annotations__.keys()
         seen |= record.keys()
-    assert seen == Record.__annotations__.keys()
-    in_scenes = Record.__annotations__.keys() - {"error"}
+    rare = {"stop_reason", "note"}  # of servers that end or take a request in their own way: test_backends.py
+    assert seen == Record.__annotations__.keys() - rare
+    in_scenes = Record.__annotations__.keys() - rare - {"error"}
     assert all(record.keys() == in_scenes for record in scenes)
     read, failed = others
     assert read.keys() == Record.__required_keys__ and failed.keys() == Record.__required_keys__ | {"error"}
