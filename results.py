@@ -74,6 +74,8 @@ class Record(Grade):
     read: NotRequired[object]  # what it read, as `parsed`; None: no answer
     read_correct: NotRequired[bool]
     read_reply: NotRequired[str]  # what it said
+    stop_reason: NotRequired[str]  # a server's own word for the end, where it says more than finish_reason
+    note: NotRequired[str]  # what was sent otherwise than asked for: another parameter, coarser images
 
 
 def short_hash(what: bytes | str) -> str:

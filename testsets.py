@@ -529,12 +529,14 @@ def read_options(row: dict, source: Source, bad: Callable) -> list[str]:
 
 
 def stvqa_sample(row: dict, index: int, need_scene: bool, template: str = "") -> Sample:
-    sample = row_to_sample(row, COLUMNS, index, need_scene)[0]
+    named = {key: label(row.get(COLUMNS[key])) for key in ("category", "level")}
+    sample = row_to_sample(
+        row | {COLUMNS[key]: text for key, text in named.items()}, COLUMNS, index, need_scene
+    )[0]
     if template:
         asked = released_prompt(template, row[COLUMNS["question"]], sample.size)
         sample = replace(sample, problem=asked)
-    named = {"category": label(sample.category), "level": label(sample.level)}
-    return replace(sample, id=str(index), meta={"level": named["level"], "item": sample.id}, **named)
+    return replace(sample, id=str(index), meta={"level": sample.level, "item": sample.id})
 
 
 def permuted(sample: Sample, order: Sequence[int]) -> Sample:

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from backends import APIS, PROVIDERS, Decoding, NoService
+from backends import APIS, PROVIDERS, Decoding, NoService, encoder_for
 from data import PromptEncoder, Sample
 from names import plural, predicate, singular
 from questions import CATEGORIES, FORMS, HANDS, Question, contradiction, referents
@@ -193,7 +193,7 @@ def local_replies(provider: str, path: str, samples: Samples, decoding: Decoding
         return
     from transformers import AutoProcessor
 
-    encoder = Plain(AutoProcessor.from_pretrained(path))
+    encoder = encoder_for(Plain, AutoProcessor.from_pretrained(path))
     for i, reply in PROVIDERS[provider](path, samples, encoder, decoding):
         yield samples.requests[i].subject, reply, 0.0
 

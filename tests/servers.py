@@ -41,21 +41,23 @@ class API:
 
     def __init__(self, respond):
         self.respond, self.lock = respond, threading.Lock()
-        self.bodies, self.headers, self.counts = [], [], {}
+        self.bodies, self.headers, self.paths, self.counts = [], [], [], {}
         self.now = self.most = 0  # requests at this moment, and at most
 
-    def note(self, body, headers):
+    def note(self, body, headers, path):
         with self.lock:
             text = text_of(body)
             self.counts[text] = self.counts.get(text, 0) + 1
             self.bodies.append(body)
             self.headers.append(dict(headers))
+            self.paths.append(path)
             return self.counts[text]
 
 
 @contextmanager
 def serve(respond):
-    """-> (base URL, API). respond returns (status, JSON or bytes, headers), "hang" or "cut"."""
+    """-> (base URL, API). respond returns (status, JSON or bytes, headers), "hang", "cut" or a trickle: bytes
+    of which one is sent every 50 ms, from the status line on."""
     api = API(respond)
 
     class Handler(BaseHTTPRequestHandler):
@@ -64,7 +66,7 @@ def serve(respond):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            nth = api.note(body, self.headers)
+            nth = api.note(body, self.headers, self.path)
             with api.lock:
                 api.now += 1
                 api.most = max(api.most, api.now)
@@ -78,6 +80,13 @@ def serve(respond):
             if answer == "hang":
                 time.sleep(3)
                 self.close_connection = True
+                return
+            if isinstance(answer, bytes):
+                self.close_connection = True
+                for i in range(len(answer)):
+                    self.wfile.write(answer[i : i + 1])
+                    self.wfile.flush()
+                    time.sleep(0.05)
                 return
             status, content, headers = answer if answer != "cut" else (200, b"{" * 100, {})
             content = content if isinstance(content, bytes) else json.dumps(content).encode()

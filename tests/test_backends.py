@@ -1,24 +1,42 @@
 """backends.py: real engines on the tiny model, real clients against a server that misbehaves."""
 
 import base64
+import email.utils
 import io
 import json
 import os
+import random
 import re
 import shutil
+import time
+import urllib.parse
 import urllib.request
 from dataclasses import replace
 
+import pictures
 import pytest
 import torch
 from bounds import logp_bound
-from fixtures import flags
+from families import FAMILIES, HOW, SAMPLES, build, encoder_of
+from families import said as said_in_order
+from fixtures import flags, served
 from PIL import Image
 from programs import run_script, start_script, wait_until
 from servers import KEY, anthropic_answer, openai_answer, serve, text_of
 
-from backends import check_weights, end_token_ids, hf_generate
-from data import PromptEncoder, load_samples
+from backends import (
+    PROVIDERS,
+    Decoding,
+    OwnEncoder,
+    asked_wait,
+    check_weights,
+    encode_image,
+    encoder_for,
+    end_token_ids,
+    hf_generate,  # fmt: skip
+)
+from config import public_url
+from data import PromptEncoder, Sample, load_samples
 from evaluate import main
 from results import read_records
 
@@ -188,6 +206,397 @@ def test_an_empty_reply_is_an_answer_that_says_nothing(tiny_data, tmp_path):
     assert set(api.counts.values()) == {1}
 
 
+# What a server says -> (reply, finish_reason, the server's word for it, tokens of prompt and reply).
+PARTS = [
+    {"type": "thinking", "thinking": "hm"},
+    {"type": "text", "text": "(A"},
+    {"type": "text", "text": ")"},
+]
+CONTENTS = {
+    "text": ("(A)", "(A)"),
+    "parts": (PARTS, "(A)"),
+    "texts": (["(", "A)"], "(A)"),
+    "nested": ([[{"type": "output_text", "text": {"text": "(A)"}}]], "(A)"),
+    "number": (3, "3"),
+    "zero": (0, "0"),
+    "half": (0.5, "0.5"),
+    "truth": (True, "true"),
+    "object": ({"answer": "Ä"}, '{"answer": "Ä"}'),
+    "object with text": ({"text": "(A)"}, "(A)"),
+    "half a pair": ("(A) \ud83d", "(A) ?"),
+    "no parts": ([], ""),
+}
+USAGES = {
+    "null": None, "text": "many", "list": [1], "texts": ("12", "3"), "nulls": (None, None),
+    "truths": (True, True), "negative": (-5, -1),
+    "huge": (10**300, 10**12), "floats": (50.0, 3.0), "objects": ({}, []),
+    "no numbers": (float("nan"), float("inf")),
+}  # fmt: skip
+ENDS = {  # finish_reason -> ours, and the word that is kept
+    "stop": ("stop", ""), "end_turn": ("stop", ""), None: ("stop", ""), "length": ("length", ""),
+    "max_tokens": ("length", ""), "stop_sequence": ("stop", "stop_sequence"),
+    "tool_calls": ("stop", "tool_calls"), "tool_use": ("stop", "tool_use"), "refusal": ("stop", "refusal"),
+    "content_filter": ("length", "content_filter"), "SAFETY": ("length", "SAFETY"),
+    "model_context_window_exceeded": ("length", "model_context_window_exceeded"),
+    "never heard of": ("length", "never heard of"),
+    "abort": ("failed", "abort"), "error": ("failed", "error"),
+    "insufficient_system_resource": ("failed", "insufficient_system_resource"), "STOP": ("stop", ""),
+    "pause_turn": ("failed", "pause_turn"),
+}  # fmt: skip
+
+
+def answer_of(provider, content="(A)", usage=(50, 3), reason="stop"):
+    answer, names = ANSWER[provider](content), ("input_tokens", "output_tokens")
+    names = ("prompt_tokens", "completion_tokens") if provider == "openai" else names
+    answer["usage"] = dict(zip(names, usage, strict=True)) if isinstance(usage, tuple) else usage
+    if provider == "anthropic":
+        return answer | {"content": content, "stop_reason": reason}
+    answer["choices"][0]["finish_reason"] = reason
+    return answer
+
+
+def asked(url, provider, names, images=(), **settings):
+    """{question: Reply} of a server, one question of each name."""
+    url = f"{url}/v1" if provider == "openai" else url
+    settings = {"timeout_s": 0.6, "concurrency": 4, "base_url": url, "max_new_tokens": 77} | settings
+    encoded = tuple({"bytes": image, "path": None} for image in images)
+    samples = [Sample(str(name), encoded, (84, 56), str(name), (), "", "") for name in names]
+    encoder = PromptEncoder(None, "no_reasoning", 784, 2**30)
+    replies = PROVIDERS[provider]("m", samples, encoder, Decoding(**settings))
+    return {names[i]: reply for i, reply in replies}
+
+
+def server_of(answers):
+    """A server that gives to a question what stands under its name, a JSON body or all that `serve` takes."""
+
+    def respond(body, nth):
+        answer = answers[text_of(body).split("\n")[-1]]
+        answer = answer(body, nth) if callable(answer) else answer
+        return (200, answer, {}) if isinstance(answer, dict | list) else answer
+
+    return serve(respond)
+
+
+@pytest.mark.parametrize("provider", ANSWER)
+def test_every_shape_of_an_answer_is_read(provider):
+    cases = {
+        name: (answer_of(provider, content), (text, "stop", "", 50, 3))
+        for name, (content, text) in CONTENTS.items()
+    }
+    for name, usage in USAGES.items():
+        counts = (50, 3) if name == "floats" else (0, 0)
+        cases[f"usage {name}"] = answer_of(provider, usage=usage), ("(A)", "stop", "", *counts)
+    for word, (why, kept) in ENDS.items():
+        cases[f"end {word}"] = answer_of(provider, reason=word), ("(A)", why, kept, 50, 3)
+    with server_of({name: answer for name, (answer, _) in cases.items()}) as (url, api):
+        replies = asked(url, provider, list(cases), concurrency=16, timeout_s=9)
+    for name, (_, expected) in cases.items():
+        r = replies[name]
+        assert (r.text, r.finish_reason, r.stop_reason, r.prompt_tokens, r.n_tokens) == expected, name
+        assert bool(r.error) == (r.finish_reason == "failed")
+    times = {text.split("\n")[-1]: n for text, n in api.counts.items()}
+    assert {n for text, n in times.items() if text.startswith("end abort")} == {3}  # asked again
+    assert {n for text, n in times.items() if text.startswith("end content_filter")} == {1}
+
+
+def test_shapes_of_chat_completions_alone():
+    plain = answer_of("openai")
+    refusal = answer_of("openai", None)
+    refusal["choices"][0]["message"]["refusal"] = "I cannot."
+    old = {"choices": [{"text": "(A)", "finish_reason": {"type": "length"}}]}
+    inner = answer_of("openai", None, reason=None)
+    inner["choices"][0]["error"] = {"code": 502, "message": "upstream\nis gone"}
+    answers = {
+        "null": answer_of("openai", None),
+        "refusal": refusal,
+        "old": old,
+        "inner": inner,
+        "plain": plain,
+    }
+    with server_of(answers) as (url, _):
+        replies = asked(url, "openai", list(answers))
+    got = {name: (r.text, r.finish_reason, r.stop_reason) for name, r in replies.items()}
+    assert got["null"] == ("", "stop", "") and got["refusal"] == ("I cannot.", "stop", "refusal")
+    assert got["old"] == ("(A)", "length", "") and got["plain"] == ("(A)", "stop", "")
+    assert got["inner"][1] == "failed" and "upstream is gone" in replies["inner"].error
+
+
+DEEP = b'{"choices": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+FAILURES = {  # -> (what the record says of it, how often it is asked)
+    "error in a 200": ((200, {"error": {"message": "no such\nroom", "code": 500}}, {}), "no such room", 3),
+    "error text in a 200": ((200, {"error": "no room"}, {}), "no room", 3),
+    "deep": ((200, DEEP, {}), "malformed answer: ", 3),
+    "deep error": ((400, DEEP, {}), "400", 1),
+    "list": ((200, [], {}), "malformed answer: ", 3),
+    "words": ((200, b"hello", {}), "malformed answer: ", 3),
+    "bytes": ((200, b"\xff\xfe{", {}), "malformed answer: ", 3),
+    "long number": ((200, b'{"choices": ' + b"9" * 9999 + b"}", {}), "malformed answer: ", 3),
+    "detail": ((422, {"detail": [{"loc": ["body", "messages"], "msg": "too many"}]}, {}),
+               "body.messages: too many", 1),
+    "message": ((400, {"object": "error", "message": "no\tway"}, {}), "BadRequestError 400: no way", 1),
+    "text": ((400, b"what was that?", {}), "BadRequestError 400: what was that?", 1),
+    "page": ((502, b"<html><body><h1>502 Bad\r\n Gateway</h1></body></html>", {}), "502 Bad Gateway", 2),
+    "screen": ((400, {"error": {"message": "\x1b[2Jred \u009b1m"}}, {}), "400: [2Jred 1m", 1),
+    "context": ((400, {"error": {"message": "prompt is too long: 9 tokens > 4"}}, {}), "is too long: 9", 1),
+    "odd status": ((418, {"error": {"message": "a teapot"}}, {}), "418: a teapot", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("provider", ANSWER)
+def test_why_it_failed_stands_in_one_short_line(provider):
+    with server_of({name: answer for name, (answer, *_) in FAILURES.items()}) as (url, api):
+        replies = asked(url, provider, list(FAILURES), retries=1, concurrency=16, timeout_s=9)
+    for name, (_, words, times) in FAILURES.items():
+        reply = replies[name]
+        times += name == "context" and provider == "openai"  # without a limit of its own
+        assert reply.finish_reason == "failed" and words in reply.error, (name, reply.error)
+        assert len(reply.error) <= 500 and reply.error.isprintable()
+        assert sum(n for text, n in api.counts.items() if text.endswith(f"\n{name}")) == times, name
+
+
+@pytest.mark.parametrize("provider", ANSWER)
+def test_a_trickle_of_bytes_does_not_stretch_an_attempt(provider):
+    body = json.dumps(answer_of(provider)).encode()
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    started = time.time()
+    with server_of({"head": head + body}) as (url, api):
+        reply = asked(url, provider, ["head"], retries=1, timeout_s=0.4)["head"]
+    assert reply.error == "APITimeoutError: no whole answer within 0.4 s" and len(api.bodies) == 2
+    assert 0.8 < time.time() - started < 3
+
+
+DATES = [f"Wed, {date} 07:28:00 GMT" for date in ("21 Oct 2099", "21 Oct 1999", "99 Oct 99999")]
+
+
+@pytest.mark.parametrize("value", ["86400", "1e400", "-5", "soon", "nan", "", *DATES])
+def test_a_server_that_asks_to_wait_is_asked_again_in_time(value):
+    slowly = (429, {"error": {"message": "slowly"}}, {"retry-after": value})
+    with server_of({"x": lambda body, nth: slowly if nth < 2 else answer_of("openai")}) as (url, _):
+        started = time.time()
+        assert asked(url, "openai", ["x"], timeout_s=0.3)["x"].text == "(A)"
+        assert time.time() - started < 1.5
+
+
+def test_seconds_to_wait():
+    def date(seconds):
+        return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+    for headers, low, high in (
+        ({"retry-after": "7"}, 7, 7), ({"retry-after": "0.25"}, 0.25, 0.25),
+        ({"retry-after-ms": "20"}, 0.02, 0.02),
+        ({"retry-after": date(100)}, 98, 101), ({"retry-after-ms": "x", "retry-after": "3"}, 3, 3),
+    ):  # fmt: skip
+        assert low <= asked_wait(headers) <= high
+    for value in ("-1", "0", "nan", "soon", "", date(-100), "Wed, 99 Oct 99999 07:28:00 GMT"):
+        assert asked_wait({"retry-after": value}) is None
+
+
+REFUSALS = {  # parameter -> (what the server says, what is sent instead)
+    "seed": ({"error": {"message": "Unrecognized request argument supplied: seed"}}, {}),
+    "temperature": ({"error": {"message": "Unsupported value", "param": "temperature"}}, {}),
+    "max_tokens": ({"error": {"message": "Unsupported parameter: 'max_tokens' is not supported with this "
+                              "model. Use 'max_completion_tokens' instead."}}, {"max_completion_tokens": 77}),
+    "max_tokens at all": ({"detail": [{"loc": ["body", "max_tokens"], "msg": "Extra inputs"}]}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refused_parameter_is_left_out_or_renamed(case, capsys):
+    body, instead = REFUSALS[case]
+    name, at_all = case.split()[0], case.endswith("all")
+
+    def answer(body_asked, nth):
+        refused = [n for n in (name, *(["max_completion_tokens"] if at_all else [])) if n in body_asked]
+        words = json.loads(json.dumps(body).replace(name, refused[0])) if refused else None
+        return (400, words, {}) if refused else answer_of("openai")
+
+    with server_of(dict.fromkeys("abc", answer)) as (url, api):
+        replies = asked(url, "openai", list("abc"), concurrency=1)
+    assert {r.text for r in replies.values()} == {"(A)"} and len(api.bodies) == 4 + at_all
+    assert all(name not in b and instead.items() <= b.items() for b in api.bodies[1 + at_all :])
+    others = {"seed", "temperature", "max_tokens"} - {name}
+    assert all(others <= b.keys() for b in api.bodies)
+    out = capsys.readouterr().out
+    assert out.count("warning: this model refuses a") == 1 + at_all and f"refuses a {name};" in out
+    assert f"without {name}" in replies["a"].note
+
+
+def test_a_limit_that_the_server_lowers(capsys):
+    def answer(body, nth):
+        if body["max_tokens"] > 40:
+            words = f"max_tokens: {body['max_tokens']} > 40, which is the maximum for this model"
+            return 400, {"type": "error", "error": {"type": "invalid_request_error", "message": words}}, {}
+        return answer_of("anthropic")
+
+    with server_of(dict.fromkeys("ab", answer)) as (url, api):
+        replies = asked(url, "anthropic", list("ab"), concurrency=1)
+    assert [b["max_tokens"] for b in api.bodies] == [77, 40, 40] and replies["a"].text == "(A)"
+    assert "max_tokens=40" in capsys.readouterr().out
+
+
+def test_a_prompt_that_leaves_less_room_than_asked_for_is_asked_for_that(capsys):
+    """Of one item alone: the next may be shorter."""
+    vllm = "This model's maximum context length is 2048 tokens, 'max_tokens' is too large: 77"
+    anthropic = "input length and `max_tokens` exceed context limit: 1990 + 77 > 2048"
+
+    def answer(provider, words, most):
+        def respond(body, nth):
+            fits = body.get("max_tokens", 0) <= most or text_of(body).endswith("b")
+            return answer_of(provider) if fits else (400, {"error": {"message": words}}, {})
+
+        return dict.fromkeys("ab", respond)
+
+    for provider, words, most, sent in (
+        ("openai", vllm, 0, [77, None, 77]),
+        ("anthropic", anthropic, 58, [77, 58, 77]),
+    ):
+        with server_of(answer(provider, words, most)) as (url, api):
+            replies = asked(url, provider, list("ab"), concurrency=1)
+        assert [b.get("max_tokens") for b in api.bodies] == sent
+        assert {r.text for r in replies.values()} == {"(A)"} and "context" in replies["a"].note
+        assert replies["b"].note == "" and "refuses" not in capsys.readouterr().out
+
+
+def test_a_name_in_another_error_changes_nothing(capsys):
+    """A request without that parameter has to succeed before others go without it."""
+    answers = {
+        "a": (400, {"error": {"message": "bad question: what temperature has the seed?"}}, {}),
+        "b": answer_of("openai"),
+    }
+    with server_of(answers) as (url, api):
+        replies = asked(url, "openai", list("ab"), concurrency=1)
+    assert replies["a"].finish_reason == "failed" and "what temperature" in replies["a"].error
+    assert {"temperature", "seed"} <= api.bodies[-1].keys() and replies["b"].text == "(A)"
+    assert "refuses" not in capsys.readouterr().out
+
+
+def noise(width, height) -> bytes:
+    """A picture that no PNG makes smaller."""
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (width, height), random.Random(0).randbytes(3 * width * height)).save(
+        buffer, "PNG"
+    )
+    return buffer.getvalue()
+
+
+def sent_image(body):
+    image = body["messages"][0]["content"][0]
+    if image["type"] == "image":
+        return image["source"]["media_type"], image["source"]["data"]
+    return image["image_url"]["url"].removeprefix("data:").split(";base64,")
+
+
+def test_an_image_beyond_the_limit_is_sent_as_jpeg():
+    with server_of({"x": answer_of("anthropic")}) as (url, api):
+        large = asked(url, "anthropic", ["x"], [noise(1400, 1400)], timeout_s=9)["x"]
+        slim = asked(url, "anthropic", ["x"], [noise(8400, 56)], timeout_s=9)["x"]
+        small = asked(url, "anthropic", ["x"], [noise(56, 56)], timeout_s=9)["x"]
+    kinds = [sent_image(body) for body in api.bodies]
+    assert [kind for kind, _ in kinds] == ["image/jpeg", "image/png", "image/png"]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for _, data in kinds]
+    assert [p.size for p in pictures] == [(1400, 1400), (8000, 53), (56, 56)]
+    assert pictures[0].format == "JPEG" and 10**6 < len(kinds[0][1]) <= 5 * 2**20
+    assert re.fullmatch(r"image 1 as JPEG of quality \d\d", large.note)
+    assert slim.note == "image 1 as 8000 x 53 pixels, not 8400 x 56" and small.note == ""
+
+
+@pytest.mark.parametrize(
+    "status, words", [(413, "Request Entity Too Large"), (400, "image exceeds 5 kB maximum")]
+)
+def test_an_image_that_a_server_finds_too_large_is_sent_smaller(status, words):
+    def answer(body, nth):
+        fits = len(sent_image(body)[1]) < 5000
+        return answer_of("openai") if fits else (status, {"error": {"message": words}}, {})
+
+    with server_of({"x": answer}) as (url, _):
+        reply = asked(url, "openai", ["x"], [noise(112, 112)])["x"]
+    assert reply.text == "(A)" and "JPEG of quality" in reply.note
+
+
+def test_an_image_of_any_limit_is_made_to_fit():
+    image = Image.open(io.BytesIO(noise(300, 200)))
+    for most in (10**6, 50_000, 9_000, 2_000, 900):
+        kind, data, note = encode_image(image, most, 8000)
+        assert len(data) <= most and (kind == "image/png") == (note == "")
+
+
+@pytest.mark.parametrize("usage", [None, "many", {"prompt_tokens": "x", "completion_tokens": None}])
+def test_a_server_that_counts_wrongly_does_not_lock_the_results(usage, tiny_data, tmp_path):
+    with serve(lambda body, nth: (200, openai_answer("(A)") | {"usage": usage}, {})) as (url, api):
+        for _ in range(2):
+            _, records = ask(url, "openai", tiny_data, tmp_path, limit=2)
+    assert [(r["reply"], r["n_tokens"]) for r in records] == [("(A)", 0)] * 2 and len(api.bodies) == 2
+
+
+URLS = ["http://me:hidd3n@HOST?api=hidd3n&b=c#hidd3n", "HTTP://hidd3n:hidd3n@HOST/?hidd3n",
+        "http://me:hidd3n%40x%2Fy@HOST?k=hidd3n%20b", "http://hidd3n@HOST#/hidd3n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelled", URLS)
+def test_no_secret_of_a_url_or_key_is_written_or_shown(spelled, tiny_data, tmp_path, capsys, monkeypatch):
+    """Not even where the server echoes all that it was sent."""
+
+    def respond(body, nth):
+        echo = " ".join(api.headers[-1].values()) + f" {base_url} {urllib.parse.unquote(base_url)}"
+        return (
+            (400, {"error": {"message": echo}}, {}) if len(api.bodies) % 2 else (200, openai_answer(echo), {})
+        )
+
+    with serve(respond) as (url, api):
+        base_url = spelled.replace("HOST", url.removeprefix("http://") + "/v1")
+        monkeypatch.setattr(
+            "sys.orig_argv", ["python", "evaluate.py", f"--base_url={base_url}", "--base_url", base_url]
+        )
+        with pytest.raises(SystemExit) as ended:
+            main(served(base_url, tiny_data, tmp_path, "--limit", "4"))
+    written = (
+        "".join(path.read_text() for path in tmp_path.iterdir())
+        + "".join(capsys.readouterr())
+        + str(ended.value)
+    )
+    basic = base64.b64encode(b"me:hidd3n").decode()
+    assert "hidd3n" not in written.lower() and KEY not in written and basic not in written
+    header, records = read_records(tmp_path / "x.jsonl")
+    assert header["config"]["base_url"].lower().rstrip("/") == f"{url}/v1" and len(records) == 4
+    assert any("***" in r["reply"] + r.get("error", "") for r in records)
+
+
+def test_no_secret_of_a_url_is_in_the_record_of_a_run(tmp_path, monkeypatch):
+    from config import write_run_record
+    from synthesize import SynthesizeConfig
+
+    url = "http://me:hidd3n@h/v1?key=hidd3n"
+    monkeypatch.setattr("sys.orig_argv", ["python", "synthesize.py", f"base_url={url}"])
+    write_run_record(SynthesizeConfig(source="drawn", out="x", base_url=url), tmp_path)
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "hidd3n" not in written and written.count("http://h/v1") == 3
+
+
+def test_what_a_url_shows():
+    for url, shown in {
+        "http://h/v1": "http://h/v1", "https://h:8000": "https://h:8000", "http://[::1]:8/v1": "http://[::1]:8/v1",
+        "HTTPS://a:b@h/v1": "HTTPS://h/v1", "a:b@h/v1": "h/v1", "http://h/v1?key=a@b": "http://h/v1",
+        "http://a:b/c@h/v1": "http://h/v1", "http://a:b#c@h/v1": "http://h/v1", "http://a:b@c@h": "http://h",
+        "http:/a:b@h": "http:/h", "//a@h": "//h", "http://h#a": "http://h", "": "", None: None,
+    }.items():  # fmt: skip
+        assert public_url(url) == shown
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://me:hidd3n@h", "me:hidd3n@h/v1", "http://me:hidd3n@h:x/v1", "http://", "hello"]
+)
+def test_a_url_that_is_none_is_refused_in_one_line(url):
+    with pytest.raises(ValueError, match="base_url: expected http://HOST:PORT/PATH, got ") as refused:
+        asked("", "openai", ["x"], base_url=url)
+    assert "hidd3n" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_query_of_a_url_reaches_the_server():
+    with server_of({"x": answer_of("openai")}) as (url, api):
+        assert asked(url, "openai", ["x"], base_url=f"{url}/v1?version=2&key=a%20b#c")["x"].text == "(A)"
+    assert api.paths == ["/v1/chat/completions?version=2&key=a+b"]
+
+
 # ---- engines ----
 HF = ("--provider", "hf", "--max_new_tokens", "12")
 
@@ -273,6 +682,92 @@ def test_the_engines_prompt_is_the_models(tiny_base, tiny_data):
         for sample in samples[:3]:
             assert encoder.for_engine(sample).ids == encoder(sample).ids
             assert encoder.length(sample) == len(encoder(sample).ids)
+
+
+# ---- models of other families ----
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    for name in FAMILIES:
+        build(name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_of_any_family_is_asked_as_its_own_processor_has_it(name, families):
+    """Against transformers' own chat call and generate, a prompt at a time; and the same in a batch."""
+    from transformers import AutoModelForImageTextToText
+
+    folder, expected = families / name, []
+    encoder, model = (
+        encoder_of(folder),
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32),
+    )
+    assert type(encoder) is OwnEncoder
+    processor = encoder.processor
+    for sample in SAMPLES:
+        (message,) = encoder.messages(sample)
+        (image,) = encoder.images(sample)
+        content = [{"type": "image", "image": image}, *message["content"][1:]]
+        inputs = processor.apply_chat_template(
+            [message | {"content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt")  # fmt: skip
+        prompt = encoder(sample)
+        assert prompt.ids == inputs["input_ids"][0].tolist() and encoder.length(sample) == len(prompt.ids)
+        new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, len(prompt.ids) :].tolist()
+        end = processor.tokenizer.eos_token_id in new
+        text = processor.tokenizer.decode(new, skip_special_tokens=True)
+        expected.append([text, "stop" if end else "length", len(new), len(prompt.ids), ""])
+    assert expected[0][3] != expected[1][3]  # one is padded
+    for batch_size in (1, 2):
+        how = replace(HOW, batch_size=batch_size)
+        assert said_in_order(PROVIDERS["hf"](str(folder), SAMPLES, encoder, how)) == expected
+
+
+def test_the_image_is_seen_in_every_family(families):
+    """Another picture, another distribution: what a prompt without its pixels would not show."""
+    from transformers import AutoModelForImageTextToText
+
+    for name in FAMILIES:
+        encoder = encoder_of(families / name)
+        model = AutoModelForImageTextToText.from_pretrained(families / name, dtype=torch.float32).eval()
+        others = replace(SAMPLES[0], encoded_images=(pictures.noise(84, 56, seed=9),))
+        with torch.no_grad():
+            a, b = (model(**encoder.batch([encoder(s)])).logits[0, -1] for s in (SAMPLES[0], others))
+        assert (a - b).abs().max() > 1e-3, name
+
+
+def test_no_picture_at_all_is_a_prompt_as_well(families):
+    for name in FAMILIES:
+        encoder, blind = encoder_of(families / name), replace(SAMPLES[0], encoded_images=())
+        text = encoder.processor.tokenizer.decode(encoder(blind).ids)
+        assert text.endswith("assistant:") and blind.question in text and "image" not in text
+
+
+def test_a_processor_that_cannot_chat_is_refused_in_one_line(families):
+    processor = encoder_of(families / "gemma3").processor
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(
+        ValueError, match="Gemma3Processor: expected .* chat template: name one with"
+    ) as refused:
+        encoder_for(lambda p: PromptEncoder(p, "no_reasoning", 784, 802816), processor)
+    assert "\n" not in str(refused.value)
+
+
+def test_qwens_own_path_is_its_own(tiny_base):
+    assert type(encoder_of(tiny_base)) is PromptEncoder
+
+
+@pytest.mark.slow
+def test_vllm_reads_other_families_as_transformers_does(families):
+    """The first one's engine in a process of its own."""
+    names = ["smolvlm", "qwen3vl"]  # the others agree as well, at six seconds each
+    got = json.loads(run_script("tests/families.py", families, *names).stdout.splitlines()[-1])
+    for name in names:
+        folder = families / name
+        assert got[name] == said_in_order(PROVIDERS["hf"](str(folder), SAMPLES, encoder_of(folder), HOW)), (
+            name
+        )
 
 
 # ---- the engines that the trainer shares ----
