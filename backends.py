@@ -53,6 +53,7 @@ class Decoding:
     concurrency: int = 16  # APIs: requests at a time
     timeout_s: float = 300.0  # APIs: for one attempt
     retries: int = 8  # APIs: further attempts after 429, 5xx, a timeout or a cut connection
+    show: Callable[[str], None] | None = None  # gets the text of a lone sample's reply piece by piece
 
     def seed_of(self, sample: Sample) -> int:
         """A seed of its own for every item: one for all would give all the same noise."""
@@ -86,6 +87,15 @@ def end_token_ids(generation_config, tokenizer) -> list[int]:
     ids = generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def text_streamer(tokenizer, show: Callable[[str], None], skip_prompt: bool = False):
+    """What takes tokens by `put` as they are generated, until `end`, and gives their text by whole words."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: show(text)
+    return streamer
 
 
 # ---- vLLM ----
@@ -128,14 +138,17 @@ def start_vllm(model: str, *, max_model_len: int, images: int, min_pixels: int, 
     return LLM(model=model, **defaults | settings)
 
 
-def vllm_generate(llm, requests: Iterable[tuple], at_once: int | None) -> Iterator[tuple]:
+def vllm_generate(
+    llm, requests: Iterable[tuple], at_once: int | None, seen: Callable[[list[int]], None] | None = None
+) -> Iterator[tuple]:
     """Work off requests and yield each with what it gave, as they finish: in any order.
 
     With all of them at once the engine sees what `llm.generate` would show it. With fewer, prompts and their
     images are made only when there is room for them, so that memory does not grow with their number.
 
     Args: requests: (key, Prompt, SamplingParams), n of which may be more than 1; at_once: requests in the
-        engine at a time, None: all. The engine has to be idle, and this iterator to be run to its end.
+        engine at a time, None: all; seen: gets the tokens of a lone request so far after every step. The
+        engine has to be idle, and this iterator to be run to its end.
     Yields: (key, Prompt, RequestOutput), whose `outputs` are all n in order of their index.
     Raises: RuntimeError if vLLM reads another prompt than Prompt.ids, the trainer's or transformers'.
     """
@@ -147,12 +160,14 @@ def vllm_generate(llm, requests: Iterable[tuple], at_once: int | None) -> Iterat
             n, (key, prompt, params) = entry
             request = {"prompt_token_ids": prompt.vllm_ids}
             request |= {"multi_modal_data": {"image": prompt.images}} if prompt.images else {}
-            params.output_kind = RequestOutputKind.FINAL_ONLY
+            params.output_kind = RequestOutputKind.CUMULATIVE if seen else RequestOutputKind.FINAL_ONLY
             running[str(n)] = (key, prompt)
             engine.add_request(str(n), request, params)
         if not running:
             return
         for output in engine.step():
+            if seen:
+                seen(output.outputs[0].token_ids)
             if output.finished:
                 key, prompt = running.pop(output.request_id)
                 if output.prompt_token_ids != prompt.ids:
@@ -236,6 +251,16 @@ def vllm_replies(
     from vllm import SamplingParams
 
     failed, started = [], {}  # what never reaches the engine: (index, Reply); index -> time
+    tokenizer, seen, shown = encoder.processor.tokenizer, None, 0
+    if decoding.show:
+        import torch
+
+        streamer = text_streamer(tokenizer, decoding.show)
+
+        def seen(ids):
+            nonlocal shown
+            streamer.put(torch.tensor(ids[shown:], dtype=torch.long))
+            shown = len(ids)
 
     def requests():
         for i, sample in enumerate(samples):
@@ -256,11 +281,13 @@ def vllm_replies(
             )
 
     try:
-        for i, prompt, output in vllm_generate(llm, requests(), decoding.batch_size):
+        for i, prompt, output in vllm_generate(llm, requests(), decoding.batch_size, seen):
             while failed:
                 yield failed.pop()
             said = output.outputs[0]
-            text = encoder.processor.tokenizer.decode(said.token_ids, skip_special_tokens=True)
+            if seen:
+                streamer.end()
+            text = tokenizer.decode(said.token_ids, skip_special_tokens=True)
             reason = "length" if said.finish_reason == "length" else "stop"
             seconds = time.time() - started.pop(i)
             yield i, Reply(text, reason, len(said.token_ids), len(prompt.ids), seconds)
@@ -297,6 +324,7 @@ def hf_generate(
     temperature: float,
     token_bias: dict[int, float] | None = None,
     with_logps: bool = False,
+    streamer=None,
 ) -> list[Generated]:
     """A completion of each prompt, by transformers' `generate` on one left-padded batch.
 
@@ -304,7 +332,8 @@ def hf_generate(
 
     Args: temperature: 0 is greedy; token_bias: {token: what is added to its logit}; with_logps: keep the
         logits of all steps (0.6 MB a token and prompt at a vocabulary of 152k) for the log-probs, which are
-        those of the logits with bias and temperature.
+        those of the logits with bias and temperature; streamer: takes the tokens of a lone prompt as they
+        come.
     """
     import torch
     from transformers import GenerationConfig
@@ -334,7 +363,8 @@ def hf_generate(
         output_scores=with_logps,
         **sampling,
     )
-    out = model.generate(**{k: v.to(model.device) for k, v in batch.items()}, generation_config=config)
+    batch = {k: v.to(model.device) for k, v in batch.items()}
+    out = model.generate(**batch, generation_config=config, streamer=streamer)
     new = out.sequences[:, longest:]  # (B, T)
     logps = torch.zeros(len(prompts), 0)
     if with_logps:  # a step at a time: the logits of all, in float32 and again as log-probs, would double it
@@ -380,6 +410,7 @@ def hf_replies(
             prompts,
             max_new_tokens=min(decoding.max_new_tokens, room),
             temperature=decoding.temperature,
+            streamer=text_streamer(tokenizer, decoding.show, skip_prompt=True) if decoding.show else None,
         )
         seconds = time.time() - started
         for (i, prompt), said in zip(fitting, generated, strict=True):
@@ -402,16 +433,17 @@ def api_replies(
     encoder: PromptEncoder,
     decoding: Decoding,
 ) -> Replies:
-    """Replies of `complete` (text, images as base64 PNG, seed, instructions -> Reply), some at a time.
+    """Replies of `complete` (text, images as base64 PNG, seed, instructions, show -> Reply), some at a time.
 
     The client library waits and asks again after 429, 5xx, timeouts and cut connections by itself
     (exponential backoff with jitter, Retry-After); an answer that cannot be read is asked for again here. A
-    model that takes no temperature is asked without: `sampling`, which the calls share, is emptied.
+    model that takes no temperature is asked without: `sampling`, which the calls share, is emptied. Where no
+    stream can be had, or one breaks off, the answer is asked for as a whole.
     Raises: NoService if no request can succeed.
     """
 
     def ask(sample):
-        started, error = time.time(), ""
+        started, error, show = time.time(), "", decoding.show
         try:
             images = [png(image) for image in encoder.images(sample)]
             *first, user = encoder.messages(sample)
@@ -421,9 +453,8 @@ def api_replies(
         for _ in range(3):
             asked = time.time()
             try:
-                return replace(
-                    complete(text, images, decoding.seed_of(sample), system), latency_s=time.time() - asked
-                )
+                reply = complete(text, images, decoding.seed_of(sample), system, show)
+                return replace(reply, latency_s=time.time() - asked)
             except (sdk.AuthenticationError, sdk.PermissionDeniedError, sdk.NotFoundError) as refusal:
                 raise NoService(f"{type(refusal).__name__}: {refusal}".replace(key, "***")[:500]) from None
             except sdk.APIError as failure:
@@ -432,10 +463,12 @@ def api_replies(
                     if sampling:
                         print("warning: this model refuses a temperature; asked without it", flush=True)
                         sampling.clear()
+                elif show:
+                    show = None
                 elif not isinstance(failure, sdk.APIResponseValidationError):
                     break
             except (ValueError, TypeError, LookupError, AttributeError) as failure:  # the answer's shape
-                error = f"malformed answer: {type(failure).__name__}: {failure}"
+                error, show = f"malformed answer: {type(failure).__name__}: {failure}", None
         return Reply("", "failed", latency_s=time.time() - started, error=error.replace(key, "***")[:500])
 
     todo, done, stopped = queue.Queue(), queue.Queue(), threading.Event()
@@ -507,23 +540,39 @@ def openai_replies(
     # Servers of one's own know the first, OpenAI's newer models want the second.
     limit = "max_tokens" if decoding.base_url else "max_completion_tokens"
 
-    def complete(text, images, seed, system):
+    def complete(text, images, seed, system, show):
         content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{i}"}} for i in images]
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": text}]})
-        answer = client.chat.completions.create(
-            model=model, messages=messages, seed=seed, **sampling, **{limit: decoding.max_new_tokens}
-        )
-        choice, usage = answer.choices[0], answer.usage  # some servers count no tokens
-        why = "length" if choice.finish_reason == "length" else "stop"
-        return Reply(
-            choice.message.content or "",
-            why,
-            getattr(usage, "completion_tokens", 0),
-            getattr(usage, "prompt_tokens", 0),
-        )
+        request = {"model": model, "messages": messages, "seed": seed, limit: decoding.max_new_tokens}
+        request |= sampling
+        if show:
+            text, why, usage = openai_stream(client, request, show)
+        else:
+            answer = client.chat.completions.create(**request)
+            choice, usage = answer.choices[0], answer.usage  # some servers count no tokens
+            text, why = choice.message.content or "", choice.finish_reason
+        counts = (getattr(usage, f"{part}_tokens", 0) for part in ("completion", "prompt"))
+        return Reply(text, "length" if why == "length" else "stop", *counts)
 
     return api_replies(complete, openai, key, sampling, samples, encoder, decoding)
+
+
+def openai_stream(client, request: dict, show: Callable[[str], None]) -> tuple:
+    """(text, why it ended, usage) of an answer shown as it comes. Raises: ValueError if it broke off."""
+    text, why, usage = "", None, None
+    for chunk in client.chat.completions.create(
+        **request, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices[:1]:
+            why = choice.finish_reason or why
+            if piece := choice.delta.content:
+                text += piece
+                show(piece)
+    if why is None:
+        raise ValueError("expected a stream with an end, got none")
+    return text, why, usage
 
 
 def anthropic_replies(
@@ -537,20 +586,24 @@ def anthropic_replies(
         api_key=key, base_url=decoding.base_url, timeout=decoding.timeout_s, max_retries=decoding.retries
     )
 
-    def complete(text, images, seed, system):
+    def complete(text, images, seed, system, show):
         sources = [{"type": "base64", "media_type": "image/png", "data": i} for i in images]
         content = [{"type": "image", "source": source} for source in sources]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-        answer = client.messages.create(  # no argument for a temperature, and no seed at all
-            model=model,
-            messages=messages,
-            max_tokens=decoding.max_new_tokens,
-            extra_body=dict(sampling),
-            # The same for many calls: the server keeps what it has computed of it.
-            system=[{"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}]
-            if system
-            else [],
-        )
+        # The same for many calls: the server keeps what it has computed of it.
+        system = [{"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}] if system else []
+        request = {"model": model, "messages": messages, "max_tokens": decoding.max_new_tokens}
+        # no argument for a temperature, and no seed at all
+        request |= {"system": system, "extra_body": dict(sampling)}
+        if show:
+            with client.messages.stream(**request) as stream:
+                for piece in stream.text_stream:
+                    show(piece)
+                answer = stream.get_final_message()
+            if answer.stop_reason is None:
+                raise ValueError("expected a stream with an end, got none")
+        else:
+            answer = client.messages.create(**request)
         text = "".join(block.text for block in answer.content if block.type == "text")
         why = "length" if answer.stop_reason == "max_tokens" else "stop"
         usage = answer.usage  # what its cache has written or read is counted apart

@@ -76,19 +76,25 @@ def short_hash(what: bytes | str) -> str:
 
 
 # ---- grading ----
-def judge(sample, reply: str, finish_reason: str = "stop") -> dict:
-    """Whether a reply answers a sample rightly: {"parsed", "method", "correct"} of `grade`.
+def read_reply(sample, reply: str, finish_reason: str = "stop") -> tuple[object, str]:
+    """(what a reply answers to a sample, method) or (None, why not), as of `answers.read`.
 
-    Args: sample: a data.Sample, or anything with its kind, options, answer, size and meta;
-        finish_reason: of a reply cut off ("length") only an answer block, a box or a leading letter counts,
-        since a phrase or a text may be a thought that was to go on; of a failed request nothing.
+    Args: sample: a data.Sample, or anything with its kind, options, size and meta; finish_reason: of a reply
+        cut off ("length") only an answer block, a box or a leading letter counts, since a phrase or a text
+        may be a thought that was to go on; of a failed request nothing.
     """
     frame = sample.meta["frame"] if sample.kind == "point" else ""
     parsed, method = read(sample.kind, reply, sample.options, frame, sample.size)
     if finish_reason == "failed":
-        parsed, method = None, "failed"
-    elif finish_reason == "length" and method in ("phrase", "text"):
-        parsed, method = None, "unfinished"
+        return None, "failed"
+    if finish_reason == "length" and method in ("phrase", "text"):
+        return None, "unfinished"
+    return parsed, method
+
+
+def judge(sample, reply: str, finish_reason: str = "stop") -> dict:
+    """Whether a reply, read by `read_reply`, answers a sample: {"parsed", "method", "correct"} of `grade`."""
+    parsed, method = read_reply(sample, reply, finish_reason)
     return {"parsed": parsed, "method": method, "correct": is_right(sample.kind, parsed, sample.answer)}
 
 
