@@ -111,6 +111,8 @@ def lay_out(relationships, looks: dict, notes: Sequence[str], width: int, height
         if x and x + needed > width - gap:
             x, line = 0, line + 1
         for text, ground in parts:
+            if x + pen.width(text) > width - gap:  # longer than a line
+                x, line = 0, line + 1
             words.append((gap + x, line, text, ground))
             x += pen.width(text)
         x += gap
