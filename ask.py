@@ -160,7 +160,7 @@ class Terminal:
 
     def show(self, text: str):
         self.shown += text
-        safe = "".join(c for c in text if c.isprintable() or c in "\n\t")  # no cursor keys of a model's own
+        safe = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)  # nothing that moves the cursor
         print(safe.encode(errors="replace").decode(), end="", flush=True)
 
     def end(self, reply: str):
@@ -171,14 +171,23 @@ class Terminal:
 
 
 def load_processor(args):
-    """The model's processor; none for a model behind an API, which brings its own."""
+    """The model's processor; none for a model behind an API, which brings its own. Raises: OSError if neither
+    this machine nor the Hub has the model: transformers finds out in minutes."""
     if args.provider in APIS:
         return None
+    import httpx2
+    from huggingface_hub import model_info, try_to_load_from_cache
     from transformers import AutoProcessor
     from transformers.utils.logging import disable_progress_bar
 
+    path = args.model_path
+    try:
+        if not Path(path).is_dir() and not try_to_load_from_cache(path, "config.json"):
+            model_info(path, timeout=30)
+    except (OSError, ValueError, httpx2.HTTPError) as error:
+        raise OSError(f"--model_path {path}: expected a folder or a model of the Hub, got {error}") from None
     disable_progress_bar()
-    return AutoProcessor.from_pretrained(args.processor_name or args.model_path)
+    return AutoProcessor.from_pretrained(args.processor_name or path)
 
 
 def ask(args, sample: Sample, show=None) -> Reply:
@@ -214,26 +223,26 @@ def describe(sample: Sample, reply: Reply, image) -> tuple[dict, object]:
 def main(argv=None):
     args = parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is the reply's
-    out = Path(args.out or Path(args.photo).with_suffix(".scene.png"))
     with one_line_errors():
         question, options = read_question(args.question, args.options)
         image = read_photo(args.photo)
-        if not os.access(out.parent, os.W_OK) or out.is_dir():
+        out = Path(args.out or Path(args.photo).with_suffix(".scene.png"))
+        if not os.access(out.parent, os.W_OK) or out.is_dir() or out.resolve() == Path(args.photo).resolve():
             raise OSError(f"{out}: expected a place to write a picture to (--out)")
         kind = "choice" if options else "word"
         sample = Sample("photo", ({"path": args.photo},), image.size, question, options, "", "", kind=kind)
         terminal = None if args.json else Terminal()
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
             reply = ask(args, sample, terminal and terminal.show)
+        said, picture = describe(sample, reply, image)
         if terminal:
             terminal.end(reply.text)
-        said, picture = describe(sample, reply, image)
+            answer = "unread" if said["answer"] is None else said["answer"]
+            terminal.show(f"\nanswer: {answer}\nread: {said['method']}, {HOW[said['method']]}\n")
         with write_whole(out) as tmp:
             picture.save(tmp, "PNG")
     if args.json:
         return print(json.dumps(said | {"png": str(out)}))
-    answer = "unread" if said["answer"] is None else said["answer"]
-    terminal.show(f"\nanswer: {answer}\nread: {said['method']}, {HOW[said['method']]}\n")
     if reply.finish_reason == "length":
         print(f"the reply was cut off after {reply.n_tokens} tokens (--max_new_tokens)")
     scene = "scene" if said["scene"] else "no well-formed scene"

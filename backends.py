@@ -596,12 +596,7 @@ def anthropic_replies(
         # no argument for a temperature, and no seed at all
         request |= {"system": system, "extra_body": dict(sampling)}
         if show:
-            with client.messages.stream(**request) as stream:
-                for piece in stream.text_stream:
-                    show(piece)
-                answer = stream.get_final_message()
-            if answer.stop_reason is None:
-                raise ValueError("expected a stream with an end, got none")
+            answer = anthropic_stream(client, request, show)
         else:
             answer = client.messages.create(**request)
         text = "".join(block.text for block in answer.content if block.type == "text")
@@ -611,6 +606,22 @@ def anthropic_replies(
         return Reply(text, why, usage.output_tokens, usage.input_tokens + cached)
 
     return api_replies(complete, anthropic, key, sampling, samples, encoder, decoding)
+
+
+def anthropic_stream(client, request: dict, show: Callable[[str], None]):
+    """The message, which is shown as it comes. Raises: ValueError if it broke off."""
+    import httpx2  # the client's own, whose errors it lets through here
+
+    try:
+        with client.messages.stream(**request) as stream:
+            for piece in stream.text_stream:
+                show(piece)
+            answer = stream.get_final_message()
+    except (AssertionError, httpx2.HTTPError) as failure:  # the former where no message came at all
+        raise ValueError(f"{type(failure).__name__}: {failure}") from None
+    if answer.stop_reason is None:
+        raise ValueError("expected a stream with an end, got none")
+    return answer
 
 
 PROVIDERS = {"vllm": vllm_replies, "hf": hf_replies, "openai": openai_replies, "anthropic": anthropic_replies}

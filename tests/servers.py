@@ -55,7 +55,8 @@ class API:
 
 @contextmanager
 def serve(respond):
-    """-> (base URL, API). respond returns (status, JSON or bytes, headers), "hang" or "cut"."""
+    """-> (base URL, API). respond returns (status, JSON, bytes or an iterator of them, headers), "hang" or
+    "cut"."""
     api = API(respond)
 
     class Handler(BaseHTTPRequestHandler):
@@ -80,6 +81,13 @@ def serve(respond):
                 self.close_connection = True
                 return
             status, content, headers = answer if answer != "cut" else (200, b"{" * 100, {})
+            if hasattr(content, "__next__"):  # a stream: each piece is sent before the next is made
+                self.send_response(status)
+                self.end_headers()
+                for piece in content:
+                    self.wfile.write(piece)
+                self.close_connection = True
+                return
             content = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
