@@ -9,13 +9,19 @@ import pytest
 from PIL import Image
 from servers import KEY, anthropic_answer, openai_answer, serve, text_of
 
+import ask
 import drawing
 import evaluate
 from ask import HOW, main, parse_args, read_question, read_scene
+from data import Sample
 from drawing import colour_of, draw_scene
 
 QUESTION = "Where is the cat relative to the couch? (A) on top of (B) in front of (C) behind (D) beside"
-SHOWN = "Where is the cat relative to the couch?\nOptions:\n(A) on top of\n(B) in front of\n(C) behind\n(D) beside"
+SHOWN = "\n".join(
+    [QUESTION.partition(" (A)")[0], "Options:", "(A) on top of", "(B) in front of", "(C) behind"]
+)
+SHOWN += "\n(D) beside"
+LEFT_RIGHT = "Where?\nOptions:\n(A) left\n(B) right", ("left", "right")
 SCENE = (
     '{"objects":[{"id":"cat.1","bbox":[4,2,14,12]},{"id":"couch.1","bbox":[0,8,30,24]}],'
     '"relationships":[{"subject":"cat.1","predicate":"on top of","object":"couch.1"}]}'
@@ -24,6 +30,7 @@ REPLY = (
     f"<observe>A cat.</observe>\n<scene>{SCENE}</scene>\n<think>On.</think>\n<answer>(A) on top of</answer>"
 )
 BOXES = [{"id": "cat.1", "bbox": [4, 2, 14, 12]}, {"id": "couch.1", "bbox": [0, 8, 30, 20]}]  # 20 pixels high
+TALL = {"id": "cat.1", "bbox": [4, 8, 14, 20]}
 
 
 @pytest.fixture
@@ -43,15 +50,11 @@ def photo(tmp_path, monkeypatch):
     "text, options, expected",
     [
         (QUESTION, [], (SHOWN, ("on top of", "in front of", "behind", "beside"))),
-        ("Where?\nA. left\nB. right", [], ("Where?\nOptions:\n(A) left\n(B) right", ("left", "right"))),
-        (
-            "Where? Options: a) left, b) right",
-            [],
-            ("Where?\nOptions:\n(A) left\n(B) right", ("left", "right")),
-        ),
-        ("Where?", ["left", "right"], ("Where?\nOptions:\n(A) left\n(B) right", ("left", "right"))),
-        ("Where?", ["(A) left", "(B) right"], ("Where?\nOptions:\n(A) left\n(B) right", ("left", "right"))),
-        ("Where?", ["A. left B. right"], ("Where?\nOptions:\n(A) left\n(B) right", ("left", "right"))),
+        ("Where?\nA. left\nB. right", [], LEFT_RIGHT),
+        ("Where? Options: a) left, b) right", [], LEFT_RIGHT),
+        ("Where?", ["left", "right"], LEFT_RIGHT),
+        ("Where?", ["(A) left", "(B) right"], LEFT_RIGHT),
+        ("Where?", ["A. left B. right"], LEFT_RIGHT),
         ("(A) 1 (B) 2\nHow many?", [], ("How many?\nOptions:\n(A) 1\n(B) 2", ("1", "2"))),
         (" How many cats? ", [], ("How many cats?", ())),
     ],
@@ -96,8 +99,8 @@ def test_settings_are_those_of_evaluation():
         (SCENE.replace("[4,2,14,12]", "[4,2,14,1e999]"), BOXES[1:]),
         (SCENE.replace("[4,2,14,12]", "[NaN,2,14,12]"), BOXES[1:]),
         (SCENE.replace("[4,2,14,12]", "[300,2,400,12]"), BOXES[1:]),  # outside
-        (SCENE.replace("[4,2,14,12]", f"[4,2,14,{'9' * 150}]"), [{"id": "cat.1", "bbox": [4, 2, 14, 20]}] + BOXES[1:]),
-        (SCENE.replace("cat.1", "couch.1"), [{"id": "couch.1", "bbox": [4, 2, 14, 12]}]),  # one name, two boxes
+        (SCENE.replace("[4,2,14,12]", f"[4,8,14,{'9' * 150}]"), [TALL, *BOXES[1:]]),
+        (SCENE.replace("cat.1", "couch.1"), [BOXES[0] | {"id": "couch.1"}]),  # one name
         ("[" * 60_000, []),
         ('"id":"' * 10_000, []),
         ('"subject" : "a" ' + " " * 60_000, []),
@@ -173,13 +176,10 @@ def test_the_tiny_model_answers_on_a_terminal_and_for_scripts(photo, tiny_start,
 
 
 def test_transformers_shows_a_reply_word_by_word(photo, tiny_start):
-    from ask import ask
-    from data import Sample
-
-    args = parse_args([photo, "q", "--model_path", str(tiny_start), "--provider", "hf", "--min_pixels", "784",
-                       "--max_new_tokens", "24"])  # fmt: skip
-    sample, pieces = Sample("", ({"path": photo},), (30, 20), "Where?", (), "", "", kind="word"), []
-    reply = ask(args, sample, pieces.append)
+    frame = ("--min_pixels", "7056", "--max_pixels", "12544", "--max_new_tokens", "24")
+    args = parse_args([photo, "q", "--model_path", str(tiny_start), "--provider", "hf", *frame])
+    sample, pieces = Sample("", ({"path": photo},), (30, 20), SHOWN, (), "", "", kind="word"), []
+    reply = ask.ask(args, sample, pieces.append)
     assert "".join(pieces) == reply.text and reply.n_tokens == 24 and len(list(filter(None, pieces))) > 3
 
 
@@ -192,8 +192,8 @@ def stream(provider: str, *texts: str, end: bool = True):
         events = [chunk | {"choices": [c]} for c in choices]
     else:
         begin = anthropic_answer("") | {"content": [], "stop_reason": None}
-        events = [{"type": "message_start", "message": begin},
-                  {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}]  # fmt: skip
+        block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+        events = [{"type": "message_start", "message": begin}, block]
         events += [
             {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}
             for text in texts
@@ -230,18 +230,20 @@ def test_a_server_streams_and_gets_the_one_prompt(api, photo, capsys, monkeypatc
     def respond(body, nth):
         def pieces():
             for piece in stream(provider, REPLY[:20], REPLY[20:]):
-                if REPLY[20:30] in json.loads(piece.split(b"data: ")[1]).__str__():
+                if REPLY[21:30].encode() in piece:
                     assert first.wait(10), "the first piece was not shown before the second was sent"
                 yield piece
 
         return 200, pieces(), {}
 
-    def show(self, text, shown=__import__("ask").Terminal.show):
+    shown = ask.Terminal.show
+
+    def show(self, text):
         on_screen.append(text)
         first.set()
         shown(self, text)
 
-    monkeypatch.setattr("ask.Terminal.show", show)
+    monkeypatch.setattr(ask.Terminal, "show", show)
     (body,) = asks(photo, respond)
     assert body["stream"] is True and body["temperature"] == 0
     assert text_of(body).endswith(f"Image size: (30 x 20)\n\n{SHOWN}") and "<observe>" in text_of(body)
