@@ -63,6 +63,7 @@ class Decoding:
     concurrency: int = 16  # APIs: requests at a time
     timeout_s: float = 300.0  # APIs: for one attempt, to the last byte
     retries: int = 8  # APIs: further attempts after 429, 5xx, a timeout or a cut connection
+    show: Callable[[str], None] | None = None  # gets the text of a lone sample's reply piece by piece
 
     def seed_of(self, sample: Sample) -> int:
         """A seed of its own for every item: one for all would give all the same noise."""
@@ -164,6 +165,15 @@ def encoder_for(make: Callable, processor) -> PromptEncoder | OwnEncoder:
     return make(processor) if type(processor).__name__ in qwen else OwnEncoder(make(None), processor)
 
 
+def text_streamer(tokenizer, show: Callable[[str], None], skip_prompt: bool = False):
+    """What takes tokens by `put` as they are generated, until `end`, and gives their text by whole words."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: show(text)
+    return streamer
+
+
 # ---- vLLM ----
 def has_gpu() -> bool:
     """Whether there is a GPU, asked of its driver: CUDA itself stays untouched in this process.
@@ -205,14 +215,17 @@ def start_vllm(model: str, *, max_model_len: int, images: int, min_pixels: int, 
     return LLM(model=model, **defaults | settings)
 
 
-def vllm_generate(llm, requests: Iterable[tuple], at_once: int | None) -> Iterator[tuple]:
+def vllm_generate(
+    llm, requests: Iterable[tuple], at_once: int | None, seen: Callable[[list[int]], None] | None = None
+) -> Iterator[tuple]:
     """Work off requests and yield each with what it gave, as they finish: in any order.
 
     With all of them at once the engine sees what `llm.generate` would show it. With fewer, prompts and their
     images are made only when there is room for them, so that memory does not grow with their number.
 
     Args: requests: (key, Prompt, SamplingParams), n of which may be more than 1; at_once: requests in the
-        engine at a time, None: all. The engine has to be idle, and this iterator to be run to its end.
+        engine at a time, None: all; seen: gets the tokens of a lone request so far after every step. The
+        engine has to be idle, and this iterator to be run to its end.
     Yields: (key, Prompt, RequestOutput), whose `outputs` are all n in order of their index.
     Raises: RuntimeError if vLLM reads another prompt than Prompt.ids, the trainer's or transformers'.
     """
@@ -224,12 +237,14 @@ def vllm_generate(llm, requests: Iterable[tuple], at_once: int | None) -> Iterat
             n, (key, prompt, params) = entry
             request = {"prompt_token_ids": prompt.vllm_ids}
             request |= {"multi_modal_data": {"image": prompt.images}} if prompt.images else {}
-            params.output_kind = RequestOutputKind.FINAL_ONLY
+            params.output_kind = RequestOutputKind.CUMULATIVE if seen else RequestOutputKind.FINAL_ONLY
             running[str(n)] = (key, prompt)
             engine.add_request(str(n), request, params)
         if not running:
             return
         for output in engine.step():
+            if seen:
+                seen(output.outputs[0].token_ids)
             if output.finished:
                 key, prompt = running.pop(output.request_id)
                 if output.prompt_token_ids != prompt.ids:
@@ -316,6 +331,16 @@ def vllm_replies(
     from vllm import SamplingParams
 
     failed, started = [], {}  # what never reaches the engine: (index, Reply); index -> time
+    tokenizer, seen, shown = encoder.processor.tokenizer, None, 0
+    if decoding.show:
+        import torch
+
+        streamer = text_streamer(tokenizer, decoding.show)
+
+        def seen(ids):
+            nonlocal shown
+            streamer.put(torch.tensor(ids[shown:], dtype=torch.long))
+            shown = len(ids)
 
     def requests():
         for i, sample in enumerate(samples):
@@ -336,11 +361,13 @@ def vllm_replies(
             )
 
     try:
-        for i, prompt, output in vllm_generate(llm, requests(), decoding.batch_size):
+        for i, prompt, output in vllm_generate(llm, requests(), decoding.batch_size, seen):
             while failed:
                 yield failed.pop()
             said = output.outputs[0]
-            text = encoder.processor.tokenizer.decode(said.token_ids, skip_special_tokens=True)
+            if seen:
+                streamer.end()
+            text = tokenizer.decode(said.token_ids, skip_special_tokens=True)
             reason = "length" if said.finish_reason == "length" else "stop"
             seconds = time.time() - started.pop(i)
             yield i, Reply(text, reason, len(said.token_ids), len(prompt.ids), seconds)
@@ -378,6 +405,7 @@ def hf_generate(
     token_bias: dict[int, float] | None = None,
     with_logps: bool = False,
     batch: dict | None = None,
+    streamer=None,
 ) -> list[Generated]:
     """A completion of each prompt, by transformers' `generate` on one left-padded batch.
 
@@ -386,7 +414,7 @@ def hf_generate(
     Args: temperature: 0 is greedy; token_bias: {token: what is added to its logit}; with_logps: keep the
         logits of all steps (0.6 MB a token and prompt at a vocabulary of 152k) for the log-probs, which are
         those of the logits with bias and temperature; batch: the model's inputs (`OwnEncoder.batch`), for
-        other families than Qwen2.5-VL.
+        other families than Qwen2.5-VL; streamer: takes the tokens of a lone prompt as they come.
     """
     import torch
     from transformers import GenerationConfig
@@ -410,7 +438,8 @@ def hf_generate(
         output_scores=with_logps,
         **sampling,
     )
-    out = model.generate(**{k: v.to(model.device) for k, v in batch.items()}, generation_config=config)
+    batch = {k: v.to(model.device) for k, v in batch.items()}
+    out = model.generate(**batch, generation_config=config, streamer=streamer)
     new = out.sequences[:, longest:]  # (B, T)
     logps = torch.zeros(len(prompts), 0)
     if with_logps:  # a step at a time: the logits of all, in float32 and again as log-probs, would double it
@@ -473,6 +502,7 @@ def hf_replies(
             max_new_tokens=min(decoding.max_new_tokens, room),
             temperature=decoding.temperature,
             batch=encoder.batch(prompts) if isinstance(encoder, OwnEncoder) else None,
+            streamer=text_streamer(tokenizer, decoding.show, skip_prompt=True) if decoding.show else None,
         )
         seconds = time.time() - started
         for (i, prompt), said in zip(fitting, generated, strict=True):
@@ -692,10 +722,11 @@ class Service:
     are for the next byte, and a trickle of bytes meets them for ever.
     """
 
-    def __init__(self, sdk, client, call, read, sampling, limits, hide, decoding):
-        """Args: call(Request) -> awaitable of a raw response; read(JSON) -> Reply; sampling: parameters of
-        all requests; limits: (letters of base64, pixels of a side) of an image, for this API."""
-        self.sdk, self.client, self.call, self.read = sdk, client, call, read
+    def __init__(self, sdk, client, call, stream, read, sampling, limits, hide, decoding):
+        """Args: call(Request) -> awaitable of a raw response; stream(Request, show) -> awaitable of the JSON
+        that one would hold, empty if it broke off; read(JSON) -> Reply; sampling: parameters of all requests;
+        limits: (letters of base64, pixels of a side) of an image, for this API."""
+        self.sdk, self.client, self.call, self.stream, self.read = sdk, client, call, stream, read
         self.hide, self.decoding = hide, decoding
         self.sampling, (self.most, self.side), self.lock = sampling, limits, threading.Lock()
         self.needs_limit = sdk.__name__ == "anthropic"  # of new tokens
@@ -717,18 +748,30 @@ class Service:
             request.encode(self.side)
         except (OSError, ValueError) as failure:  # a damaged image
             return Reply("", "failed", error=one_line(f"{type(failure).__name__}: {failure}", self.hide))
-        reply = self.until_answered(request)
+        reply = self.streamed(request) or self.until_answered(request)
         self.learn(request, reply)
         note = one_line("; ".join(request.notes), self.hide)
         seconds = reply.latency_s or time.time() - started
         return replace(reply, text=self.hide(reply.text, 6), latency_s=seconds, note=note)
+
+    def streamed(self, request: Request) -> Reply | None:
+        """The reply, shown as it comes; None where nobody looks, no stream can be had, or one breaks off."""
+        show, asked = self.decoding.show, time.time()
+        if not show:
+            return None
+        try:
+            answer = self.run(self.stream(request, lambda piece: show(self.hide(piece, 6))))
+            reply = replace(self.read(answer), latency_s=time.time() - asked)
+        except Exception:  # of any of the client's libraries: the whole answer will say what is wrong
+            return None
+        return None if reply.finish_reason == "failed" else reply
 
     def until_answered(self, request: Request) -> Reply:
         down = odd = 0
         while True:
             asked, wait = time.time(), None
             try:
-                answer = json.loads(self.send(request))
+                answer = json.loads(self.run(self.call(request)).http_response.content)
                 if isinstance(answer, dict) and answer.get("error") and not answer.get("choices"):
                     reason = reason_of(answer["error"])
                     if request.adapt(reason, self.needs_limit):
@@ -765,10 +808,12 @@ class Service:
             if self.stopped.is_set():
                 return reply
 
-    def send(self, request: Request) -> bytes:
+    def run(self, asked):
+        """What an awaitable gives within the time for an attempt."""
+
         async def attempt():
             async with asyncio.timeout(self.decoding.timeout_s):
-                return (await self.call(request)).http_response.content
+                return await asked
 
         return asyncio.run_coroutine_threadsafe(attempt(), self.loop).result()
 
@@ -906,16 +951,31 @@ def openai_replies(
     limit = LIMITS[0 if decoding.base_url else 1]
     sampling = {"temperature": decoding.temperature, "seed": 0, limit: decoding.max_new_tokens}
 
-    def call(request: Request):
+    def body(request: Request) -> dict:
         urls = [f"data:{media};base64,{data}" for media, data in request.encoded]
         content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         messages = [{"role": "system", "content": request.system}] if request.system else []
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": request.text}]})
-        create = client.chat.completions.with_raw_response.create
-        return create(model=model, messages=messages, extra_body=request.sampling)
+        return {"model": model, "messages": messages, "extra_body": request.sampling}
+
+    def call(request: Request):
+        return client.chat.completions.with_raw_response.create(**body(request))
+
+    async def stream(request: Request, show) -> dict:
+        text, why, usage = "", None, None
+        async for chunk in await client.chat.completions.create(
+            **body(request), stream=True, stream_options={"include_usage": True}
+        ):
+            usage = chunk.usage or usage
+            for choice in chunk.choices[:1]:
+                why = choice.finish_reason or why
+                text += choice.delta.content or ""
+                show(choice.delta.content or "")
+        choice = {"message": {"content": text}, "finish_reason": why}
+        return {"choices": [choice], "usage": usage and usage.model_dump()} if why else {}
 
     limits = (20e6, math.inf)  # of OpenAI: 20 MB an image
-    service = Service(openai, client, call, read_openai, sampling, limits, hide, decoding)
+    service = Service(openai, client, call, stream, read_openai, sampling, limits, hide, decoding)
     return api_replies(service, samples, encoder, decoding)
 
 
@@ -929,22 +989,32 @@ def anthropic_replies(
     client = anthropic.AsyncAnthropic(**settings)
     sampling = {"temperature": decoding.temperature, "max_tokens": decoding.max_new_tokens}  # no seed at all
 
-    def call(request: Request):
+    def body(request: Request) -> dict:
         sources = [{"type": "base64", "media_type": media, "data": data} for media, data in request.encoded]
         content = [{"type": "image", "source": source} for source in sources]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": request.text}]}]
         # The same for many calls: the server keeps what it has computed of it.
         system = [{"type": "text", "text": request.system, "cache_control": {"type": "ephemeral"}}]
-        return client.messages.with_raw_response.create(
-            model=model,
-            messages=messages,
-            max_tokens=request.sampling["max_tokens"],
-            extra_body=request.sampling,  # `create` has no argument for a temperature
-            system=system if request.system else [],
-        )
+        return {
+            "model": model,
+            "messages": messages,
+            "max_tokens": request.sampling["max_tokens"],
+            "extra_body": request.sampling,  # `create` has no argument for a temperature
+            "system": system if request.system else [],
+        }
+
+    def call(request: Request):
+        return client.messages.with_raw_response.create(**body(request))
+
+    async def stream(request: Request, show) -> dict:
+        async with client.messages.stream(**body(request)) as pieces:
+            async for piece in pieces.text_stream:
+                show(piece)
+            answer = (await pieces.get_final_message()).model_dump()
+        return answer if answer["stop_reason"] else {}
 
     limits = (5 * 2**20, 8000)  # of Anthropic: 5 MB and 8,000 pixels an image
-    service = Service(anthropic, client, call, read_anthropic, sampling, limits, hide, decoding)
+    service = Service(anthropic, client, call, stream, read_anthropic, sampling, limits, hide, decoding)
     return api_replies(service, samples, encoder, decoding)
 
 

@@ -105,7 +105,8 @@ def read_unread(reader: str, path: Path, questions: Mapping[str, str], decoding:
 
             processor = AutoProcessor.from_pretrained(model)
         requests = [reading_request(r, questions[r["id"]]) for r in records]
-        encoder = PromptEncoder(processor, "problem", 28 * 28, 28 * 28)
+        how = ("problem", 28 * 28, 512 * 512)  # a reader sees no picture: any budget will do
+        encoder = encoder_for(lambda processor: PromptEncoder(processor, *how), processor)
         replies = PROVIDERS[provider](model, requests, encoder, decoding)
         for k, reply in tqdm(replies, total=len(requests), desc=f"{reader} reads", disable=None):
             if reply.finish_reason == "failed":

@@ -83,16 +83,22 @@ def short_hash(what: bytes | str) -> str:
 
 
 # ---- grading ----
-def judge(sample, reply: str, finish_reason: str = "stop") -> dict:
-    """Whether a reply answers a sample rightly: {"parsed", "method", "correct"} of `grade`.
+def read_reply(sample, reply: str, finish_reason: str = "stop") -> tuple[object, str]:
+    """(what a reply answers to a sample, method) or (None, why not), as of `answers.read`.
 
-    Args: sample: a data.Sample, or anything with its kind, options, answer, size and meta;
-        finish_reason: of a reply cut off ("length") little counts (answers.read), of a failed one nothing.
+    Args: sample: a data.Sample, or anything with its kind, options, size and meta; finish_reason: of a reply
+        cut off ("length") little counts (answers.read), of a failed one nothing.
     """
     frame = sample.meta["frame"] if sample.kind == "point" else ""
     parsed, method = read(sample.kind, reply, sample.options, frame, sample.size, finish_reason)
     if finish_reason == "failed":
-        parsed, method = None, "failed"
+        return None, "failed"
+    return parsed, method
+
+
+def judge(sample, reply: str, finish_reason: str = "stop") -> dict:
+    """Whether a reply, read by `read_reply`, answers a sample: {"parsed", "method", "correct"} of `grade`."""
+    parsed, method = read_reply(sample, reply, finish_reason)
     return {"parsed": parsed, "method": method, "correct": is_right(sample.kind, parsed, sample.answer)}
 
 

@@ -67,6 +67,10 @@ def main(model, data):
             most = max(most, taken - done)
             results[name][key] = said(output)
         results[f"most of {name}"] = most
+    forget()
+    lone, steps = SamplingParams(temperature=0.0, max_tokens=16, detokenize=False), []
+    [(*_, output)] = vllm_generate(llm, [("row 0", prompts[0], lone)], 1, lambda ids: steps.append([*ids]))
+    results["steps"] = {"seen": steps, "said": list(output.outputs[0].token_ids)}
     try:
         wrong = replace(prompts[1], ids=[*prompts[1].ids, 0])
         list(vllm_generate(llm, [("row 1", wrong, params()[1])], None))

@@ -56,8 +56,8 @@ class API:
 
 @contextmanager
 def serve(respond):
-    """-> (base URL, API). respond returns (status, JSON or bytes, headers), "hang", "cut" or a trickle: bytes
-    of which one is sent every 50 ms, from the status line on."""
+    """-> (base URL, API). respond returns (status, JSON, bytes or an iterator of them, headers), "hang",
+    "cut" or a trickle: bytes of which one is sent every 50 ms, from the status line on."""
     api = API(respond)
 
     class Handler(BaseHTTPRequestHandler):
@@ -89,6 +89,13 @@ def serve(respond):
                     time.sleep(0.05)
                 return
             status, content, headers = answer if answer != "cut" else (200, b"{" * 100, {})
+            if hasattr(content, "__next__"):  # a stream: each piece is sent before the next is made
+                self.send_response(status)
+                self.end_headers()
+                for piece in content:
+                    self.wfile.write(piece)
+                self.close_connection = True
+                return
             content = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -861,6 +861,12 @@ def test_the_engine_gives_what_vllms_own_generate_gives(engine_run):
 
 
 @pytest.mark.slow
+def test_the_tokens_of_a_lone_request_are_seen_step_by_step(engine_run):
+    said = engine_run["steps"]["said"]
+    assert engine_run["steps"]["seen"] == [said[: t + 1] for t in range(len(said))] and len(said) > 1
+
+
+@pytest.mark.slow
 def test_weights_of_the_engine_are_told_from_others(tiny_base, engine_run):
     """Of the whole model, its matrices apart, which vLLM packs on a CPU; one value, nudged, is noticed."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[1]
 FILES = sorted(path.stem for path in REPO.glob("*.py"))
-COMMANDS = {"train_grpo", "train_sft", "merge", "evaluate", "synthesize"}  # nothing builds on these
+COMMANDS = {"train_grpo", "train_sft", "merge", "evaluate", "synthesize", "ask"}  # nothing builds on these
 LONGEST = 90  # lines of a function; train() tells the whole algorithm and may be longer
 
 
