@@ -430,7 +430,7 @@ def test_report_is_one_page_and_one_picture(tmp_path, capsys):
             [
                 *("--dataset", "stvqa", "blink-jigsaw", "hallusionbench"),
                 *("--local_path", str(tmp_path / "data"), "--model_path", "SpatialThinker-7B"),
-                *("--provider", "openai", "--base_url", url, "--max_pixels", "262144"),
+                *("--provider", "openai", "--base_url", url, "--max_pixels", "524288"),
                 *("--out", str(tmp_path / "out"), "--report"),
             ]
         )
