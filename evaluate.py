@@ -50,6 +50,7 @@ from results import (
     short_hash,
     write_tables,
 )
+from rewards import BOX_FRAMES
 from testsets import DATASETS, Loaded, Selection, load_items, summarise_results
 
 
@@ -69,6 +70,7 @@ def parse_args(argv=None):
     p.add_argument("--model_path", default="OX-PIXL/SpatialThinker-7B", help="Hub id, folder, or API's name")
     p.add_argument("--processor_name", help="Hub id or folder of the processor (default: the model's)")
     p.add_argument("--template", default="spatial_thinker", choices=[*TEMPLATES, "problem"], help="prompt")
+    p.add_argument("--box_frame", default="pixel", choices=BOX_FRAMES, help="of boxes in prompt and reply")
     p.add_argument("--provider", default="auto", choices=["auto", *PROVIDERS], help="who generates")
     p.add_argument("--base_url", help="server of --provider openai or anthropic, as http://localhost:8000/v1")
     p.add_argument("--concurrency", type=int, default=16, help="API requests at a time")
@@ -149,6 +151,7 @@ def results_path(args, name: str, alone: bool) -> Path:
         name,
         args.model_path,
         args.template,
+        *([args.box_frame] if args.box_frame != "pixel" else []),
         *([f"limit{args.limit}"] if args.limit else []),
         *(flag for flag in ("circular", "shuffle_options", "blind") if getattr(args, flag)),
     )
@@ -170,14 +173,15 @@ def make_record(sample: Sample, row: int, loaded: Loaded, encoder: PromptEncoder
     """One line of the results."""
     cluster = loaded.clusters[row]
     scene = {"ground_truth": sample.ground_truth} if "<scene>" in sample.ground_truth else {}
+    frame = {"box_frame": encoder.box_frame} if encoder.box_frame != "pixel" else {}
     counts = {k: v for k, v in dataclasses.asdict(reply).items() if k != "text" and v != ""}
     return {
         "id": sample.id, "row": row, "turns": loaded.items.turns[row], "category": sample.category,
         "kind": sample.kind, "gold": sample.answer,
-        "choices": list(sample.options), "size": list(sample.size), "meta": sample.meta, **scene,
+        "choices": list(sample.options), "size": list(sample.size), "meta": sample.meta, **scene, **frame,
         "cluster": cluster, "question_hash": loaded.questions[row],
         "prompt_hash": short_hash(cluster + prompt_text(encoder, sample)), "reply": reply.text,
-        **grade(sample, reply.text, finish_reason=reply.finish_reason),
+        **grade(sample, reply.text, finish_reason=reply.finish_reason, **frame),
         **counts, "latency_s": round(reply.latency_s, 3)}  # fmt: skip
 
 
@@ -334,7 +338,8 @@ def main(argv=None):
             args.provider = choose_provider()
         selection = Selection.of(vars(args))
         benchmarks = {name: load_items(name, selection) for name in names}
-        encoder = PromptEncoder(load_processor(args), args.template, args.min_pixels, args.max_pixels)
+        budget = args.min_pixels, args.max_pixels
+        encoder = PromptEncoder(load_processor(args), args.template, *budget, args.box_frame)
     warn_of_overlap(benchmarks)
     for name, loaded in benchmarks.items():
         describe(args, name, loaded, encoder)

@@ -4,8 +4,8 @@
     python merge.py runs/7b/checkpoint-50 my-model --dtype float32 --max_shard_size 2GB
     python merge.py runs/3b_lora --base models/Qwen2.5-VL-3B-Instruct    # adapters, whose base has moved
 
-The folder holds the weights under the names of the published Qwen2.5-VL, config, generation config,
-processor, chat template and a model card. It is written under a temporary name, loaded back, and renamed once
+The folder holds the weights under the names of the published model, config, generation config, processor,
+chat template and a model card. It is written under a temporary name, loaded back, and renamed once
 its weights are the checkpoint's, bit for bit after the cast, and its logits on a fixed prompt are the same.
 Of a checkpoint of adapters (`lora_rank`) the weights are those of the model that the run started from, which
 has to be there and unchanged, plus scale * B @ A in float32.
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import checkpoints, other_base, read_record, row_sums, same_sums
+from packing import check_family
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHARDS = "model"  # folder of torch.distributed.checkpoint files in a checkpoint
@@ -191,8 +192,8 @@ def build_adapted(checkpoint: Path, config, record: dict, dtype: torch.dtype, ba
 
 
 # ---- write ----
-def model_card(checkpoint: Path, dtype: str) -> str:
-    """README.md of the exported folder: where it comes from, its held-out scores, its config."""
+def model_card(checkpoint: Path, dtype: str, kind: str) -> str:
+    """README.md of the exported folder: what it is, where it comes from, its held-out scores, its config."""
     trainer = read_record(checkpoint)
     settings = checkpoint.parent / "config.yaml"
     scores = {k: v for k, v in trainer["scores"].items() if isinstance(v, (int, float))}
@@ -200,7 +201,7 @@ def model_card(checkpoint: Path, dtype: str) -> str:
     lines += [
         f"# {checkpoint.name}",
         "",
-        f"Qwen2.5-VL weights in {dtype}, exported after step {trainer['step']}.",
+        f"{kind} weights in {dtype}, exported after step {trainer['step']}.",
     ]
     if scores:
         lines += ["", "| held-out metric | value |", "|---|---|"]
@@ -230,6 +231,7 @@ def merge(
         raise ValueError(f"{checkpoint}: expected hf/config.json, which the trainer writes; got none")
 
     model = build_model(checkpoint, DTYPES[dtype], base)
+    kind = check_family(str(checkpoint), model.config).name
     tmp = out.with_name(f".{out.name}.{os.getpid()}")
     tmp.mkdir(parents=True)
     try:
@@ -237,7 +239,7 @@ def merge(
         for file in (checkpoint / "hf").iterdir():  # as they are: generation config, processor, chat template
             if file.name != "config.json":
                 shutil.copy2(file, tmp)
-        (tmp / "README.md").write_text(model_card(checkpoint, dtype))
+        (tmp / "README.md").write_text(model_card(checkpoint, dtype, kind))
         expected = digest(model, tmp)
         del model  # one copy in memory at a time
         difference = verify(expected, tmp, DTYPES[dtype])

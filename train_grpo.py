@@ -91,6 +91,7 @@ class GRPOConfig(Config):
     image_cache_gb: float = opt(8, "host memory for the images of a step, GiB per process", ge=0)
     # reward
     reward: Literal["spatial", "vanilla"] = opt("spatial", "dense and gated, or accuracy + format")
+    box_frame: Literal["pixel", "per_mille"] = opt("pixel", "of boxes in prompts and replies; gold: pixels")
     weight_format: float = opt(0.1, "reward weight", ge=0, le=1)
     weight_count: float = opt(0.2, "reward weight", ge=0, le=1)
     weight_accuracy: float = opt(0.5, "reward weight", ge=0, le=1)
@@ -240,7 +241,8 @@ def reward_of(text: str, sample, cfg: GRPOConfig) -> Score:
     if cfg.reward == "vanilla":
         terms = vanilla_reward(text, sample.ground_truth)
         return Score(terms["reward"], terms["format"], 0.0, terms["accuracy"], 0.0)
-    return score_completion(text, sample.ground_truth, sample.size, weights=cfg.weights)
+    how = {"weights": cfg.weights, "box_frame": cfg.box_frame}
+    return score_completion(text, sample.ground_truth, sample.size, **how)
 
 
 def reward_matrix(groups: list[list[Rollout]]) -> torch.Tensor:
@@ -460,7 +462,8 @@ def held_out(accelerator, sampler, val, cfg: GRPOConfig) -> dict:
 
     def graded(r: Rollout) -> dict:
         reason = "stop" if r.finished else "length"
-        record = grade(val[r.row], r.text, weights=cfg.weights, finish_reason=reason)
+        how = {"weights": cfg.weights, "box_frame": cfg.box_frame}
+        record = grade(val[r.row], r.text, finish_reason=reason, **how)
         return record | {"finish_reason": reason}
 
     prompt_of = PromptCache(lambda i: sampler.encode(val[i]), cfg.image_threads)
@@ -725,7 +728,8 @@ def train(cfg: GRPOConfig):
     rank, world, say = accelerator.process_index, accelerator.num_processes, accelerator.print
     with plain_errors():
         processor = AutoProcessor.from_pretrained(cfg.model)
-        encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
+        budget = cfg.min_pixels, cfg.max_pixels
+        encoder = PromptEncoder(processor, cfg.template, *budget, cfg.box_frame)
     data, val = load_rows(cfg, encoder, accelerator)
     say(arithmetic(cfg, world, len(data)))
     # Light prompts to sample from, and those to train on with the same images, where they are here. A pixel

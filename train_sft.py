@@ -25,6 +25,7 @@ from data import PromptEncoder, batch_at, load_samples, report_rows
 from distributed import gather, leave, refuse_lone_processes, refuse_other_sharding
 from lora import add_adapters, merge_adapters
 from packing import check_family, micro_batches, pack, use_packed_attention
+from rewards import in_per_mille
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume save_every log_every val_every val_data val_split val_limit max_tokens_per_micro_batch "
@@ -44,6 +45,7 @@ class SFTConfig(Config):
     template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
         "no_reasoning", "prompt; problem: the row's own"
     )
+    box_frame: Literal["pixel", "per_mille"] = opt("pixel", "of boxes in prompts and of target=scene_answer")
     target: Literal["answer", "scene_answer", "completion"] = opt("answer", "column to imitate")
     shuffle: bool = opt(True, "a new permutation every epoch; false: file order, for a curriculum")
     min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
@@ -155,7 +157,8 @@ def train(cfg: SFTConfig):
         processor = AutoProcessor.from_pretrained(cfg.model)
         if processor.tokenizer.eos_token_id is None:
             raise ValueError(f"{cfg.model}: expected a tokenizer with an eos_token, got none")
-        encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
+        budget = cfg.min_pixels, cfg.max_pixels
+        encoder = PromptEncoder(processor, cfg.template, *budget, cfg.box_frame)
     load = dict(
         revision=cfg.revision,
         need_scene=cfg.target == "scene_answer",
@@ -176,6 +179,8 @@ def train(cfg: SFTConfig):
         text = getattr(sample, {"scene_answer": "ground_truth"}.get(cfg.target, cfg.target))
         if not text:
             raise ValueError(f"row {sample.id}: no text in the column of target={cfg.target}")
+        if cfg.target == "scene_answer" and cfg.box_frame == "per_mille":
+            text = in_per_mille(text, sample.size)
         # The sampler ends a reply at this token, so a completion has to end with it.
         return encoder(sample), [*processor.tokenizer(text)["input_ids"], processor.tokenizer.eos_token_id]
 
