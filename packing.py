@@ -35,9 +35,9 @@ class Family:
     box_frame: str  # that its authors trained it on
 
 
-# Model types that a packed row is known to get right, and how they differ. What stands in the comments is read
-# from where it is said: patch and merge size from the processor, the rest from the config, by the model's
-# class: its `get_rope_index`, its names of decoder layers and vision blocks, its vision tower.
+# Model types that a packed row is known to get right, and how they differ. What stands in comments is read
+# elsewhere: patch and merge size from the processor, the rest from the config, by the model's own class with
+# its `get_rope_index`, its vision tower, its names of decoder layers and vision blocks.
 FAMILIES = {
     # image tokens of 28 x 28 pixels; each patch sees its whole image; M-RoPE in three sections of a head
     "qwen2_vl": Family("Qwen2-VL", "per_mille"),
@@ -55,9 +55,9 @@ def check_family(model: str, config) -> Family:
     if config.model_type not in FAMILIES:
         *others, last = FAMILIES
         raise ValueError(
-            f"{model}: expected a model of type {', '.join(others)} or {last}, got {config.model_type!r}, which "
-            "cannot be trained here; evaluate.py can still ask it, by --provider hf or vllm, or by --provider "
-            "openai and a server such as `vllm serve`"
+            f"{model}: expected a model of type {', '.join(others)} or {last}, got {config.model_type!r}, "
+            "which cannot be trained here; evaluate.py can still ask it, by --provider hf or vllm, or by "
+            "--provider openai and a server such as `vllm serve`"
         )
     return FAMILIES[config.model_type]
 

@@ -6,7 +6,7 @@ IDS = "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_t
 
 
 def build_tiny(folder, family: str, base, tied: bool = True):
-    """Write an untrained model of a family and its processor around the tokenizer of the tiny model at `base`.
+    """Write an untrained model of a family and its processor, with the tokenizer of the tiny one at `base`.
 
     Weights are random, biases and norms too: what a family adds to a sum has to show. Two towers' layers feed
     Qwen3-VL's deepstack.

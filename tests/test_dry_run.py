@@ -153,7 +153,8 @@ def test_lora_holds_bf16_weights_and_the_adapters_state_only():
 
 
 def test_recomputation_and_the_micro_batch_are_what_the_update_pays_for():
-    m, row = qwen("7B"), largest_row(shipped("7b"))
+    m = qwen("7B")
+    row = largest_row(shipped("7b"), m)
     kept, again = (
         sum(backward_bytes(shipped("7b", f"gradient_checkpointing={x}"), m, row, 256, 4).values())
         for x in ("false", "true")
@@ -167,7 +168,7 @@ def test_recomputation_and_the_micro_batch_are_what_the_update_pays_for():
 
 
 def test_the_largest_row_holds_the_largest_image_and_no_cut_sequence():
-    row = largest_row(shipped("7b", "max_tokens_per_micro_batch=4096"))
+    row = largest_row(shipped("7b", "max_tokens_per_micro_batch=4096"), qwen("7B"))
     prompt = 2048**2 // 28**2 + 400
     assert row == Row(prompt + 2048, 2048, 4 * (2048**2 // 28**2))
 
