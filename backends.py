@@ -191,6 +191,20 @@ def engine_sums(llm) -> dict:
     return sums
 
 
+def published_names(name: str) -> list[str]:
+    """What a weight of the engine is called by the trainer: several names of what the engine lays side by side.
+
+    >>> published_names("language_model.model.layers.0.mlp.gate_up_proj.weight")[1]
+    'model.language_model.layers.0.mlp.up_proj.weight'
+    """
+    name = name.replace("language_model.lm_head", "lm_head")
+    name = re.sub(r"^visual\b", "model.visual", name)
+    name = re.sub(r"^language_model\.model\b", "model.language_model", name)
+    side_by_side = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    fused = next((part for part in side_by_side if part in name), None)
+    return [name.replace(fused, part) for part in side_by_side[fused]] if fused else [name]
+
+
 def check_weights(sent: dict, held: dict):
     """The engine must hold what the trainer sent, to the last bit.
 
@@ -198,12 +212,7 @@ def check_weights(sent: dict, held: dict):
     """
     compared = 0
     for name, got in held.items():
-        ours = name.replace("language_model.lm_head", "lm_head")
-        ours = re.sub(r"^visual\b", "model.visual", ours)
-        ours = re.sub(r"^language_model\.model\b", "model.language_model", ours)
-        side_by_side = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-        fused = next((part for part in side_by_side if part in ours), None)
-        names = [ours.replace(fused, part) for part in side_by_side[fused]] if fused else [ours]
+        names = published_names(name)
         if all(n in sent for n in names):
             expected = sum(sent[n] for n in names)
             # One of 5e8 weights around 0.02 that moves by a step of its bf16, 1e-4, is 1e-11 of the
