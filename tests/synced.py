@@ -31,7 +31,9 @@ def main(model, data, out):
         group_size=3, prompts_per_step=4, updates_per_step=1, max_prompt_length=256, max_completion_length=24,
         kl_coef=0, learning_rate=1e-2, tracker="none", vllm_memory=1,
     )  # fmt: skip
-    encoder = PromptEncoder(AutoProcessor.from_pretrained(model), cfg.template, cfg.min_pixels, cfg.max_pixels)
+    encoder = PromptEncoder(
+        AutoProcessor.from_pretrained(model), cfg.template, cfg.min_pixels, cfg.max_pixels
+    )
     samples = load_samples(data)
     images = [(noise(128, 128, 0),), (noise(224, 64, 1),), (), (noise(64, 96, 2), noise(96, 32, 3))]
     prompts = [encoder(dataclasses.replace(samples[i], encoded_images=some)) for i, some in enumerate(images)]
