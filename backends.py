@@ -192,7 +192,7 @@ def engine_sums(llm) -> dict:
 
 
 def published_names(name: str) -> list[str]:
-    """What a weight of the engine is called by the trainer: several names of what the engine lays side by side.
+    """What the trainer calls a weight of the engine: several names where that lays matrices side by side.
 
     >>> published_names("language_model.model.layers.0.mlp.gate_up_proj.weight")[1]
     'model.language_model.layers.0.mlp.up_proj.weight'

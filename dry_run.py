@@ -43,8 +43,8 @@ CARDS = {  # name in torch.cuda.get_device_name: memory GB, dense bf16 FLOP/s, b
     "RTX 4090": (24, 165e12, 1.0e12),
     "A10": (24, 125e12, 0.6e12),
 }
-# Published config.json, for where the Hub is out of reach: type; of the text widths, layers, heads, vocabulary,
-# tied; of the vision tower what tells it from the type's default.
+# Published config.json, for where the Hub is out of reach: type; of the text widths, layers, heads,
+# vocabulary, tied; of the vision tower what tells it from the type's default.
 QWEN25_TOWER = dict(hidden_size=1280, intermediate_size=3420, depth=32, num_heads=16)
 SMALL_TOWER = dict(depth=24, hidden_size=1024, intermediate_size=4096, deepstack_visual_indexes=[5, 11, 17])
 QWEN = {
@@ -186,8 +186,8 @@ def find_cards(cfg) -> Cards | None:
 #   most on top of it:            in the MLP's backward three gradients of width I and two of width D, when
 #                                 the MLP's last product is gone: 6 I - 2 I + 4 D
 #   forward without gradients:    gate, up and product 6 I, input, norm and residual 6 D
-# A block of the vision tower is at most the same with K = D, the queries' storage shared with keys and values;
-# an MLP without a gate takes less.
+# A block of the vision tower is at most the same with K = D, the queries' storage shared with keys and
+# values; an MLP without a gate takes less.
 # FSDP holds the layer in use and the next one in bf16, and sums up gradients in float32: the whole layer's
 # and its own share. The tail (norm, head) stays gathered after a forward pass until its backward pass.
 

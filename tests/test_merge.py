@@ -75,7 +75,7 @@ def test_default_output_is_beside_the_checkpoint_and_verified(run, capsys):
     assert [p.name for p in run.folder.iterdir() if p.name.startswith(".")] == []
 
 
-# As the Hub has them: of the first two the language model stands at the top, of the last in a place of its own.
+# As the Hub has them: in the first two the language model stands at the top, in the last below a name.
 PUBLISHED = {
     "qwen2_vl": ("model.", "visual.", "merger.mlp.0.weight", "Qwen2-VL"),
     "qwen2_5_vl": ("model.", "visual.", "merger.mlp.0.weight", "Qwen2.5-VL"),

@@ -242,7 +242,7 @@ def test_other_families_on_the_kernels_of_gpus(of_family, model_type, on_gpu):
 
 
 def test_deepstack_features_go_to_the_images_they_are_of(of_family):
-    """Other features of one tower layer for one prompt's image: its completions change, the others' do not."""
+    """Other features of one tower layer for one prompt's image: its completions change, no others."""
     _, model, prompts = of_family("qwen3_vl", True)
     with torch.no_grad():
         before, _ = token_logps(model, pack(prompts, model))
