@@ -163,13 +163,15 @@ class GRPOConfig(Config):
             raise ValueError("lora_vision: expected lora_rank above 0 and no freeze_vision")
         if self.keep_best not in (None, *(names := [f"val_{k}" for k in HELD_OUT])):
             raise ValueError(f"keep_best: expected one of {names}, got {self.keep_best!r}")
-        _ = self.weights  # raises if they add up to more than 1
+        _ = self.scoring  # raises if they add up to more than 1
         _ = self.gpus and read_gpus(self.gpus)  # raises if it cannot be read
         return self
 
     @property
-    def weights(self) -> Weights:
-        return Weights(self.weight_format, self.weight_count, self.weight_accuracy, self.weight_spatial)
+    def scoring(self) -> dict:
+        """Arguments of score_completion and grade."""
+        weights = self.weight_format, self.weight_count, self.weight_accuracy, self.weight_spatial
+        return {"weights": Weights(*weights), "box_frame": self.box_frame}
 
     def source(self, data: str, split: str) -> dict:
         """Arguments of load_samples."""
@@ -188,10 +190,7 @@ class GRPOConfig(Config):
 # ---- rollout -----------------------------------------------------------------------------------------------
 @dataclass
 class Rollout:
-    """One sampled completion of one row, and what the step finds out about it.
-
-    Light: it travels to all processes, its prompt's images do not.
-    """
+    """One completion of one row, and what the step finds out: it travels, its prompt's images do not."""
 
     row: int  # of the data
     prompt_length: int  # tokens, with the images'
@@ -241,8 +240,7 @@ def reward_of(text: str, sample, cfg: GRPOConfig) -> Score:
     if cfg.reward == "vanilla":
         terms = vanilla_reward(text, sample.ground_truth)
         return Score(terms["reward"], terms["format"], 0.0, terms["accuracy"], 0.0)
-    how = {"weights": cfg.weights, "box_frame": cfg.box_frame}
-    return score_completion(text, sample.ground_truth, sample.size, **how)
+    return score_completion(text, sample.ground_truth, sample.size, **cfg.scoring)
 
 
 def reward_matrix(groups: list[list[Rollout]]) -> torch.Tensor:
@@ -462,8 +460,7 @@ def held_out(accelerator, sampler, val, cfg: GRPOConfig) -> dict:
 
     def graded(r: Rollout) -> dict:
         reason = "stop" if r.finished else "length"
-        how = {"weights": cfg.weights, "box_frame": cfg.box_frame}
-        record = grade(val[r.row], r.text, finish_reason=reason, **how)
+        record = grade(val[r.row], r.text, finish_reason=reason, **cfg.scoring)
         return record | {"finish_reason": reason}
 
     prompt_of = PromptCache(lambda i: sampler.encode(val[i]), cfg.image_threads)
