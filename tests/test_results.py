@@ -587,4 +587,4 @@ def test_what_a_record_holds_is_declared_once():
     """What may be absent of a Grade and of a Record, which holds one. Real ones are in test_evaluate.py."""
     assert Grade.__required_keys__ == {"parsed", "method", "correct"}
     assert Grade.__required_keys__ < Record.__required_keys__
-    assert Record.__optional_keys__ - Grade.__optional_keys__ == {"ground_truth", "error"}
+    assert Record.__optional_keys__ - Grade.__optional_keys__ == {"ground_truth", "error", "box_frame"}
