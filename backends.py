@@ -157,11 +157,11 @@ class OwnEncoder:
 
 
 def encoder_for(make: Callable, processor) -> PromptEncoder | OwnEncoder:
-    """The encoder for a model: exact and cheap for Qwen2-VL and Qwen2.5-VL, by its own processor for others.
+    """The encoder for a model: exact and cheap for Qwen2-VL to Qwen3-VL, by its own processor for others.
 
     Args: make: processor or None -> PromptEncoder; processor: None behind an API.
     """
-    qwen = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "NoneType")
+    qwen = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor", "NoneType")
     return make(processor) if type(processor).__name__ in qwen else OwnEncoder(make(None), processor)
 
 
@@ -283,6 +283,20 @@ def engine_sums(llm) -> dict:
     return sums
 
 
+def published_names(name: str) -> list[str]:
+    """What the trainer calls a weight of the engine: several names where that lays matrices side by side.
+
+    >>> published_names("language_model.model.layers.0.mlp.gate_up_proj.weight")[1]
+    'model.language_model.layers.0.mlp.up_proj.weight'
+    """
+    name = name.replace("language_model.lm_head", "lm_head")
+    name = re.sub(r"^visual\b", "model.visual", name)
+    name = re.sub(r"^language_model\.model\b", "model.language_model", name)
+    side_by_side = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    fused = next((part for part in side_by_side if part in name), None)
+    return [name.replace(fused, part) for part in side_by_side[fused]] if fused else [name]
+
+
 def check_weights(sent: dict, held: dict):
     """The engine must hold what the trainer sent, to the last bit.
 
@@ -290,12 +304,7 @@ def check_weights(sent: dict, held: dict):
     """
     compared = 0
     for name, got in held.items():
-        ours = name.replace("language_model.lm_head", "lm_head")
-        ours = re.sub(r"^visual\b", "model.visual", ours)
-        ours = re.sub(r"^language_model\.model\b", "model.language_model", ours)
-        side_by_side = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-        fused = next((part for part in side_by_side if part in ours), None)
-        names = [ours.replace(fused, part) for part in side_by_side[fused]] if fused else [ours]
+        names = published_names(name)
         if all(n in sent for n in names):
             expected = sum(sent[n] for n in names)
             # One of 5e8 weights around 0.02 that moves by a step of its bf16, 1e-4, is 1e-11 of the

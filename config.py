@@ -158,6 +158,7 @@ class DataConfig(Config):
     template: Literal["spatial_thinker", "reasoning", "no_reasoning", "problem"] = opt(
         "problem", "prompt; problem: the row's own"
     )
+    box_frame: Literal["pixel", "per_mille"] = opt("pixel", "of boxes in prompts and replies; gold: pixels")
     min_pixels: int = opt(512 * 512, "images are scaled into [min_pixels, max_pixels]", ge=784)
     max_pixels: int = opt(2048 * 2048, "images are scaled into [min_pixels, max_pixels]", ge=784)
     max_prompt_length: int = opt(6144, "longest prompt, tokens with the image's", ge=1)

@@ -60,6 +60,10 @@ TEMPLATES = {
     "no_reasoning": "Answer with the letter of the correct option and its text, e.g., (A) cat.",
 }
 SHOWS_SIZE = ("spatial_thinker",)  # only boxes need the frame they live in
+PER_MILLE = (  # what a prompt says with box_frame=per_mille, also below a row's own text about pixels
+    "Write every bounding box as [x1, y1, x2, y2] in thousandths of the image's width and height, from 0 to "
+    "1000, not in pixels."
+)
 SIZE_IN_PROMPT = re.compile(r"Image size: \(?(?:(\d+) x (\d+)|Unknown)\)?")
 
 # Why a row is not trained on. Trained on are rows with boxes a little over the edge (clipped and counted), a
@@ -494,18 +498,23 @@ def in_pixels(text: str | None, size: tuple[int, int], box_format: str) -> str |
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
-def build_prompt_text(template: str, question: str, size: tuple[int, int]) -> str:
-    """The user's words: instructions, the image's size (W x H) where boxes are asked for, the question."""
+def build_prompt_text(template: str, question: str, size: tuple[int, int], box_frame: str = "pixel") -> str:
+    """The user's words: instructions, the boxes' frame where they are asked for, the question.
+
+    The frame is the image's size (W x H), or with box_frame "per_mille" the sentence PER_MILLE.
+    """
     if template not in TEMPLATES:
         raise ValueError(f"template: expected one of {[*TEMPLATES, 'problem']}, got {template!r}")
-    frame = f"\n\nImage size: ({size[0]} x {size[1]})" if template in SHOWS_SIZE else ""
-    return f"{TEMPLATES[template]}{frame}\n\n{question}"
+    frame = f"Image size: ({size[0]} x {size[1]})" if box_frame == "pixel" else PER_MILLE
+    return "\n\n".join([TEMPLATES[template], *([frame] if template in SHOWS_SIZE else []), question])
 
 
-def build_prompt(sample: Sample, template: str) -> list[dict]:
+def build_prompt(sample: Sample, template: str, box_frame: str = "pixel") -> list[dict]:
     """Chat messages for a sample: its images in order, then the text. Template "problem": the row's own."""
-    own = template == "problem"
-    text = sample.problem if own else build_prompt_text(template, sample.question, sample.size)
+    if template != "problem":
+        text = build_prompt_text(template, sample.question, sample.size, box_frame)
+    else:
+        text = sample.problem + (f"\n\n{PER_MILLE}" if sample.problem and box_frame == "per_mille" else "")
     text = text.replace("<image>", "").lstrip()  # the data set marks the image's place, which is the first
     if not text:
         raise ValueError(f"row {sample.id}: template 'problem' needs the column {COLUMNS['problem']}")
@@ -516,7 +525,7 @@ def build_prompt(sample: Sample, template: str) -> list[dict]:
 def smart_size(
     width: int, height: int, min_pixels: int, max_pixels: int, factor: int = 28
 ) -> tuple[int, int]:
-    """(W, H), multiples of `factor` with W * H in [min_pixels, max_pixels]: what Qwen2.5-VL sees.
+    """(W, H), multiples of `factor` with W * H in [min_pixels, max_pixels]: what a Qwen-VL sees.
 
     A fixed point: the processor's rule is applied until it changes nothing, since of a slim image it changes
     its own result. Raises: ValueError where it never settles, as in a narrow budget.
@@ -534,9 +543,9 @@ def smart_size(
     )
 
 
-def resize(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
+def resize(image: Image.Image, min_pixels: int, max_pixels: int, factor: int = 28) -> Image.Image:
     """The image at `smart_size`, resized once and here, so that no later stage resizes again."""
-    size = smart_size(*image.size, min_pixels, max_pixels)
+    size = smart_size(*image.size, min_pixels, max_pixels, factor)
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -548,7 +557,7 @@ class Prompt:
     images: list[Image.Image]  # resized
     vllm_ids: list[int]  # one image token per image: vLLM expands it to the ids below
     ids: list[int]  # (L,)
-    pixel_values: object  # (patches, 1176) float32, or None without images
+    pixel_values: object  # (patches, values of one) float32, or None without images
     image_grid_thw: object  # (images, 3) int64, or None
 
     @property
@@ -564,30 +573,32 @@ class PromptEncoder:
     Without a processor (None: a model behind an API) only `messages` and `images` work.
     """
 
-    def __init__(self, processor, template: str, min_pixels: int, max_pixels: int):
-        self.processor, self.template = processor, template
+    def __init__(self, processor, template: str, min_pixels: int, max_pixels: int, box_frame: str = "pixel"):
+        self.processor, self.template, self.box_frame = processor, template, box_frame
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
-        if max_pixels // 784 * 784 < min_pixels:
-            raise ValueError(
-                f"expected a multiple of 28 x 28 = 784 pixels between min_pixels and max_pixels, got "
-                f"{min_pixels} and {max_pixels}"
-            )
+        self.cell = 28  # pixels, a side of what becomes one image token
         if processor is not None:
             images = getattr(processor, "image_processor", None)
-            cell = getattr(images, "patch_size", 0) * getattr(images, "merge_size", 0)
-            if cell != 28:
-                got = f"{cell} x {cell}" if cell else "none of that kind"
+            self.cell = getattr(images, "patch_size", 0) * getattr(images, "merge_size", 0)
+            if not self.cell:
                 raise ValueError(
-                    f"{type(processor).__name__}: expected the processor of Qwen2-VL or Qwen2.5-VL, with "
-                    f"image tokens of 28 x 28 pixels, got {got}"
+                    f"{type(processor).__name__}: expected the processor of a Qwen-VL, with patches that are "
+                    "merged into image tokens, got none of that kind"
                 )
+        area = self.cell**2
+        if max_pixels // area * area < min_pixels:
+            raise ValueError(
+                f"expected a multiple of {self.cell} x {self.cell} = {area} pixels between min_pixels and "
+                f"max_pixels, got {min_pixels} and {max_pixels}"
+            )
+        if processor is not None:
             processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
 
     def messages(self, sample: Sample) -> list[dict]:
-        return build_prompt(sample, self.template)
+        return build_prompt(sample, self.template, self.box_frame)
 
     def images(self, sample: Sample) -> list[Image.Image]:
-        return [resize(i, self.min_pixels, self.max_pixels) for i in sample.load_images()]
+        return [resize(i, self.min_pixels, self.max_pixels, self.cell) for i in sample.load_images()]
 
     def text(self, sample: Sample) -> str:
         return self.processor.apply_chat_template(
@@ -601,8 +612,8 @@ class PromptEncoder:
         """The Prompt without pixel values, which an inference engine computes itself."""
         images = self.images(sample)
         vllm_ids = self.processor.tokenizer(self.text(sample))["input_ids"]
-        # A cell of 28 x 28 pixels, 2 x 2 patches merged, is one token: the images are already such multiples.
-        cells = iter([math.prod(image.size) // 28**2 for image in images])
+        # A cell, 2 x 2 patches merged, is one token: the images are already multiples of it.
+        cells = iter([math.prod(image.size) // self.cell**2 for image in images])
         image_token = self.processor.image_token_id
         ids = [i for token in vllm_ids for i in [token] * (next(cells) if token == image_token else 1)]
         return Prompt(sample, images, vllm_ids, ids, None, None)
@@ -616,9 +627,9 @@ class PromptEncoder:
 
     def length(self, sample: Sample) -> int:
         """Tokens of the prompt, from the images' headers alone."""
+        budget = self.min_pixels, self.max_pixels, self.cell
         cells = [
-            math.prod(smart_size(*open_image(e).size, self.min_pixels, self.max_pixels)) // 28**2
-            for e in sample.encoded_images
+            math.prod(smart_size(*open_image(e).size, *budget)) // self.cell**2 for e in sample.encoded_images
         ]
         ids = self.processor.tokenizer(self.text(sample))["input_ids"]
         if (n := ids.count(self.processor.image_token_id)) != len(cells):

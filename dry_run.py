@@ -33,7 +33,6 @@ PROCESS = 4 * GIB  # host memory of a process that has loaded torch, CUDA and vL
 TEXT_TOKENS = 400  # of a prompt, beside its image's
 COMPLETION_TOKENS = 450  # of an average completion
 IMAGE_PIXELS = 640 * 480  # of an average image, before it is scaled; the largest is taken to have max_pixels
-PIXELS_PER_TOKEN = 28**2  # of four patches that are merged
 UTILISATION = 0.4  # of the card's peak, in matrix products
 OVERHEAD_S = 30  # a step: what of images, rewards, weight sync and packing the GPU waits for
 DISK_RATE = 1e9  # bytes a second
@@ -45,9 +44,18 @@ CARDS = {  # name in torch.cuda.get_device_name: memory GB, dense bf16 FLOP/s, b
     "RTX 4090": (24, 165e12, 1.0e12),
     "A10": (24, 125e12, 0.6e12),
 }
-QWEN = {  # published config.json, for where the Hub is out of reach: widths, layers, heads, vocabulary, tied
-    "Qwen2.5-VL-3B": (2048, 11008, 36, 16, 2, 151936, True),
-    "Qwen2.5-VL-7B": (3584, 18944, 28, 28, 4, 152064, False),
+# Published config.json, for where the Hub is out of reach: type; of the text widths, layers, heads,
+# vocabulary, tied; of the vision tower what tells it from the type's default.
+QWEN25_TOWER = dict(hidden_size=1280, intermediate_size=3420, depth=32, num_heads=16)
+SMALL_TOWER = dict(depth=24, hidden_size=1024, intermediate_size=4096, deepstack_visual_indexes=[5, 11, 17])
+QWEN = {
+    "Qwen2-VL-2B": ("qwen2_vl", 1536, 8960, 28, 12, 2, 151936, True, {}),
+    "Qwen2-VL-7B": ("qwen2_vl", 3584, 18944, 28, 28, 4, 152064, False, {}),
+    "Qwen2.5-VL-3B": ("qwen2_5_vl", 2048, 11008, 36, 16, 2, 151936, True, QWEN25_TOWER),
+    "Qwen2.5-VL-7B": ("qwen2_5_vl", 3584, 18944, 28, 28, 4, 152064, False, QWEN25_TOWER),
+    "Qwen3-VL-2B": ("qwen3_vl", 2048, 6144, 28, 16, 8, 151936, True, SMALL_TOWER),
+    "Qwen3-VL-4B": ("qwen3_vl", 2560, 9728, 36, 32, 8, 151936, True, SMALL_TOWER),
+    "Qwen3-VL-8B": ("qwen3_vl", 4096, 12288, 36, 32, 8, 151936, False, {}),
 }
 
 
@@ -66,28 +74,32 @@ class Sizes:
     tied: bool
     layers: int
     hidden: int
-    kv: int  # width of the keys, and of the values
+    query: int  # width of the queries
+    kv: int  # of the keys, and of the values
+    normed: int  # of the queries and keys that have a norm of their own
     intermediate: int
     vocabulary: int
     vision_layers: int
     vision_hidden: int
     vision_intermediate: int
     patch: int  # values of one
+    cell: int  # pixels of the patches that are merged into one image token
 
 
 def published_config(name: str):
-    """The config of a Qwen2.5-VL as its authors published it; None if the name is none of theirs."""
-    from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
+    """The config of a Qwen-VL as its authors published it; None if the name is none of theirs."""
+    from transformers import AutoConfig
 
     known = next((numbers for known, numbers in QWEN.items() if known in name), None)
     if known is None:
         return None
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = known
+    kind, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, vision = known
     text = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers)
     text |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary)
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}}
-    vision = dict(hidden_size=1280, intermediate_size=3420, depth=32, num_heads=16, out_hidden_size=hidden)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    out = "hidden_size" if kind == "qwen2_vl" else "out_hidden_size"
+    tower = vision | {out: hidden}
+    return AutoConfig.for_model(kind, text_config=text, vision_config=tower, tie_word_embeddings=tied)
 
 
 def sizes(config) -> Sizes:
@@ -105,6 +117,10 @@ def sizes(config) -> Sizes:
 
     text, vision = config.text_config, config.vision_config
     language, tower = model.model.language_model, model.model.visual
+    attention, block = language.layers[0].self_attn, tower.blocks[0]
+    query, kv = attention.q_proj.out_features, attention.k_proj.out_features
+    # Names of the tower's widths differ between families, its layers say them alike.
+    mlp = [m.out_features for m in block.mlp.modules() if isinstance(m, torch.nn.Linear)]
     return Sizes(
         parameters=count(model),
         layer=count(language.layers[0]),
@@ -116,13 +132,16 @@ def sizes(config) -> Sizes:
         tied=model.lm_head.weight is language.embed_tokens.weight,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        kv=text.hidden_size // text.num_attention_heads * text.num_key_value_heads,
+        query=query,
+        kv=kv,
+        normed=(query + kv) * hasattr(attention, "q_norm"),
         intermediate=text.intermediate_size,
         vocabulary=text.vocab_size,
         vision_layers=vision.depth,
-        vision_hidden=vision.hidden_size,
-        vision_intermediate=vision.intermediate_size,
+        vision_hidden=block.attn.proj.in_features,
+        vision_intermediate=max(mlp),
         patch=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        cell=(vision.patch_size * vision.spatial_merge_size) ** 2,
     )
 
 
@@ -162,13 +181,14 @@ def find_cards(cfg) -> Cards | None:
 
 # ---- memory of a GPU ---------------------------------------------------------------------------------------
 # Bytes a value: float32 4, bf16 2. Bytes a token in a decoder layer (transformers' modeling_qwen2_5_vl.py),
-# with D the hidden width, K the keys', I the MLP's:
-#   saved for the backward pass:  16 D of two norms (float32 input, bf16 quotient and output), 4 D of queries
-#                                 and attention's output, 4 K of keys and values, 8 I of the MLP
+# with D the hidden width, Q the queries', K the keys', I the MLP's, N that of normed queries and keys:
+#   saved for the backward pass:  16 D of two norms (float32 input, bf16 quotient and output), 4 Q of queries
+#                                 and attention's output, 4 K of keys and values, 8 N, 8 I of the MLP
 #   most on top of it:            in the MLP's backward three gradients of width I and two of width D, when
 #                                 the MLP's last product is gone: 6 I - 2 I + 4 D
 #   forward without gradients:    gate, up and product 6 I, input, norm and residual 6 D
-# A block of the vision tower is the same with K = D, the queries' storage shared with keys and values.
+# A block of the vision tower is at most the same with K = D, the queries' storage shared with keys and
+# values; an MLP without a gate takes less.
 # FSDP holds the layer in use and the next one in bf16, and sums up gradients in float32: the whole layer's
 # and its own share. The tail (norm, head) stays gathered after a forward pass until its backward pass.
 
@@ -182,9 +202,9 @@ class Row:
     patches: int
 
 
-def largest_row(cfg) -> Row:
+def largest_row(cfg, m: Sizes) -> Row:
     """Tokens and patches of one micro-batch: groups with the largest image and average completions."""
-    image = cfg.max_pixels // PIXELS_PER_TOKEN
+    image = cfg.max_pixels // m.cell
     prompt = min(image + TEXT_TOKENS, cfg.max_prompt_length)
     # A sequence is not cut, however long it is.
     tokens = max(cfg.max_tokens_per_micro_batch, prompt + cfg.max_completion_length)
@@ -215,7 +235,7 @@ def forward_bytes(m: Sizes, row: Row, chunk: int) -> dict[str, float]:
 def backward_bytes(cfg, m: Sizes, row: Row, chunk: int, world: int) -> dict[str, float]:
     """What a micro-batch, forward and backward, holds at its largest beside all shards."""
     D, K, I, T = m.hidden, m.kv, m.intermediate, row.tokens  # noqa: E741
-    saved, most = 20 * D + 4 * K + 8 * I, 4 * I + 4 * D
+    saved, most = 16 * D + 4 * m.query + 4 * K + 8 * m.normed + 8 * I, 4 * I + 4 * D
     inputs = T * m.layers * (2 * D if cfg.gradient_checkpointing else saved)
     inputs += 2 * row.completion * D + 4 * T * D  # of the head, and the last hidden state with its gradient
     vd, vi = m.vision_hidden, m.vision_intermediate
@@ -268,7 +288,7 @@ def phases(cfg, m: Sizes, world: int, memory: int) -> dict[str, dict[str, float]
     weights = (2 * m.parameters + 4 * adapters if adapters else 4 * m.parameters) / world
     reference = bool(cfg.kl_coef and not adapters)
     units = m.layer, m.embedding, m.tail
-    row, chunk = largest_row(cfg), logit_rows(cfg, m, memory)
+    row, chunk = largest_row(cfg, m), logit_rows(cfg, m, memory)
     shards = {"weights": weights, "other": CONTEXT}
     if reference:  # its tail is gathered once and stays
         shards["reference"] = 2 * m.parameters / world
@@ -386,7 +406,7 @@ def checkpoint_bytes(cfg, m: Sizes) -> float:
 def step_seconds(cfg, m: Sizes, cards: Cards, peak: float, bandwidth: float) -> dict[str, float]:
     """Seconds of a step by phase, on average images and completions."""
     rate = UTILISATION * peak * cards.world
-    image = min(max(IMAGE_PIXELS, cfg.min_pixels), cfg.max_pixels) / PIXELS_PER_TOKEN
+    image = min(max(IMAGE_PIXELS, cfg.min_pixels), cfg.max_pixels) / m.cell
     prompt, completion = image + TEXT_TOKENS, min(COMPLETION_TOKENS, cfg.max_completion_length)
     prompts, n = cfg.prompts_per_step, cfg.prompts_per_step * cfg.group_size
     tokens = prompts * (prompt + cfg.group_size * completion)
@@ -431,7 +451,7 @@ def memory_table(cfg, m: Sizes, cards: Cards) -> str:
         mark = "*" if sums[phase] == max(sums.values()) else " "
         cells = "".join(f"{parts[name] / GIB:12.1f}" if parts.get(name) else f"{'':12}" for name in names)
         lines.append(f"{mark} {phase:15}{cells}{sums[phase] / GIB:12.1f}")
-    row = largest_row(cfg)
+    row = largest_row(cfg, m)
     lines.append(
         f"  in rows of {row.tokens} tokens with {row.patches} image patches, "
         f"{logit_rows(cfg, m, cards.memory)} tokens of logits at a time"
@@ -440,7 +460,7 @@ def memory_table(cfg, m: Sizes, cards: Cards) -> str:
         fixed, per_token = vllm_needs(cfg, m, cards.memory)
         cached = max(0, cfg.vllm_memory * cards.memory - fixed) / per_token
         prompts = cfg.prompts_per_step / cards.world * cfg.tensor_parallel
-        image = min(max(IMAGE_PIXELS, cfg.min_pixels), cfg.max_pixels) / PIXELS_PER_TOKEN
+        image = min(max(IMAGE_PIXELS, cfg.min_pixels), cfg.max_pixels) / m.cell
         wanted = prompts * (image + TEXT_TOKENS + cfg.group_size * COMPLETION_TOKENS)
         lines.append(
             f"  KV cache of {cached * per_token / GIB:.1f} GiB = {cached:,.0f} tokens; the engine's "
@@ -507,9 +527,11 @@ def plan(cfg, cards: Cards | None) -> list[str]:
     if config is None:
         return missing
     try:
-        check_family(cfg.model, config)
+        family = check_family(cfg.model, config)
     except ValueError as error:
         return [f"model: {error}"]
+    if cfg.box_frame != family.box_frame:
+        print(f"note: {family.name} was made with box_frame={family.box_frame}, here it is {cfg.box_frame}")
     m = sizes(config)
     print(f"model: {m.parameters / 1e9:.2f}B parameters, {m.vision / 1e9:.2f}B of them the vision tower")
     if cards is None:

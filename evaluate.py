@@ -60,6 +60,7 @@ from results import (
     short_hash,
     write_tables,
 )
+from rewards import BOX_FRAMES
 from testsets import DATASETS, MODELS, RELEASED, Loaded, Selection, load_items, summarise_results
 
 
@@ -84,6 +85,7 @@ def parse_args(argv=None):
         choices=[*TEMPLATES, *RELEASED, "problem"],
         help="prompt; released and released_reasoning: to the letter that of the paper's evaluator",
     )
+    p.add_argument("--box_frame", default="pixel", choices=BOX_FRAMES, help="of boxes in prompt and reply")
     p.add_argument("--provider", default="auto", choices=["auto", *PROVIDERS], help="who generates")
     p.add_argument("--base_url", help="server of --provider openai or anthropic, as http://localhost:8000/v1")
     p.add_argument("--concurrency", type=int, default=16, help="API requests at a time")
@@ -173,6 +175,7 @@ def results_path(args, name: str, alone: bool) -> Path:
         name,
         args.model_path,
         args.template,
+        *([args.box_frame] if args.box_frame != "pixel" else []),
         *([f"limit{args.limit}"] if args.limit else []),
         *(f for f in ("circular", "shuffle_options", "blind", "correct_labels") if getattr(args, f)),
     )
@@ -194,14 +197,15 @@ def make_record(sample: Sample, row: int, loaded: Loaded, encoder: PromptEncoder
     """One line of the results."""
     cluster = loaded.clusters[row]
     scene = {"ground_truth": sample.ground_truth} if "<scene>" in sample.ground_truth else {}
+    frame = {"box_frame": encoder.box_frame} if encoder.box_frame != "pixel" else {}
     counts = {k: v for k, v in dataclasses.asdict(reply).items() if k != "text" and v != ""}
     return {
         "id": sample.id, "row": row, "turns": loaded.items.turns[row], "category": sample.category,
         "kind": sample.kind, "gold": sample.answer,
-        "choices": list(sample.options), "size": list(sample.size), "meta": sample.meta, **scene,
+        "choices": list(sample.options), "size": list(sample.size), "meta": sample.meta, **scene, **frame,
         "cluster": cluster, "question_hash": loaded.questions[row],
         "prompt_hash": short_hash(cluster + prompt_text(encoder, sample)), "reply": reply.text,
-        **grade(sample, reply.text, finish_reason=reply.finish_reason),
+        **grade(sample, reply.text, finish_reason=reply.finish_reason, **frame),
         **counts, "latency_s": round(reply.latency_s, 3)}  # fmt: skip
 
 
@@ -369,7 +373,7 @@ def main(argv=None):
         selection = Selection.of(vars(args))
         benchmarks = {name: load_items(name, selection) for name in names}
         template = "problem" if args.template in RELEASED else args.template  # made with the item
-        how = template, args.min_pixels, args.max_pixels
+        how = template, args.min_pixels, args.max_pixels, args.box_frame
         encoder = encoder_for(lambda processor: PromptEncoder(processor, *how), load_processor(args))
         warn_of_overlap(benchmarks)
         for name, loaded in benchmarks.items():

@@ -4,8 +4,8 @@
     python merge.py runs/7b/checkpoint-50 my-model --dtype float32 --max_shard_size 2GB
     python merge.py runs/3b_lora --base models/Qwen2.5-VL-3B-Instruct    # adapters, whose base has moved
 
-The folder holds the weights under the names of the published Qwen2.5-VL, config, generation config,
-processor, chat template and a model card. It is written under a temporary name, loaded back, and renamed once
+The folder holds the weights under the names of the published model, config, generation config, processor,
+chat template and a model card. It is written under a temporary name, loaded back, and renamed once
 its weights are the checkpoint's, bit for bit after the cast, and its logits on a fixed prompt are the same.
 Of a checkpoint of adapters (`lora_rank`) the weights are those of the model that the run started from, which
 has to be there and unchanged, plus scale * B @ A in float32.
@@ -24,6 +24,7 @@ import torch
 
 from checkpoint import Planner, Reader, check_files, checkpoints, other_base, read_record, row_sums, same_sums
 from config import write_whole
+from packing import check_family
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHARDS = "model"  # folder of torch.distributed.checkpoint files in a checkpoint
@@ -189,8 +190,8 @@ def build_adapted(checkpoint: Path, config, record: dict, dtype: torch.dtype, ba
 
 
 # ---- write ----
-def model_card(checkpoint: Path, dtype: str) -> str:
-    """README.md of the exported folder: where it comes from, its held-out scores, its config."""
+def model_card(checkpoint: Path, dtype: str, kind: str) -> str:
+    """README.md of the exported folder: what it is, where it comes from, its held-out scores, its config."""
     trainer = read_record(checkpoint)
     settings = checkpoint.parent / "config.yaml"
     scores = {k: v for k, v in trainer["scores"].items() if isinstance(v, (int, float))}
@@ -198,7 +199,7 @@ def model_card(checkpoint: Path, dtype: str) -> str:
     lines += [
         f"# {checkpoint.name}",
         "",
-        f"Qwen2.5-VL weights in {dtype}, exported after step {trainer['step']}.",
+        f"{kind} weights in {dtype}, exported after step {trainer['step']}.",
     ]
     if scores:
         lines += ["", "| held-out metric | value |", "|---|---|"]
@@ -230,12 +231,13 @@ def merge(
 
     with write_whole(out) as tmp:
         model = build_model(checkpoint, DTYPES[dtype], base)
+        kind = check_family(str(checkpoint), model.config).name
         tmp.mkdir(parents=True)
         model.save_pretrained(tmp, max_shard_size=max_shard_size)
         for file in (checkpoint / "hf").iterdir():  # as they are: generation config, processor, chat template
             if file.name != "config.json":
                 shutil.copy2(file, tmp)
-        (tmp / "README.md").write_text(model_card(checkpoint, dtype))
+        (tmp / "README.md").write_text(model_card(checkpoint, dtype, kind))
         expected = digest(model, tmp)
         del model  # one copy in memory at a time
         difference = verify(expected, tmp, DTYPES[dtype])

@@ -18,6 +18,7 @@ import functools
 import inspect
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,17 +26,40 @@ import torch.nn.functional as F
 
 from data import Prompt
 
-FAMILIES = ("qwen2_5_vl",)  # model types whose positions and image tokens a packed row is known to get right
+
+@dataclass(frozen=True)
+class Family:
+    """What is not to be read from a model's config, its class and its processor."""
+
+    name: str  # of its published models
+    box_frame: str  # that its authors trained it on
+
+
+# Model types that a packed row is known to get right, and how they differ. What stands in comments is read
+# elsewhere: patch and merge size from the processor, the rest from the config, by the model's own class with
+# its `get_rope_index`, its vision tower, its names of decoder layers and vision blocks.
+FAMILIES = {
+    # image tokens of 28 x 28 pixels; each patch sees its whole image; M-RoPE in three sections of a head
+    "qwen2_vl": Family("Qwen2-VL", "per_mille"),
+    # 28 x 28; most layers of the tower see windows of 112 x 112 only, bounded by what the tower hands down
+    "qwen2_5_vl": Family("Qwen2.5-VL", "pixel"),
+    # 32 x 32; M-RoPE interleaved; features of several of the tower's layers are added to the first decoder
+    # layers' outputs at the image tokens (deepstack); heads may be wider than hidden_size / heads
+    "qwen3_vl": Family("Qwen3-VL", "per_mille"),
+}
 FORBIDDEN_BIAS = -100.0  # on the logits of image and video tokens: a sampled one would break the next forward
 
 
-def check_family(model: str, config):
+def check_family(model: str, config) -> Family:
     """Raises: ValueError if the trainers do not know this kind of model; `config`: of transformers."""
     if config.model_type not in FAMILIES:
+        *others, last = FAMILIES
         raise ValueError(
-            f"{model}: expected a model of type {' or '.join(FAMILIES)}, got {config.model_type!r}; "
-            "evaluate.py can still ask it, by --provider openai and a server such as `vllm serve`"
+            f"{model}: expected a model of type {', '.join(others)} or {last}, got {config.model_type!r}, "
+            "which cannot be trained here; evaluate.py can still ask it, by --provider hf or vllm, or by "
+            "--provider openai and a server such as `vllm serve`"
         )
+    return FAMILIES[config.model_type]
 
 
 # ---- who computes what -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from config import write_whole
 from data import Sample, load_samples
 from images import open_image, to_rgb
 from results import Record, percent, read_records, run_name, summarise
-from rewards import Weights, parse_ground_truth, parse_scene
+from rewards import Weights, in_pixels, parse_ground_truth, parse_scene
 from testsets import Selection, load_items, summarise_results
 
 PANELS = (  # title, key of the samples, key of the held-out set
@@ -200,7 +200,8 @@ def draw_box(box: Sequence[float], name: str, kind: str, size: tuple[int, int]) 
 def draw_scene(sample: Sample, uri: str, gold: list[dict], record: dict) -> str:
     """The image with gold and predicted boxes; a predicted one bears its name unless it finds its object."""
     width, height = sample.size
-    guesses = (parse_scene(record["reply"]) or {"objects": []})["objects"]
+    guesses = parse_scene(record["reply"]) or {"objects": []}
+    guesses = in_pixels(guesses, record.get("box_frame", "pixel"), sample.size)["objects"]
     pairs = record.get("matches", [])
     hits = {i for i, j, iou, _ in pairs if iou >= 0.5 and guesses[i]["id"] == gold[j]["id"]}
     halos = [draw_box(o["bbox"], "", "halo", sample.size) for o in gold + guesses]  # below all lines

@@ -61,6 +61,7 @@ class Record(Grade):
     size: list[int]  # [W, H] of the first image, pixels
     meta: dict  # what the official score groups by
     ground_truth: NotRequired[str]  # gold scene and answer; only where there is a scene
+    box_frame: NotRequired[str]  # of the reply's boxes; absent: pixel
     cluster: str  # what it shares with rows that are not independent of it: hash of its images, or its pair
     question_hash: str  # of first image, question and answer, before any reordering
     prompt_hash: str  # of cluster and prompt, as asked
@@ -108,14 +109,19 @@ def grade(
     weights: Weights = Weights(),  # noqa: B008 frozen
     similarity: Callable[[str, str], float] = label_similarity,
     finish_reason: str = "stop",
+    box_frame: str = "pixel",
 ) -> Grade:
-    """What a reply to a sample, which has a `ground_truth` as well, is worth; `judge` explains the rest."""
+    """What a reply to a sample, which has a `ground_truth` as well, is worth; `judge` explains the rest.
+
+    Args: box_frame: of the reply's boxes, as for `rewards.in_pixels`.
+    """
     graded = judge(sample, reply, finish_reason)
     if sample.kind == "choice":
         graded["released"] = released_letter(reply, sample.options) == sample.answer.strip()[1].upper()
     if "<scene>" not in sample.ground_truth:
         return graded
-    score = score_completion(reply, sample.ground_truth, sample.size, weights=weights, similarity=similarity)
+    how = {"weights": weights, "similarity": similarity, "box_frame": box_frame}
+    score = score_completion(reply, sample.ground_truth, sample.size, **how)
     gold_objects, gold_triplets, n_gold = gold_labels(sample.ground_truth)
     objects, triplets = scene_labels(parse_scene(reply))
     ious, cious = [m[2] for m in score.matches], [m[3] for m in score.matches]
@@ -142,7 +148,8 @@ def regrade(record: Record) -> Record:
         size=tuple(record["size"]),
         meta=record["meta"],
     )
-    return record | grade(sample, record["reply"], finish_reason=record["finish_reason"])
+    how = {key: record[key] for key in ("finish_reason", "box_frame") if key in record}
+    return record | grade(sample, record["reply"], **how)
 
 
 def scene_labels(scene: dict | None) -> tuple[frozenset, frozenset]:

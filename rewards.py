@@ -445,6 +445,41 @@ def _shown(value) -> str:
         return "a huge number"
 
 
+BOX_FRAMES = ("pixel", "per_mille")  # of boxes in replies; gold boxes are in pixels of the original image
+
+
+def in_pixels(scene: dict, box_frame: str, image_size: tuple[float, float]) -> dict:
+    """A reply's scene with boxes in pixels of the original image, from the frame that its prompt asked for.
+
+    Args: box_frame: "pixel", or "per_mille": thousandths of the image's width and height.
+    >>> in_pixels({"objects": [{"id": "cup.1", "bbox": [0, 500, 999, 1000]}]}, "per_mille", (640, 300))
+    {'objects': [{'id': 'cup.1', 'bbox': [0.0, 150.0, 639.36, 300.0]}]}
+    """
+    if box_frame not in BOX_FRAMES:
+        raise ValueError(f"box_frame: expected one of {BOX_FRAMES}, got {box_frame!r}")
+    if box_frame == "pixel":
+        return scene
+    sides = [*image_size, *image_size]
+    moved = [[x * side / 1000 for x, side in zip(o["bbox"], sides, strict=True)] for o in scene["objects"]]
+    return scene | {"objects": [o | {"bbox": b} for o, b in zip(scene["objects"], moved, strict=True)]}
+
+
+def in_per_mille(ground_truth: str, image_size: tuple[int, int]) -> str:
+    """A gold text with its boxes as a reply writes them with box_frame "per_mille": to imitate, not to score.
+
+    Rounded, and at least 1 wide and high. Raises: ValueError, as `parse_ground_truth`.
+    """
+    scene, answer = parse_ground_truth(ground_truth)
+    for o in scene["objects"]:
+        lows, highs = (
+            [min(max(round(1000 * x / side), 0), 1000) for x, side in zip(corner, image_size, strict=True)]
+            for corner in (o["bbox"][:2], o["bbox"][2:])
+        )
+        lows = [min(low, 999) for low in lows]
+        o["bbox"] = lows + [max(high, low + 1) for low, high in zip(lows, highs, strict=True)]
+    return f"<scene>{json.dumps(scene)}</scene>\n<answer>{answer}</answer>"
+
+
 def _closeness(n: int, gold: int) -> float:
     return max(0.0, 1 - abs(n - gold) / max(gold, 1))
 
@@ -456,6 +491,7 @@ def score_completion(
     *,
     weights: Weights = Weights(),
     similarity: Callable[[str, str], float] = label_similarity,
+    box_frame: str = "pixel",
 ) -> Score:
     r"""The gated reward of one completion, with the reason of a rejection and the matched objects.
 
@@ -466,6 +502,7 @@ def score_completion(
         weights: of the terms in the reward.
         similarity: (predicted label, gold label) -> [0, 1], of lower-case labels without `.N`, `_` as spaces.
             It steers the matching only. A negative cosine is taken as it is, NaN and inf as 0.
+        box_frame: of the completion's boxes, as for `in_pixels`.
     Returns: Score. Its terms are unweighted, in [0, 1] and gated:
         format    1 if the completion is well formed; else all terms are 0 and `reason` says why.
         count     max(0, 1 - |M - K| / max(K, 1)) for M predicted and K gold objects; if gold has
@@ -482,7 +519,7 @@ def score_completion(
     gold, gold_relationships, gold_answer = _gold(ground_truth, width, height)
     try:
         _, scene_text, _, answer = _split(completion, BLOCKS)
-        scene = _parse(scene_text)
+        scene = in_pixels(_parse(scene_text), box_frame, (width, height))
         predicted = _place(scene, width, height, clip=True)
     except _Rejected as error:
         return Score(reason=error.reason)

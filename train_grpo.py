@@ -156,13 +156,15 @@ class GRPOConfig(DataConfig):
             raise ValueError("lora_vision: expected lora_rank above 0 and no freeze_vision")
         if self.keep_best not in (None, *(names := [f"val_{k}" for k in HELD_OUT])):
             raise ValueError(f"keep_best: expected one of {names}, got {self.keep_best!r}")
-        _ = self.weights  # raises if they add up to more than 1
+        _ = self.scoring  # raises if they add up to more than 1
         _ = self.gpus and read_gpus(self.gpus)  # raises if it cannot be read
         return self
 
     @property
-    def weights(self) -> Weights:
-        return Weights(self.weight_format, self.weight_count, self.weight_accuracy, self.weight_spatial)
+    def scoring(self) -> dict:
+        """Arguments of score_completion and grade."""
+        weights = self.weight_format, self.weight_count, self.weight_accuracy, self.weight_spatial
+        return {"weights": Weights(*weights), "box_frame": self.box_frame}
 
     @property
     def need_scene(self) -> bool:
@@ -172,10 +174,7 @@ class GRPOConfig(DataConfig):
 # ---- rollout -----------------------------------------------------------------------------------------------
 @dataclass
 class Rollout:
-    """One sampled completion of one row, and what the step finds out about it.
-
-    Light: it travels to all processes, its prompt's images do not.
-    """
+    """One completion of one row, and what the step finds out: it travels, its prompt's images do not."""
 
     row: int  # of the data
     prompt_length: int  # tokens, with the images'
@@ -225,7 +224,7 @@ def reward_of(text: str, sample, cfg: GRPOConfig) -> Score:
     if cfg.reward == "vanilla":
         terms = vanilla_reward(text, sample.ground_truth)
         return Score(terms["reward"], terms["format"], 0.0, terms["accuracy"], 0.0)
-    return score_completion(text, sample.ground_truth, sample.size, weights=cfg.weights)
+    return score_completion(text, sample.ground_truth, sample.size, **cfg.scoring)
 
 
 def reward_matrix(groups: list[list[Rollout]]) -> torch.Tensor:
@@ -445,7 +444,7 @@ def held_out(accelerator, sampler, val, cfg: GRPOConfig) -> dict:
 
     def graded(r: Rollout) -> dict:
         reason = "stop" if r.finished else "length"
-        record = grade(val[r.row], r.text, weights=cfg.weights, finish_reason=reason)
+        record = grade(val[r.row], r.text, finish_reason=reason, **cfg.scoring)
         return record | {"finish_reason": reason}
 
     prompt_of = PromptCache(lambda i: sampler.encode(val[i]), cfg.image_threads)
@@ -713,7 +712,8 @@ def train(cfg: GRPOConfig):
     rank, world, say = accelerator.process_index, accelerator.num_processes, accelerator.print
     with plain_errors():
         processor = AutoProcessor.from_pretrained(cfg.model)
-        encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
+        budget = cfg.min_pixels, cfg.max_pixels
+        encoder = PromptEncoder(processor, cfg.template, *budget, cfg.box_frame)
     data, val = load_rows(cfg, encoder, accelerator)
     refuse_other_rows(accelerator, out, data.fingerprint())
     say(arithmetic(cfg, world, len(data)))

@@ -25,6 +25,7 @@ from distributed import gather, leave, refuse_lone_processes, refuse_other_shard
 from lora import add_adapters, merge_adapters
 from metrics import lacking_tracker, start_tracker
 from packing import check_family, micro_batches, pack, use_packed_attention
+from rewards import in_per_mille
 
 FREE_TO_CHANGE = frozenset(  # keys that a continued run may change: they do not change what it computes
     "out resume save_every log_every val_every val_data val_split val_limit max_tokens_per_micro_batch "
@@ -146,14 +147,16 @@ def train(cfg: SFTConfig):
         processor = AutoProcessor.from_pretrained(cfg.model)
         if processor.tokenizer.eos_token_id is None:
             raise ValueError(f"{cfg.model}: expected a tokenizer with an eos_token, got none")
-        encoder = PromptEncoder(processor, cfg.template, cfg.min_pixels, cfg.max_pixels)
+        how = cfg.min_pixels, cfg.max_pixels, cfg.box_frame
+        encoder = PromptEncoder(processor, cfg.template, *how)
 
     def target_of(sample) -> str:
         text = getattr(sample, {"scene_answer": "ground_truth"}.get(cfg.target, cfg.target))
         if not isinstance(text, str) or not text.strip():
             column = cfg.columns.get(cfg.target, COLUMNS[cfg.target])
             raise ValueError(f"column {column}: expected text to imitate, got {text!r}")
-        return text
+        in_frame = cfg.target == "scene_answer" and cfg.box_frame == "per_mille"
+        return in_per_mille(text, sample.size) if in_frame else text
 
     def length(sample) -> int:  # at load, so that no row without a target stops the run halfway
         target_of(sample)

@@ -30,7 +30,7 @@ WORLD = 4
 
 
 class MemoryConfig(Config):
-    models: str = opt("3B,7B", "of Qwen2.5-VL")
+    models: str = opt("3B,7B", "of Qwen2.5-VL, or names such as Qwen3-VL-4B")
     layers: str = opt("", "decoder layers, several with commas; empty: all")
     tokens: int = opt(16384, "of a packed row, four prompts with eight completions each", ge=4096)
     logit_chunk: int = opt(256, "tokens whose logits exist at the same time", ge=1)
@@ -38,11 +38,12 @@ class MemoryConfig(Config):
 
 def text_config(model: str, layers: int | None = None):
     """The published config with so many layers, and one vision block to be left out."""
-    config = published_config(f"Qwen2.5-VL-{model}")
+    config = published_config(f"Qwen2.5-VL-{model}" if model in ("3B", "7B") else model)
     config.vision_config.depth = 1
     if layers:
         config.text_config.num_hidden_layers = layers
-        config.text_config.layer_types = config.text_config.layer_types[:layers]
+        if hasattr(config.text_config, "layer_types"):
+            config.text_config.layer_types = config.text_config.layer_types[:layers]
     return config
 
 
@@ -56,7 +57,7 @@ def shard(model, mesh):
         fsdp_version=2,
         mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Qwen2_5_VLDecoderLayer"],
+        transformer_cls_names_to_wrap=[type(model.model.language_model.layers[0]).__name__],
         cpu_ram_efficient_loading=False,
     )
     accelerator = types.SimpleNamespace(

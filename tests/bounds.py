@@ -23,13 +23,14 @@ def rounding(*lengths: int, u: float = U) -> float:
 
 
 def forward_sums(config, tokens: int) -> list[int]:
-    """Lengths of the sums behind one log-prob of a Qwen2.5-VL: tower, layers, head, softmax.
+    """Lengths of the sums behind one log-prob of a Qwen-VL: tower, layers, head, softmax.
 
     Args: tokens: the most keys that a token attends to, in text or image.
     """
     text, vision = config.text_config, config.vision_config
     layer = [text.hidden_size] * 3 + [tokens, text.intermediate_size]  # q/k/v, out, up; attention; down
-    block = [vision.hidden_size] * 3 + [tokens, vision.intermediate_size]
+    width = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's name for it
+    block = [width] * 3 + [tokens, getattr(vision, "intermediate_size", 4 * width)]
     return layer * text.num_hidden_layers + block * vision.depth + [text.hidden_size, text.vocab_size]
 
 

@@ -27,6 +27,22 @@ def tiny_base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def family(tiny_base, tmp_path_factory):
+    """family(model type, tied): folder of an untrained model of that type, made once."""
+    from functools import cache
+
+    from models import build_tiny
+
+    @cache
+    def folder(model_type: str, tied: bool = True):
+        path = tmp_path_factory.mktemp(model_type)
+        build_tiny(path, model_type, tiny_base, tied)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """Folder with train.parquet (32 rows) and val.parquet (24 rows) of the drawn set."""
     from stvqa import write_parquet

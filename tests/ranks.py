@@ -21,8 +21,6 @@ from distributed import leave, make_accelerator, whole_weights  # noqa: E402
 from lora import adapters_off  # noqa: E402
 from train_grpo import GRPOConfig, Rollout, make_learner, plan_updates, rollout_logps, update  # noqa: E402
 
-LAYERS = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
-
 
 def make_rollouts(encoder, samples, group_size):
     """Prompts with one image of different sizes, two images, none; completions of 1 to 40 tokens."""
@@ -55,7 +53,7 @@ def try_to_save(attempt):
 
 
 def main(model, data, out, *overrides):
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     cfg = GRPOConfig(
         model=model,
@@ -68,7 +66,8 @@ def main(model, data, out, *overrides):
         tracker="none",
         **dict(pair.split("=") for pair in overrides),
     )
-    accelerator = make_accelerator(LAYERS)
+    kind = AutoModelForImageTextToText._model_mapping[type(AutoConfig.from_pretrained(model))]
+    accelerator = make_accelerator(sorted(kind._no_split_modules))
     processor = AutoProcessor.from_pretrained(model)
     samples = load_samples(data)
     rollouts, prompt_of = make_rollouts(PromptEncoder(processor, "spatial_thinker", 784, 802816), samples, 4)

@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lookalike
@@ -22,6 +23,7 @@ from PIL import Image
 from config import write_run_record
 from data import (
     COLUMNS,
+    PER_MILLE,
     REASONS,
     BadRow,
     PromptCache,
@@ -712,14 +714,42 @@ def test_the_processor_agrees_on_the_grid(size, tiny_base):
     assert ours["image_grid_thw"][0].tolist() == grid == [1, small.size[1] // 14, small.size[0] // 14]
 
 
-def test_a_processor_of_another_lattice_is_refused(tiny_base):
-    from transformers import AutoProcessor, Qwen2VLImageProcessor
+@pytest.mark.parametrize("model_type, cell", [("qwen2_vl", 28), ("qwen2_5_vl", 28), ("qwen3_vl", 32)])
+def test_image_tokens_are_those_of_the_processor(family, model_type, cell, rows, tmp_path):
+    """Counted from sizes alone, expanded, and as the processor itself makes them of image and text."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(family(model_type))
+    encode = PromptEncoder(processor, "spatial_thinker", 4 * cell**2, 40 * cell**2)
+    # 101 x 333 is 3 x 10 cells of 32 (3.2 x 10.4), 4 x 12 of 28 (3.6 x 11.9), of which 40 are too many
+    sample = replace(load_samples(write(rows, tmp_path / "x.parquet"))[0], encoded_images=(noise(101, 333),))
+    prompt, (w, h) = encode(sample), smart_size(101, 333, 4 * cell**2, 40 * cell**2, cell)
+    assert w % cell == h % cell == 0 and (w, h) == prompt.images[0].size
+    theirs = processor(text=[encode.text(sample)], images=prompt.images, return_tensors="pt")
+    assert theirs["input_ids"][0].tolist() == prompt.ids and len(prompt.ids) == encode.length(sample)
+    assert prompt.ids.count(processor.image_token_id) == w * h // cell**2
+    assert (
+        theirs["pixel_values"].equal(prompt.pixel_values) and prompt.pixel_values.shape[1] == cell**2 * 3 / 2
+    )
+
+
+@pytest.mark.parametrize("template", ["spatial_thinker", "problem"])
+def test_the_prompt_states_the_frame_of_boxes_once(template, rows, tmp_path):
+    sample = replace(load_samples(write(rows, tmp_path / "x.parquet"))[0], problem="<image>Q.")
+    shown = {f: build_prompt(sample, template, f)[0]["content"][1]["text"] for f in ("pixel", "per_mille")}
+    assert "1000" not in shown["pixel"]
+    assert build_prompt(sample, template) == build_prompt(sample, template, "pixel")
+    assert shown["per_mille"].count(PER_MILLE) == 1 and "Image size" not in shown["per_mille"]
+    assert (
+        PER_MILLE not in build_prompt(sample, "reasoning", "per_mille")[0]["content"][1]["text"]
+    )  # no boxes
+
+
+def test_a_processor_without_images_is_refused(tiny_base):
+    from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(tiny_base)
-    processor.image_processor = Qwen2VLImageProcessor(patch_size=16)
-    with pytest.raises(ValueError, match="with image tokens of 28 x 28 pixels, got 32 x 32"):
-        PromptEncoder(processor, "spatial_thinker", 784, 784)
-    with pytest.raises(ValueError, match="Tokenizer.*got none of that kind"):  # of a model without images
+    with pytest.raises(ValueError, match="Tokenizer.*got none of that kind"):
         PromptEncoder(processor.tokenizer, "spatial_thinker", 784, 784)
 
 

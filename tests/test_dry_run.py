@@ -69,6 +69,27 @@ def test_published_configs_have_the_published_number_of_parameters():
     assert published_config("some/other-2B") is None
 
 
+@pytest.mark.parametrize("name, parameters, tied", [
+    ("Qwen2-VL-2B", 2_208_985_600, True), ("Qwen2-VL-7B", 8_291_375_616, False),
+    ("Qwen3-VL-2B", 2_127_532_032, True), ("Qwen3-VL-4B", 4_437_815_808, True),
+    ("Qwen3-VL-8B", 8_767_123_696, False),
+])  # fmt: skip
+def test_other_families_have_the_published_number_of_parameters(name, parameters, tied):
+    m = sizes(published_config(f"Qwen/{name}-Instruct"))
+    assert (m.parameters, m.tied) == (parameters, tied)
+
+
+def test_widths_of_qwen3_by_hand():
+    """32 heads of 128 on a hidden width of 2560; 8 of keys; cells of 32 x 32; a tower of 1024 and 4096."""
+    m = sizes(published_config("Qwen3-VL-4B"))
+    assert (m.query, m.kv, m.normed, m.cell) == (4096, 1024, 5120, 1024)
+    assert (m.vision_hidden, m.vision_intermediate, m.patch) == (1024, 4096, 3 * 2 * 16**2)
+    m = sizes(published_config("Qwen2-VL-7B"))
+    assert (m.query, m.kv, m.normed, m.cell, m.vision_hidden, m.vision_intermediate) == (
+        3584, 512, 0, 784, 1280, 5120,
+    )  # fmt: skip
+
+
 def test_adapters_are_counted_on_every_linear_layer():
     m, d, i = qwen("7B"), 3584, 18944
     assert m.per_rank == 28 * (2 * (d + d) + 2 * (d + 512) + 3 * (d + i))
@@ -90,7 +111,7 @@ def test_the_tiny_models_own_config_is_read(tiny_start):
     "asked",
     [
         "models=7B tokens=4096 logit_chunk=4096 layers=1",  # the head decides
-        "models=3B,7B tokens=16384 logit_chunk=1024 layers=2",  # a layer's backward pass does
+        "models=3B,7B,Qwen3-VL-4B tokens=16384 logit_chunk=1024 layers=2",  # a layer's backward pass does
     ],
 )
 def test_the_trainers_memory_is_what_torch_counts(asked):
@@ -153,7 +174,8 @@ def test_lora_holds_bf16_weights_and_the_adapters_state_only():
 
 
 def test_recomputation_and_the_micro_batch_are_what_the_update_pays_for():
-    m, row = qwen("7B"), largest_row(shipped("7b"))
+    m = qwen("7B")
+    row = largest_row(shipped("7b"), m)
     kept, again = (
         sum(backward_bytes(shipped("7b", f"gradient_checkpointing={x}"), m, row, 256, 4).values())
         for x in ("false", "true")
@@ -167,7 +189,7 @@ def test_recomputation_and_the_micro_batch_are_what_the_update_pays_for():
 
 
 def test_the_largest_row_holds_the_largest_image_and_no_cut_sequence():
-    row = largest_row(shipped("7b", "max_tokens_per_micro_batch=4096"))
+    row = largest_row(shipped("7b", "max_tokens_per_micro_batch=4096"), qwen("7B"))
     prompt = 2048**2 // 28**2 + 400
     assert row == Row(prompt + 2048, 2048, 4 * (2048**2 // 28**2))
 
@@ -180,10 +202,10 @@ def test_open_logit_chunks_take_a_thirty_second_of_the_memory():
 
 
 # ---- what fits ----
-@pytest.mark.parametrize("name", ["7b", "3b", "7b_vanilla", "3b_vanilla"])
+@pytest.mark.parametrize("name", ["7b", "3b", "7b_vanilla", "3b_vanilla", "qwen3vl_4b"])
 def test_the_shipped_configs_fit_four_cards_of_80_gb(name):
     cfg = shipped(name)
-    assert not misfits(cfg, qwen(name[:2].upper()), FOUR)
+    assert not misfits(cfg, sizes(published_config(cfg.model)), FOUR)
     assert cfg.vllm_max_seqs == cfg.prompts_per_step * cfg.group_size // 4
 
 
@@ -304,6 +326,10 @@ def test_dry_run_for_cards_elsewhere(tiny_data, tmp_path, capsys):
     (missing,) = [line for line in out.splitlines() if line.startswith("missing: ")]
     assert missing.startswith("missing: model: ") and "every phase fits" in out
     assert "4 process(es)" in out and "time on H100" in out and "computed, not measured" in out
+    assert "note: " not in out
+    asked = f"model={tmp_path}/Qwen3-VL-4B", f"data={tiny_data}", "gpus=4x80GB", "box_frame=pixel"
+    assert dry_run(shipped("qwen3vl_4b", *asked)) == 1
+    assert "note: Qwen3-VL was made with box_frame=per_mille, here it is pixel" in capsys.readouterr().out
 
 
 def test_dry_run_of_the_tiny_config_finds_everything(tiny_data, tmp_path):

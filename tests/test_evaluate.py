@@ -16,9 +16,10 @@ from programs import run_script, start_script, wait_until
 from servers import openai_answer, serve, text_of
 
 from backends import png
-from data import PromptEncoder, load_samples
+from data import PER_MILLE, PromptEncoder, load_samples
 from evaluate import dataset_names, main, parse_args
 from results import Record, compare, grade, locked, read_records, regrade, write_tables
+from rewards import in_per_mille
 from testsets import DATASETS, Selection, load_items
 
 HF = ("--provider", "hf", "--max_new_tokens", "12")
@@ -93,6 +94,31 @@ def test_records_and_summary_on_disk(tiny_base, tiny_data, tmp_path, capsys):
     ]
 
 
+def test_boxes_in_per_mille_are_asked_for_graded_and_graded_again(tiny_data, tmp_path):
+    """A server that answers every other row with the gold scene in thousandths, the rest in pixels."""
+    samples = load_samples(str(tiny_data / "val.parquet"), "val")
+    gold, order = {s.question: s for s in samples}, [s.question for s in samples]
+    prompts = []
+
+    def respond(body, nth):
+        prompts.append(text_of(body))
+        s = gold[prompts[-1].split("\n\n")[-1]]
+        text = in_per_mille(s.ground_truth, s.size) if order.index(s.question) % 2 else s.ground_truth
+        scene, answer = text.split("\n")
+        return 200, openai_answer(f"<observe>o</observe>{scene}<think>t</think>{answer}"), {}
+
+    with serve(respond) as (url, _):
+        main(served(url, tiny_data, tmp_path, "--box_frame", "per_mille"))
+    assert all(PER_MILLE in prompt and "Image size" not in prompt for prompt in prompts)
+    _, records = read_records(tmp_path / "x.jsonl")
+    for r in records:
+        asked = samples[r["row"]].question
+        right = order.index(asked) % 2 == 1
+        # Half a thousandth of 84 pixels on each side of a box of 12 or more leaves an IoU above 0.97.
+        assert (r["recall50"] == 1 and r["mean_iou"] > 0.97) == right and r["box_frame"] == "per_mille"
+        assert regrade(r) == r
+
+
 def test_records_have_the_keys_that_are_declared(tiny_data, tmp_path):
     """All of them, and each absent only where it may be: scenes, open answers, a failure."""
     fixtures.write(tmp_path / "robospatial.parquet", *fixtures.robospatial_home())
@@ -103,7 +129,7 @@ def test_records_have_the_keys_that_are_declared(tiny_data, tmp_path):
         return 200, openai_answer("<answer>(A)</answer>"), {}
 
     with serve(respond) as (url, _):
-        main(served(url, tiny_data, tmp_path / "scenes"))
+        main(served(url, tiny_data, tmp_path / "scenes", "--box_frame", "per_mille"))
         own = ["--dataset", "robospatial", "--local_path", str(tmp_path), "--max_failures", "1"]
         main([*served(url, tiny_data, tmp_path / "open"), *own])
     scenes, others = (read_records(tmp_path / name / "x.jsonl")[1] for name in ("scenes", "open"))

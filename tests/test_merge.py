@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 EMBED, NORM = "model.language_model.embed_tokens.weight", "model.language_model.norm.weight"
 
 
-def save_checkpoint(base, folder, tied=True):
+def save_checkpoint(base, folder):
     """A checkpoint of an untrained model, written by the trainer's own function."""
     from accelerate import Accelerator
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -28,7 +28,6 @@ def save_checkpoint(base, folder, tied=True):
     from checkpoint import save
 
     config = AutoConfig.from_pretrained(base)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     torch.manual_seed(7)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id = 5
@@ -81,19 +80,34 @@ def test_default_output_is_beside_the_checkpoint_and_verified(run, capsys):
     assert [p.name for p in run.folder.iterdir() if p.name.startswith(".")] == []
 
 
+# As the Hub has them: in the first two the language model stands at the top, in the last below a name.
+PUBLISHED = {
+    "qwen2_vl": ("model.", "visual.", "merger.mlp.0.weight", "Qwen2-VL"),
+    "qwen2_5_vl": ("model.", "visual.", "merger.mlp.0.weight", "Qwen2.5-VL"),
+    "qwen3_vl": ("model.language_model.", "model.visual.", "deepstack_merger_list.1.norm.weight", "Qwen3-VL"),
+}
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_float32_export_has_the_published_names_and_the_very_weights(tiny_base, tmp_path, tied):
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_float32_export_has_the_published_names_and_the_very_weights(family, tmp_path, model_type, tied):
     from transformers import AutoModelForImageTextToText
 
-    model = save_checkpoint(tiny_base, tmp_path / "checkpoint-1", tied)
+    text, tower, of_its_own, title = PUBLISHED[model_type]
+    model = save_checkpoint(family(model_type, tied), tmp_path / "checkpoint-1")
     out = merge(tmp_path / "checkpoint-1", tmp_path / "out", "float32", max_shard_size="5GB")
     names = names_and_dtypes(out)
     assert set(names.values()) == {torch.float32}
-    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight",
-            "visual.patch_embed.proj.weight", "visual.blocks.0.attn.qkv.weight",
-            "visual.merger.mlp.0.weight"} <= names.keys()  # fmt: skip
-    assert {name.split(".")[0] for name in names} == {"model", "visual"} | (set() if tied else {"lm_head"})
-    assert not any(name.startswith(("model.language_model.", "model.visual.")) for name in names)
+    parts = "embed_tokens.weight", "norm.weight", "layers.0.self_attn.q_proj.weight"
+    assert {text + part for part in parts} <= names.keys()
+    parts = "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", of_its_own
+    assert {tower + part for part in parts} <= names.keys()
+    rest = {name for name in names if not name.startswith((text, tower))}
+    assert rest == (set() if tied else {"lm_head.weight"})
+    starts = {name.split(".")[1] for name in names if name.startswith("model.")}
+    nested = {"language_model", "visual"}
+    assert starts == nested if model_type == "qwen3_vl" else not starts & nested
+    assert (out / "README.md").read_text().count(f"{title} weights in float32") == 1
     copy = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))
     assert (copy.lm_head.weight is copy.model.language_model.embed_tokens.weight) == tied

@@ -15,7 +15,7 @@ from models import load_plain, plain_logits
 from pictures import noise
 
 import packing
-from data import PromptEncoder, load_samples
+from data import Prompt, PromptEncoder, load_samples
 from packing import (
     FORBIDDEN_BIAS,
     ChunkedLogProbs,
@@ -178,6 +178,103 @@ def test_packed_with_shared_prompts_equals_every_sequence_alone(tiny, tiny_base,
         assert (p.grad - alone).norm() <= bound * (alone.norm() + 1e-3 * whole), name
 
 
+# ---- every family ----
+@pytest.fixture(scope="module")
+def of_family(family, tiny_data):
+    """of_family(type, tied): (its folder, model, prompts with completions: two images, none, one)."""
+    from functools import cache
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    @cache
+    def load(model_type, tied):
+        folder = family(model_type, tied)
+        encoder = PromptEncoder(AutoProcessor.from_pretrained(folder), "spatial_thinker", 784, 802816)
+        sample, rng = load_samples(str(tiny_data), limit=1)[0], np.random.default_rng(0)
+        kinds = [(noise(64, 160), noise(128, 128)), (), (noise(96, 32),)]
+        prompts = [encoder(dataclasses.replace(sample, encoded_images=k)) for k in kinds]
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        use_packed_attention(model)
+        use_logprob_head(model, [], 1.0, 16)
+        return folder, model, [(p, [rng.integers(300, 600, n).tolist() for n in (9, 1, 17)]) for p in prompts]
+
+    return load
+
+
+def packed_and_alone(folder, model, prompts):
+    """(log-probs, gradients) of one packed row, and of every sequence alone in transformers' own model."""
+    model.zero_grad()
+    logp, _ = token_logps(model, pack(prompts, model))
+    plain = load_plain(folder)
+    want = []
+    for prompt, completions in prompts:
+        for ids in completions:
+            logps = plain_logits(plain, prompt, ids).log_softmax(-1)
+            want.append(logps.gather(1, torch.tensor(ids)[:, None])[:, 0])
+    want = torch.cat(want)
+    for out in (logp, want):
+        out.sum().backward()
+    grads = ({name: p.grad for name, p in m.named_parameters()} for m in (model, plain))
+    return logp.detach(), want.detach(), *grads
+
+
+@pytest.mark.parametrize("model_type, tied", [("qwen2_vl", True), ("qwen2_vl", False),
+                                              ("qwen3_vl", True), ("qwen3_vl", False)])  # fmt: skip
+def test_packing_is_exact_for_the_other_families(of_family, model_type, tied):
+    """Positions, images, deepstack: log-probs and every parameter's gradient of sequences alone."""
+    folder, model, prompts = of_family(model_type, tied)
+    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
+    got, want, got_grads, want_grads = packed_and_alone(folder, model, prompts)
+    np.testing.assert_allclose(got, want, atol=logp_bound(model.config, LONGEST), rtol=0)
+    assert want.std() > 0.3  # a model that says the same of everything would prove nothing
+    bound, whole = gradient_bound(model.config, len(got)), sum(g.square().sum() for g in want_grads.values())
+    for name, g in want_grads.items():
+        assert (got_grads[name] - g).norm() <= bound * (g.norm() + 1e-3 * whole.sqrt()), name
+        # Every part of the tower is used: softmax does not feel the bias of keys alone.
+        assert g.norm() > 0.01 or name.endswith("k_proj.bias"), name
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl"])
+def test_other_families_on_the_kernels_of_gpus(of_family, model_type, on_gpu):
+    got, want, *_ = packed_and_alone(*of_family(model_type, True))
+    near = logp_bound(of_family(model_type, True)[1].config, LONGEST)
+    np.testing.assert_allclose(got, want, atol=near, rtol=0)
+
+
+def test_deepstack_features_go_to_the_images_they_are_of(of_family):
+    """Other features of one tower layer for one prompt's image: its completions change, no others."""
+    _, model, prompts = of_family("qwen3_vl", True)
+    with torch.no_grad():
+        before, _ = token_logps(model, pack(prompts, model))
+        hook = model.model.visual.deepstack_merger_list[1].register_forward_hook(
+            lambda module, inputs, out: out + (torch.arange(len(out)) >= 10 + 16)[:, None] * 0.5
+        )
+        changed, _ = token_logps(model, pack(prompts, model))
+        hook.remove()
+    n = 27  # completion tokens of each prompt; the first has 10 + 16 image tokens, the last one 3
+    assert torch.equal(changed[: 2 * n], before[: 2 * n])
+    assert (changed[2 * n :] - before[2 * n :]).abs().min() > 2 * logp_bound(model.config, LONGEST)
+
+
+@pytest.mark.parametrize("model_type, cells", [("qwen2_vl", (3, 3)), ("qwen3_vl", (3, 2))])
+def test_rope_positions_of_other_families_by_hand(of_family, tiny_data, model_type, cells):
+    """Text, an image of so many rows and columns, text; then the completion, from the largest on."""
+    folder, model, _ = of_family(model_type, True)
+    rows, columns = cells
+    ids = [10, 11, *[model.config.image_token_id] * (rows * columns), 12]
+    grid = torch.tensor([[1, 2 * rows, 2 * columns]])
+    v = model.config.vision_config
+    pixels = torch.zeros(4 * rows * columns, 3 * 2 * v.patch_size**2)
+    packed = pack([(Prompt(None, [], [], ids, pixels, grid), [[20, 21], [22]])], model)
+    n = rows * columns
+    time, height, width = packed["position_ids"][1:, 0].tolist()
+    assert time == [0, 1, *[2] * n, 5, 6, 7, 6]  # the image takes max(rows, columns) = 3 positions: 2, 3, 4
+    assert height == [0, 1, *[2 + i // columns for i in range(n)], 5, 6, 7, 6]
+    assert width == [0, 1, *[2 + i % columns for i in range(n)], 5, 6, 7, 6]
+    assert packed["position_ids"][0, 0].tolist() == [*range(n + 3), n + 3, n + 4, n + 3]
+
+
+# ---- packing changes nothing ----
 def test_gradients_do_not_depend_on_packing_or_chunk(tiny):
     model, prompts = tiny
     gradients = []

@@ -11,7 +11,7 @@ from PIL import Image
 
 import report
 from data import load_samples
-from report import choose, draw_curves, main, outcome, pair_up, read_metrics, series, smooth
+from report import choose, draw_curves, draw_scene, main, outcome, pair_up, read_metrics, series, smooth
 from results import grade
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'</pre></article>$summary &lt;b&gt; \u202e"
@@ -172,3 +172,10 @@ def test_data_of_other_items_is_refused(tmp_path, tiny_data, samples):
         main(["--before", str(results)])
     with pytest.raises(SystemExit):
         main([])
+
+
+def test_boxes_of_a_reply_in_per_mille_are_drawn_in_pixels(samples):
+    sample = samples[0]  # 84 x 84
+    scene = {"objects": [{"id": "cup.1", "bbox": [0, 250, 500, 1000]}]}
+    record = {"reply": f"<scene>{json.dumps(scene)}</scene>", "box_frame": "per_mille"}
+    assert '<rect class="guess" x="0" y="21" width="42" height="63"/>' in draw_scene(sample, "", [], record)

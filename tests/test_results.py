@@ -647,5 +647,6 @@ def test_what_a_record_holds_is_declared_once():
     assert Grade.__required_keys__ == {"parsed", "method", "correct"}
     assert Grade.__required_keys__ < Record.__required_keys__
     assert Record.__optional_keys__ - Grade.__optional_keys__ == {
-        *("ground_truth", "error", "stop_reason", "note", "read_by", "read", "read_correct", "read_reply")
+        *("ground_truth", "error", "stop_reason", "note", "read_by", "read", "read_correct", "read_reply"),
+        "box_frame",
     }

@@ -30,6 +30,8 @@ from rewards import (
     compute_score,
     compute_score_batch,
     extract_answer,
+    in_per_mille,
+    in_pixels,
     label_similarity,
     parse_ground_truth,
     parse_scene,
@@ -1229,3 +1231,62 @@ def test_scoring_is_quick():
     spent = cpu_time(lambda: [score_completion(text, gold, SIZE) for _ in range(50)], 4)
     yard = cpu_time(yardstick, 5)
     assert spent < 8 * yard, f"{spent / yard:.1f} yardsticks"
+
+
+# ---- box frame ----
+@pytest.mark.parametrize("box, size, want", [
+    ((0, 0, 1000, 1000), (640, 300), (0, 0, 640, 300)),  # the borders, exactly: nothing to clip
+    ((0, 0, 1000, 1000), (333, 7), (0, 0, 333, 7)),
+    ((500, 500, 501, 999), (640, 300), (320, 150, 320.64, 299.7)),  # each axis by its own side, unrounded
+    ((-10, 20, 1010, 40.5), (100, 1000), (-1, 20, 101, 40.5)),  # over the edge: clipped later, as pixels are
+])  # fmt: skip
+def test_per_mille_becomes_pixels(box, size, want):
+    scene = graph([obj("cup.1", box)], [])
+    got = in_pixels(scene, "per_mille", size)["objects"][0]["bbox"]
+    assert got == pytest.approx(want, rel=2**-52, abs=0)
+    assert scene["objects"][0]["bbox"] == list(box)  # not written into
+    assert in_pixels(scene, "pixel", size) is scene
+    with pytest.raises(ValueError, match="box_frame: expected one of .*, got 'permille'"):
+        in_pixels(scene, "permille", size)
+
+
+def test_a_reply_in_per_mille_earns_what_the_same_boxes_earn_in_pixels():
+    """SIZE is 200 x 100: five thousandths are a pixel across, ten are one down."""
+    scaled = [
+        obj(o["id"], [x * s for x, s in zip(o["bbox"], (5, 10, 5, 10), strict=True)]) for o in (MOVED, CAT)
+    ]
+    pixels, per_mille = (reply(graph(objects, SCENE["relationships"])) for objects in ([MOVED, CAT], scaled))
+    want = score_completion(pixels, GOLD, SIZE)
+    got = score_completion(per_mille, GOLD, SIZE, box_frame="per_mille")
+    assert got.reward == pytest.approx(want.reward, abs=ROUNDING) and got.matches[0][2] < 0.7
+    assert score_completion(per_mille, GOLD, SIZE).reason == "box_outside"  # read as pixels
+    assert score_completion(pixels, GOLD, SIZE, box_frame="per_mille").spatial < 0.5
+
+
+@pytest.mark.parametrize("box, reason", [
+    ((0, 0, 1000, 1000), None),
+    ((1000, 0, 1001, 10), "box_outside"),  # begins where the image ends
+    ((999, 999, 1000, 1000), None),
+    ((-5, -5, 0, 10), "box_outside"),
+    ((0, 0, 1e308, 1e308), None),  # clipped
+    ((1e308, 0, 1.1e308, 10), "box_outside"),
+    ((0, 0, 5e-324, 1), "box_outside"),  # no width is left after the division
+    ((5, 0, 5.000000000000001, 1), None),  # nor here, inside: IoU 0, no error
+])  # fmt: skip
+def test_boxes_at_the_borders_of_per_mille(box, reason):
+    score = score_completion(reply(graph([obj("dog.1", box)])), GOLD, SIZE, box_frame="per_mille")
+    assert score.reason == reason and 0 <= score.reward <= 1
+
+
+@pytest.mark.parametrize("box, size, want", [
+    ((0, 0, 640, 300), (640, 300), [0, 0, 1000, 1000]),
+    ((1, 1, 2, 2), (3, 3), [333, 333, 667, 667]),
+    ((0, 0, 1, 1), (4000, 4000), [0, 0, 1, 1]),  # a quarter of a thousandth: at least one
+    ((3999, 3999, 4000, 4000), (4000, 4000), [999, 999, 1000, 1000]),  # also at the far border
+])  # fmt: skip
+def test_gold_boxes_to_imitate_are_whole_thousandths(box, size, want):
+    gold = gold_text(graph([obj("cup.1", box)], []))
+    text = in_per_mille(gold, size)
+    assert parse_ground_truth(text) == (graph([obj("cup.1", want)], []), "(B) left")
+    imitated = reply(graph([obj("cup.1", want)]))
+    assert score_completion(imitated, gold, size, box_frame="per_mille").format == 1

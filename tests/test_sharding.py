@@ -13,32 +13,31 @@ pytestmark = pytest.mark.slow
 LONGEST = 200  # tokens of a sequence, at most
 
 
-@pytest.fixture(scope="module")
-def bound(tiny_base):
-    """Relative, for gradients: what the packing into other micro-batches and the sum over processes do."""
-    return gradient_bound(AutoConfig.from_pretrained(tiny_base), LONGEST)
+WORLDS = {  # family, tied, adapters
+    "tied": ("qwen2_5_vl", True, False),
+    "untied": ("qwen2_vl", False, False),
+    "qwen3 tied": ("qwen3_vl", True, False),
+    "qwen3 untied": ("qwen3_vl", False, False),
+    "lora": ("qwen3_vl", True, True),
+}
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", "lora"])
-def worlds(request, tiny_base, tiny_data, tmp_path_factory):
+@pytest.fixture(scope="module", params=WORLDS)
+def worlds(request, family, tiny_data, tmp_path_factory):
     """The same updates by one process, which shards nothing, and by two: {1: results, 2: results}."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    folder = tmp_path_factory.mktemp(request.param)
-    config = AutoConfig.from_pretrained(tiny_base)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = request.param != "untied"
-    torch.manual_seed(3)
-    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
-    AutoProcessor.from_pretrained(tiny_base).save_pretrained(folder / "model")
-    lora = settings(lora_rank=4, lora_alpha=8, lora_vision="true") if request.param == "lora" else []
+    model_type, tied, adapters = WORLDS[request.param]
+    model, folder = family(model_type, tied), tmp_path_factory.mktemp("worlds")
+    lora = settings(lora_rank=4, lora_alpha=8, lora_vision="true") if adapters else []
     for n in (1, 2):
-        run_script("tests/ranks.py", folder / "model", tiny_data, folder / f"world-{n}", *lora, processes=n)
-    return {n: torch.load(folder / f"world-{n}" / "result.pt") for n in (1, 2)}
+        run_script("tests/ranks.py", model, tiny_data, folder / f"world-{n}", *lora, processes=n)
+    results = {n: torch.load(folder / f"world-{n}" / "result.pt") for n in (1, 2)}
+    # Relative, for gradients: what the packing into other micro-batches and the sum over processes do.
+    return results | {"bound": gradient_bound(AutoConfig.from_pretrained(model), LONGEST)}
 
 
-def test_gradients_and_weights_are_those_of_one_process(worlds, bound):
+def test_gradients_and_weights_are_those_of_one_process(worlds):
     """Uneven lengths, text-only prompts alone on a process, and (third update) a process without any work."""
-    one, two = worlds[1], worlds[2]
+    one, two, bound = worlds[1], worlds[2], worlds["bound"]
     for k in range(3):
         assert distance(one["gradients"][k], two["gradients"][k]) < bound
         assert one["norms"][k] == pytest.approx(two["norms"][k], rel=bound)
@@ -58,15 +57,15 @@ def test_gradients_and_weights_are_those_of_one_process(worlds, bound):
         assert g.abs().max() > 0, name
 
 
-def test_a_checkpoint_continues_exactly_and_across_world_sizes(worlds, bound):
+def test_a_checkpoint_continues_exactly_and_across_world_sizes(worlds):
     for n in (1, 2):
         for name, p in worlds[n]["weights"][2].items():
             assert torch.equal(p, worlds[n]["continued"][0][name]), name
-    assert distance(worlds[1]["weights"][2], worlds[2]["continued"][1]) < 3 * bound
+    assert distance(worlds[1]["weights"][2], worlds[2]["continued"][1]) < 3 * worlds["bound"]
 
 
 def test_published_weights_are_whole_and_hold_the_adapters(worlds):
-    for world in worlds.values():
+    for world in (worlds[1], worlds[2]):
         published, trained = world["published"], world["continued"][-1]
         for name, p in trained.items():
             if ".lora_" not in name:

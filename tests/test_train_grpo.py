@@ -12,7 +12,7 @@ from pictures import noise
 
 import train_grpo
 from data import PromptCache, PromptEncoder, load_samples
-from packing import FORBIDDEN_BIAS, check_family, pack, token_logps
+from packing import FAMILIES, FORBIDDEN_BIAS, check_family, pack, token_logps
 from rewards import Score
 from train_grpo import (
     GRPOConfig,
@@ -508,15 +508,18 @@ def test_state_is_loaded_before_the_engine_takes_its_memory(tiny_base, tiny_data
 
 
 @pytest.mark.parametrize("family, message", [
-    ("qwen3_vl", "expected a model of type qwen2_5_vl, got 'qwen3_vl'; evaluate.py can still ask it"),
-    ("qwen2_5_vl", None),
+    ("qwen3_vl_moe", "expected a model of type qwen2_vl, qwen2_5_vl or qwen3_vl, got 'qwen3_vl_moe', which "
+                     "cannot be trained here; evaluate.py can still ask it, by --provider hf or vllm"),
+    ("llava", "got 'llava', which cannot be trained here"),
+    *((known, None) for known in FAMILIES),
 ])  # fmt: skip
 def test_a_model_of_another_family_is_refused_before_it_is_loaded(family, message, tiny_base):
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(family)
     if message is None:
-        return check_family("some/model", config)
+        assert check_family("some/model", config) is FAMILIES[family]
+        return
     with pytest.raises(ValueError, match=message):
         check_family("some/model", config)
 
