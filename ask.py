@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 
 from answers import LETTERS
-from backends import APIS, PROVIDERS, Decoding, NoService, Reply, choose_provider, encoder_for
+from apis import Decoding, NoService, Reply
+from backends import APIS, PROVIDERS, choose_provider, encoder_for
 from config import write_whole
 from data import CONTROL_TOKEN, TEMPLATES, PromptEncoder, Sample
 from drawing import draw_scene

@@ -34,16 +34,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from answers import parse_choice  # noqa: F401 a public name here
-from backends import (
-    APIS,
-    PROVIDERS,
-    Decoding,
-    NoService,
-    Reply,
-    choose_provider,
-    encoder_for,
-    package_version,
-)
+from apis import Decoding, NoService, Reply
+from backends import APIS, PROVIDERS, choose_provider, encoder_for, package_version
 from config import append, git_revision, plain_errors, public_command, public_url, write_whole
 from data import TEMPLATES, PromptEncoder, Sample
 from reader import parse_reader, read_unread

@@ -19,7 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from answers import LETTERS, is_right, read_number
-from backends import APIS, PROVIDERS, Decoding, encoder_for
+from apis import Decoding
+from backends import APIS, PROVIDERS, encoder_for
 from config import append
 from data import PromptEncoder, Sample
 from results import Record, locked, read_records

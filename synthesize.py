@@ -41,7 +41,8 @@ import sources
 import tiny
 import votes
 import writer
-from backends import PROVIDERS, NoService
+from apis import NoService
+from backends import PROVIDERS
 from config import Config, ConfigError, append, opt, plain_errors, write_run_record, write_whole
 from questions import CATEGORIES, LEVELS, Question, candidates
 from scenes import SceneGraph, clean

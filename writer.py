@@ -19,7 +19,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from backends import APIS, PROVIDERS, Decoding, NoService, encoder_for
+from apis import Decoding, NoService
+from backends import APIS, PROVIDERS, encoder_for
 from data import PromptEncoder, Sample
 from names import plural, predicate, singular
 from questions import CATEGORIES, FORMS, HANDS, Question, contradiction, referents
@@ -142,7 +143,7 @@ def replies_of(
     model: str, requests: Iterable[Request], purse: Purse, *, temperature: float, max_new_tokens: int,
     base_url: str | None = None, concurrency: int = 16, **service,
 ) -> Iterator[tuple]:  # fmt: skip
-    """(subject of the request, Reply, dollars) as they arrive. Args: service: others of `backends.Decoding`.
+    """(subject of the request, Reply, dollars) as they arrive. Args: service: others of `apis.Decoding`.
 
     Raises: BudgetSpent, or NoService after 2 * concurrency failures of the server in a row; both when nothing
     is on its way any more, so that all that was paid for has been handed on.

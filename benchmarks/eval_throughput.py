@@ -59,7 +59,8 @@ def time_path(path: str, model_path: str, data: str, n: int, tokens: int):
     """Print the items per second of one path as JSON."""
     from transformers import AutoProcessor
 
-    from backends import PROVIDERS, Decoding
+    from apis import Decoding
+    from backends import PROVIDERS
 
     samples = load_samples(data, "val")[:n]
     encoder = Timed(AutoProcessor.from_pretrained(model_path), "spatial_thinker", *PIXELS)

@@ -16,6 +16,7 @@ import transformers as hf
 from pictures import noise
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import apis  # noqa: E402
 import backends  # noqa: E402
 from data import PromptEncoder, Sample  # noqa: E402
 
@@ -142,7 +143,7 @@ SIZES = ((84, 56), (112, 56))
 SAMPLES = [
     Sample(str(w), (noise(w, h),), (w, h), f"What is {'there ' * (w // 28)}?", (), "", "") for w, h in SIZES
 ]
-HOW = backends.Decoding(max_new_tokens=8, batch_size=2)
+HOW = apis.Decoding(max_new_tokens=8, batch_size=2)
 
 
 def encoder_of(folder):

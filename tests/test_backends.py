@@ -24,17 +24,8 @@ from PIL import Image
 from programs import run_script, start_script, wait_until
 from servers import KEY, anthropic_answer, openai_answer, serve, text_of
 
-from backends import (
-    PROVIDERS,
-    Decoding,
-    OwnEncoder,
-    asked_wait,
-    check_weights,
-    encode_image,
-    encoder_for,
-    end_token_ids,
-    hf_generate,  # fmt: skip
-)
+from apis import Decoding, asked_wait, encode_image
+from backends import PROVIDERS, OwnEncoder, check_weights, encoder_for, end_token_ids, hf_generate
 from config import public_url
 from data import PromptEncoder, Sample, load_samples
 from evaluate import main

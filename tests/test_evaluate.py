@@ -15,7 +15,7 @@ from fixtures import flags, served, write_results
 from programs import run_script, start_script, wait_until
 from servers import openai_answer, serve, text_of
 
-from backends import png
+from apis import png
 from data import PER_MILLE, PromptEncoder, load_samples
 from evaluate import dataset_names, main, parse_args
 from results import Record, compare, grade, locked, read_records, regrade, write_tables

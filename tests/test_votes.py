@@ -8,7 +8,7 @@ from models_behind import lot
 from PIL import Image
 from servers import KEY, anthropic_answer, openai_answer, serve, text_of
 
-from backends import NoService
+from apis import NoService
 from votes import AGAIN, BLIND_VOTES, accepted, blind, is_blind, needed, order_of, validate
 from writer import Purse
 

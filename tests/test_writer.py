@@ -8,7 +8,7 @@ import pytest
 from models_behind import BAD, WRONG, Model, as_reply
 from servers import KEY, serve, text_of
 
-from backends import NoService, Reply
+from apis import NoService, Reply
 from questions import CATEGORIES, Question, candidates
 from scenes import Relationship, SceneGraph, SceneObject, clean
 from tiny import draw_graphs, draw_picture
