@@ -1,4 +1,4 @@
-"""sources.py: what comes back of small files of every format, of spoilt records and of broken files."""
+"""sources.py, records.py: what comes back of small files of all formats, of spoilt records, of broken files."""
 
 import copy
 import json
@@ -36,9 +36,10 @@ from graph_files import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sources
+import records
+from records import ByImage, JsonFile
 from scenes import RawGraph
-from sources import BadRecord, ByImage, JsonFile, image_bytes, read
+from sources import BadRecord, image_bytes, read
 
 REPO = Path(__file__).parents[1]
 
@@ -234,7 +235,7 @@ def test_a_mistake_is_found_without_reading_on(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="byte 10"):
         list(file.items())
     assert file.file.tell() < 1_000_000
-    monkeypatch.setattr(sources, "LONGEST", 100_000)
+    monkeypatch.setattr(records, "LONGEST", 100_000)
     path.write_text('[1, "' + "x" * 10_000_000)
     file = JsonFile(path)
     with pytest.raises(ValueError, match="expected a record of at most 100,000 characters"):
@@ -702,7 +703,7 @@ def test_sizes_come_from_pictures_where_no_file_states_them(tmp_path):
 
 
 def test_without_images_no_picture_is_opened(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "open_image", None)
+    monkeypatch.setattr(records, "open_image", None)
     assert len(graphs(f"vg:{write_vg(tmp_path)}")) == 3
 
 
