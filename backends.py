@@ -69,6 +69,7 @@ class OwnEncoder:
         """Args: plain: an encoder without a processor, for the messages. Raises: ValueError."""
         self.messages, self.processor = plain.messages, processor
         self.min_pixels, self.max_pixels = plain.min_pixels, plain.max_pixels
+        self.box_frame = plain.box_frame
         tokenizer, images = (getattr(processor, name, None) for name in ("tokenizer", "image_processor"))
         if not tokenizer or not images or not (processor.chat_template or tokenizer.chat_template):
             raise ValueError(

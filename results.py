@@ -371,7 +371,7 @@ def robospatial(records):
 IDENTITY = (  # what makes a run, of the header's config and data: another value is another run
     "dataset", "revision", "model_path", "processor_name", "template", "provider", "base_url", "limit",
     "seed", "max_new_tokens", "temperature", "min_pixels", "max_pixels", "circular", "shuffle_options",
-    "blind", "fingerprint", "prompts", "weights")  # fmt: skip
+    "blind", "box_frame", "correct_labels", "fingerprint", "prompts", "weights")  # fmt: skip
 
 
 HEAD = b'{"header": {'  # how a results file begins
@@ -449,7 +449,8 @@ def open_results(path: Path, header: dict):
 
 def check_same_run(path: Path, before: dict, now: dict):
     """Two headers of one run. Raises: ValueError naming what differs, since a mixture means nothing."""
-    old, new = before["config"] | before["data"], now["config"] | now["data"]
+    unsaid = {"box_frame": "pixel", "correct_labels": False}  # by older files
+    old, new = (unsaid | header["config"] | header["data"] for header in (before, now))
     if differs := [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
         for key in IDENTITY

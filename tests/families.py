@@ -163,9 +163,7 @@ def said(replies) -> list:
 
 def main(folder, *names):
     """The first model's engine runs in a process of its own, as on a GPU."""
-    start, got = backends.start_vllm, {}
-    # Compiling takes half a minute.
-    backends.start_vllm = lambda *args, **settings: start(*args, **settings, enforce_eager=True)
+    got = {}
     for name in names:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(name == names[0]))
         path = f"{folder}/{name}"

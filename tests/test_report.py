@@ -32,12 +32,13 @@ def write_results(path, samples, reply_to):
                 "row": i,
                 "category": s.category,
                 "kind": s.kind,
+                "finish_reason": "stop",
                 "meta": {"item": s.id},
                 "reply": reply,
                 **grade(s, reply),
             }
         )
-    path.write_text("".join(json.dumps(line) + "\n" for line in [{"header": {}}, *records]))
+    path.write_text("".join(json.dumps(line) + "\n" for line in [{"header": {"config": {}}}, *records]))
     return path
 
 

@@ -1,4 +1,4 @@
-"""sources.py, records.py: what comes back of small files of all formats, of spoilt records, of broken files."""
+"""sources.py, records.py: what comes back of small files of all formats, of spoilt records and files."""
 
 import copy
 import json
