@@ -752,15 +752,11 @@ def test_qwens_own_path_is_its_own(tiny_base):
 
 
 @pytest.mark.slow
-def test_vllm_reads_other_families_as_transformers_does(families):
-    """The first one's engine in a process of its own."""
-    names = ["smolvlm", "qwen3vl"]  # the others agree as well, at six seconds each
-    got = json.loads(run_script("tests/families.py", families, *names).stdout.splitlines()[-1])
-    for name in names:
-        folder = families / name
-        assert got[name] == said_in_order(PROVIDERS["hf"](str(folder), SAMPLES, encoder_of(folder), HOW)), (
-            name
-        )
+def test_vllm_reads_another_family_as_transformers_does(families):
+    """Its engine in a process of its own. The other families agree as well, at six seconds each."""
+    got = json.loads(run_script("tests/families.py", families, "smolvlm").stdout.splitlines()[-1])
+    folder = families / "smolvlm"
+    assert got["smolvlm"] == said_in_order(PROVIDERS["hf"](str(folder), SAMPLES, encoder_of(folder), HOW))
 
 
 # ---- the engines that the trainer shares ----

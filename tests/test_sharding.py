@@ -16,8 +16,7 @@ LONGEST = 200  # tokens of a sequence, at most
 WORLDS = {  # family, tied, adapters
     "tied": ("qwen2_5_vl", True, False),
     "untied": ("qwen2_vl", False, False),
-    "qwen3 tied": ("qwen3_vl", True, False),
-    "qwen3 untied": ("qwen3_vl", False, False),
+    "qwen3": ("qwen3_vl", False, False),
     "lora": ("qwen3_vl", True, True),
 }
 
