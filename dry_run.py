@@ -565,15 +565,19 @@ def dry_run(cfg) -> int:
     cards = find_cards(cfg)
     world = cards.world if cards else int(os.environ.get("WORLD_SIZE", 1))
     print(to_yaml(cfg))
-    missing = []
+    missing, loaded, where = [], {}, (cfg.data, cfg.split)
     try:
-        samples = load_samples(**cfg.source(cfg.data, cfg.split))
-        print(report_rows({"train": samples}))
-        print(arithmetic(cfg, world, len(samples)))
+        loaded["train"] = load_samples(**cfg.source(*where))
+        if cfg.val_every and cfg.val_split:
+            where = cfg.val_data or cfg.data, cfg.val_split
+            apart = {"limit": cfg.val_limit, "apart_from": loaded["train"]}
+            loaded["held out"] = load_samples(**cfg.source(*where), **apart)
     except (OSError, ValueError, RuntimeError) as error:  # the Hub client's errors derive from these
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        missing.append(f"data: {cfg.data} ({cfg.split}) is not readable here: {why}")
-        print(arithmetic(cfg, world))
+        missing.append(f"data: {where[0]} ({where[1]}) is not readable here: {why}")
+    if loaded:
+        print(report_rows(loaded))
+    print(arithmetic(cfg, world, len(loaded["train"]) if loaded else None))
     missing += plan(cfg, cards)
     if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
         missing.append("vllm: not installed (pip install -r requirements.txt, or sampler=hf)")
