@@ -369,7 +369,7 @@ def judge(cfg: SynthesizeConfig, out: Path, graphs: Ledger, asked: dict, purse) 
 def select(
     cfg, out: Path, graphs: Ledger, planned: list, numbers: dict, asked: dict, said: dict
 ) -> list[dict]:
-    """The set's items, in its order: questions with their gold scenes, numbered anew within each label."""
+    """The set's items, in its order: questions with their gold scenes."""
     decisions = review.read_decisions(out / "review.csv") if (out / "review.csv").exists() else {}
     if unknown := set(decisions) - {q.key for q in asked.values()}:
         print(f"warning: {out}/review.csv: {len(unknown):,} keys are not of this set, first {min(unknown)}")
@@ -397,11 +397,6 @@ def select(
 
 def as_item(item: dict, graph: SceneGraph, said: dict) -> dict:
     q, known = item["question"], {o.id: o for o in graph.objects}
-    names, numbers = {}, Counter()
-    for i in q.objects:
-        stem = i.rsplit(".", 1)[0]
-        numbers[stem] += 1
-        names[i] = f"{stem}.{numbers[stem]}"
     return {
         "key": q.key,
         "split": item["split"],
@@ -414,10 +409,9 @@ def as_item(item: dict, graph: SceneGraph, said: dict) -> dict:
         "answer": q.answer,
         "letter": LETTERS[item["options"].index(q.answer)],
         "objects": [
-            {"id": names[i], "label": known[i].label, "box": whole_box(known[i].box, graph)}
-            for i in q.objects
+            {"id": i, "label": known[i].label, "box": whole_box(known[i].box, graph)} for i in q.objects
         ],
-        "relationships": [[names[s], predicate, names[o]] for s, predicate, o in q.relationships],
+        "relationships": q.relationships,
         "category": q.category,
         "level": q.level,
         "rating": q.rating,

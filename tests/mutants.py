@@ -807,7 +807,6 @@ GROUPS = [
         ("if excluded & {", "if set() & {"),
         ("cfg.accept, i[\"unanimous\"])}", "cfg.accept)}"),
         ('keep = {k for k in items if not votes.is_blind(said[name].get(k, []))}', "keep = set(items)"),
-        ('names[i] = f"{stem}.{numbers[stem]}"', "names[i] = i"),
     ]),
 ]  # fmt: skip
 

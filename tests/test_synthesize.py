@@ -72,7 +72,7 @@ def test_quotas_letters_and_splits(drawn):
     assert not {i["image_group"] for i in train} & {i["image_group"] for i in items if i["split"] == "val"}
 
 
-def test_gold_scenes_are_numbered_anew_within_each_label(drawn):
+def test_gold_scenes_number_each_label_from_one_and_lie_inside(drawn):
     for item in items_of(drawn):
         numbers = {}
         for o in item["objects"]:
