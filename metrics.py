@@ -206,6 +206,12 @@ def start_tracker(accelerator, cfg, project: str, first: int):
         accelerator.log({"config": f"```\n{to_yaml(cfg)}```"}, step=first)
 
 
+def end_tracker(accelerator):
+    """Not accelerator.end_training, which takes the process group down: who comes late waits for ever."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def log_samples(accelerator, tracker: str, step: int, saved: list[tuple[list, list]]):
     """What `save_samples` has saved, in the tracker: a table with the images. On the main process."""
     if tracker == "wandb":

@@ -57,6 +57,7 @@ from metrics import (
     HELD_OUT,
     UpdateStats,
     check_mismatch,
+    end_tracker,
     lacking_tracker,
     log_samples,
     mem_gb,
@@ -843,8 +844,7 @@ def train(cfg: GRPOConfig):
         again = ["accelerate", "launch", *sys.argv] if launched() else sys.orig_argv
         say(f"stopped after step {done}; continue with: {shlex.join(again)}")
     sampler.close()  # the process group goes with it, so nothing collective may follow
-    if cfg.tracker != "none":
-        accelerator.end_training()
+    end_tracker(accelerator)
     if stopped_by == signal.SIGTERM:
         raise SystemExit(PREEMPTED)
 

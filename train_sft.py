@@ -23,7 +23,7 @@ from config import DataConfig, DiskFull, append, opt, plain_errors, write_run_re
 from data import COLUMNS, PromptEncoder, batch_at, load_samples, report_rows
 from distributed import gather, leave, refuse_lone_processes, refuse_other_sharding
 from lora import add_adapters, merge_adapters
-from metrics import lacking_tracker, start_tracker
+from metrics import end_tracker, lacking_tracker, start_tracker
 from packing import check_family, micro_batches, pack, use_packed_attention
 from rewards import in_per_mille
 
@@ -285,8 +285,7 @@ def train(cfg: SFTConfig):
             base.to(torch.bfloat16).save_pretrained(tmp)
             processor.save_pretrained(tmp)
         print(f"wrote {out / 'final'}")
-    if cfg.tracker != "none":
-        accelerator.end_training()
+    end_tracker(accelerator)
 
 
 if __name__ == "__main__":
