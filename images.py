@@ -81,7 +81,7 @@ def is_url(path: str) -> bool:
 def read_bytes(encoded: dict) -> bytes:
     """The encoded picture of a record, fetched where it lies on the web. Raises: OSError."""
     if not isinstance(encoded, dict) or not (encoded.get("bytes") or encoded.get("path")):
-        raise OSError(f"expected bytes or a path, got {str(encoded)[:80]}")
+        raise OSError(f"neither bytes nor a path: {str(encoded)[:80]}")
     if encoded.get("bytes"):
         return encoded["bytes"]
     if is_url(encoded["path"]):

@@ -169,7 +169,7 @@ BAD = {  # what is wrong: (row -> row, reason, words of the message)
         r"no control token of a model, got <\|image_pad\|>",
     ),
     "no image": (lambda r: with_image(r, b"not an image"), "image", "column images"),
-    "empty image": (lambda r: with_image(r, b""), "image", "expected bytes or a path"),
+    "empty image": (lambda r: with_image(r, b""), "image", "neither bytes nor a path"),
     "half a JPEG": (
         lambda r: with_image(r, PHOTO[: len(PHOTO) // 2]) | {"problem": ""},
         "image",

@@ -389,7 +389,7 @@ def test_hub_columns_from_a_file_and_a_folder(tmp_path):
     ({"objects": [{"bbox": [1, 0, 2, 9]}]}, "id: expected a text, got nothing"),
     ({"relationships": [{"subject": 1, "predicate": "on", "object": "a.1"}]}, "subject: expected a text"),
     ({"bytes": b"GIF89a"}, "image: "),
-    ({"bytes": None}, "image: expected bytes or a path"),
+    ({"bytes": None}, "image: neither bytes nor a path"),
 ])  # fmt: skip
 def test_hub_rows_that_cannot_be_read(tmp_path, change, message):
     path = write_hub(tmp_path / "train.parquet", [HUB[0] | change, HUB[1]])
