@@ -388,7 +388,7 @@ def test_a_continued_run_needs_no_more_memory_than_a_fresh_one(tiny_base, tiny_d
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     config = AutoConfig.from_pretrained(tiny_base)
-    wide = dict(hidden_size=960, num_attention_heads=30, intermediate_size=8192)  # 100M parameters
+    wide = dict(hidden_size=960, num_attention_heads=30, intermediate_size=4096)  # 60M parameters
     for name, value in wide.items():
         setattr(config.text_config, name, value)
     config.vision_config.out_hidden_size = config.text_config.hidden_size
@@ -410,5 +410,5 @@ def test_a_continued_run_needs_no_more_memory_than_a_fresh_one(tiny_base, tiny_d
     # Both hold weights, gradients and two moments in an update, the continued one already when it loads:
     # zero gradients make the moments, and are gone when files are read, one tensor (6 % of the weights) at a
     # time. There is room for no copy of the moments: beside what is loaded it would be 5 x weights_gb.
-    assert weights_gb > 0.35 and fresh > 4 * weights_gb
+    assert weights_gb > 0.2 and fresh > 4 * weights_gb
     assert continued - fresh < weights_gb / 2
