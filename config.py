@@ -12,6 +12,7 @@ last value counts, and a line on stderr says so. Checks between keys are pydanti
 `model_validator(mode="after")` methods of the subclass: they raise ValueError with the text the user sees.
 """
 
+import argparse
 import base64
 import contextlib
 import difflib
@@ -199,6 +200,14 @@ def expand_path(path):
     if not text.strip() or "\0" in text or re.search("(^|:)~", text):
         raise ValueError(f"expected a path, got {_shown(path)!r}")
     return type(path)(text)
+
+
+def path_argument(text: str) -> str:
+    """For argparse: `expand_path`, whose words it would not pass on."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _compose(text):

@@ -26,7 +26,7 @@ from string import Template
 
 from PIL import Image
 
-from config import write_whole
+from config import path_argument, plain_errors, write_whole
 from data import Sample, load_samples
 from images import open_image, to_rgb
 from results import Record, percent, read_records, run_name, summarise
@@ -51,8 +51,13 @@ OUTCOMES = {"fixed": "fixed", "broken": "broken", "wrong": "still wrong", "right
 # ---- curves ----
 def read_metrics(path) -> list[dict]:
     """The lines of a metrics.jsonl. In older ones the samples' `accuracy` is what is now called `exact`."""
+    lines = []
     with open(path, encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f]
+        for number, line in enumerate(f, 1):
+            try:
+                lines.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise ValueError(f"{path}:{number}: expected metrics as JSON, got {line[:60]!r}") from None
     return [
         {"exact" if key == "accuracy" else key: value for key, value in line.items()}
         if "exact" not in line
@@ -488,11 +493,15 @@ def write_page(before_path, after_path, data: str, path: Path, n: int, seed: int
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--metrics", help="metrics.jsonl of a run: draws curves.png")
-    p.add_argument("--before", help="evaluate.py's results at the start")
-    p.add_argument("--after", help="its results on the same items at the end: with --before, makes page.html")
-    p.add_argument("--data", help="the data set of these items: file, folder or Hub id")
-    p.add_argument("--out", default=".", help="folder to write into")
+    p.add_argument("--metrics", type=path_argument, help="metrics.jsonl of a run: draws curves.png")
+    p.add_argument("--before", type=path_argument, help="evaluate.py's results at the start")
+    p.add_argument(
+        "--after",
+        type=path_argument,
+        help="its results on the same items at the end: with --before, makes page.html",
+    )
+    p.add_argument("--data", type=path_argument, help="the data set of these items: file, folder or Hub id")
+    p.add_argument("--out", type=path_argument, default=".", help="folder to write into")
     p.add_argument("--items", type=int, default=48, help="items on the page")
     p.add_argument("--seed", type=int, default=0, help="of the choice of items")
     p.add_argument("--title", default="Before and after training", help="of the page")
@@ -502,13 +511,16 @@ def main(argv=None):
     if not args.metrics and not args.before:
         p.error("expected --metrics, or --before with --after and --data")
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if args.metrics:
-        draw_curves(read_metrics(args.metrics), out / "curves.png")
-        print(f"wrote {out / 'curves.png'}")
-    if args.before:
-        write_page(args.before, args.after, args.data, out / "page.html", args.items, args.seed, args.title)
-        print(f"wrote {out / 'page.html'}")
+    with plain_errors():
+        out.mkdir(parents=True, exist_ok=True)
+        if args.metrics:
+            draw_curves(read_metrics(args.metrics), out / "curves.png")
+            print(f"wrote {out / 'curves.png'}")
+        if args.before:
+            write_page(
+                args.before, args.after, args.data, out / "page.html", args.items, args.seed, args.title
+            )
+            print(f"wrote {out / 'page.html'}")
 
 
 if __name__ == "__main__":

@@ -499,3 +499,16 @@ def test_ctrl_c_says_how_to_go_on(tiny_data, tmp_path):
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=15)  # without waiting for the slow server, which takes 20 s
     assert process.returncode == 1 and "stopped; go on with: " in out and "Traceback" not in out
+
+
+def test_paths_are_written_out(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse_args(["--dataset", "~/a.parquet", "cv-bench", "--out", "$HOME/r", "--compare", "~/a", "b"])
+    assert (args.dataset, args.out) == (["/home/me/a.parquet", "cv-bench"], "/home/me/r")
+    assert args.compare == ["/home/me/a", "b"]
+    with pytest.raises(SystemExit):
+        parse_args(["--out", "$NOT_SET_ANYWHERE/r"])
+    assert (
+        "expected a path, got $NOT_SET_ANYWHERE/r, but $NOT_SET_ANYWHERE is not set"
+        in capsys.readouterr().err
+    )

@@ -180,3 +180,13 @@ def test_boxes_of_a_reply_in_per_mille_are_drawn_in_pixels(samples):
     scene = {"objects": [{"id": "cup.1", "bbox": [0, 250, 500, 1000]}]}
     record = {"reply": f"<scene>{json.dumps(scene)}</scene>", "box_frame": "per_mille"}
     assert '<rect class="guess" x="0" y="21" width="42" height="63"/>' in draw_scene(sample, "", [], record)
+
+
+@pytest.mark.parametrize(
+    "text, says", [("", "No such file"), ('{"step": 1}\n{"step', "m.jsonl:2: expected metrics")]
+)
+def test_metrics_that_cannot_be_read_are_one_line(text, says, tmp_path):
+    if text:
+        (tmp_path / "m.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match=says):
+        main(["--metrics", str(tmp_path / "m.jsonl"), "--out", str(tmp_path)])
