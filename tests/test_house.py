@@ -9,6 +9,8 @@ import ast
 from functools import cache
 from pathlib import Path
 
+from mutants import MUTANTS
+
 REPO = Path(__file__).parents[1]
 FILES = sorted(path.stem for path in REPO.glob("*.py"))
 COMMANDS = {"train_grpo", "train_sft", "merge", "evaluate", "synthesize", "ask"}  # nothing builds on these
@@ -70,6 +72,12 @@ def test_the_algorithm_begins_within_250_lines():
 def test_functions_are_short():
     long = [(name, f, n) for name in FILES for f, n in functions(name) if n > LONGEST and f != "train"]
     assert not long
+
+
+def test_every_mutant_finds_its_text():
+    """tests/mutants.py takes hours; that a text has changed is seen at once."""
+    texts = {file: (REPO / file).read_text() for file, *_ in MUTANTS}
+    assert not [(file, old) for file, old, *_ in MUTANTS if texts[file].count(old) != 1]
 
 
 if __name__ == "__main__":

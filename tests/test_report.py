@@ -166,7 +166,7 @@ def test_nothing_hostile_survives_and_nothing_is_loaded(tmp_path, tiny_data, sam
 
 def test_data_of_other_items_is_refused(tmp_path, tiny_data, samples):
     results = write_results(tmp_path / "r.jsonl", samples, lambda i, s: "B")
-    with pytest.raises(ValueError, match="row 0: expected item val-000000, got train-000000"):
+    with pytest.raises(SystemExit, match="row 0: expected item val-000000, got train-000000"):
         main(["--before", str(results), "--after", str(results), "--items", "1000",
               "--data", str(tiny_data / "train.parquet"), "--out", str(tmp_path)])  # fmt: skip
     with pytest.raises(SystemExit):
