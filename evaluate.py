@@ -36,7 +36,8 @@ from tqdm import tqdm
 from answers import parse_choice  # noqa: F401 a public name here
 from apis import Decoding, NoService, Reply
 from backends import APIS, PROVIDERS, choose_provider, encoder_for, package_version
-from config import append, git_revision, path_argument, plain_errors, public_command, public_url, write_whole
+from config import append, git_revision, plain_errors, public_command, public_url, write_whole
+from config import path_argument as a_path
 from data import TEMPLATES, PromptEncoder, Sample
 from reader import parse_reader, read_unread
 from results import (
@@ -61,30 +62,18 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--dataset",
-        type=path_argument,
+        type=a_path,
         nargs="+",
         default=["stvqa"],
         metavar="NAME",
         help="names of --list, all of them, or files with STVQA-7K's columns",
     )
-    p.add_argument(
-        "--local_path",
-        type=path_argument,
-        help="file or folder (with NAME.parquet) to read instead of the Hub",
-    )
+    p.add_argument("--local_path", type=a_path, help="file or folder (with NAME.parquet) in place of the Hub")
     p.add_argument("--revision", help="Hub revision of the data")
     p.add_argument("--skip_bad_rows", action="store_true", help="leave unreadable rows out, and say which")
-    p.add_argument(
-        "--model_path",
-        type=path_argument,
-        default="OX-PIXL/SpatialThinker-7B",
-        help="Hub id, folder, or API's name",
-    )
-    p.add_argument(
-        "--processor_name",
-        type=path_argument,
-        help="Hub id or folder of the processor (default: the model's)",
-    )
+    model = "OX-PIXL/SpatialThinker-7B"
+    p.add_argument("--model_path", type=a_path, default=model, help="Hub id, folder, or API's name")
+    p.add_argument("--processor_name", type=a_path, help="Hub id or folder, if not the model's")
     p.add_argument(
         "--template",
         default="spatial_thinker",
@@ -122,24 +111,16 @@ def parse_args(argv=None):
     p.add_argument("--reader", metavar="PROVIDER:MODEL", help="model that reads what the rules leave unread")
     p.add_argument("--reader_url", help="its server, as --base_url")
     p.add_argument("--max_failures", type=int, default=0, help="more failed items end with status 1")
-    p.add_argument("--out", type=path_argument, default="results", help="folder of the results")
+    p.add_argument("--out", type=a_path, default="results", help="folder of the results")
     p.add_argument("--custom_filename", help="name of the results (default: data set, model and template)")
     p.add_argument("--list", action="store_true", help="show the data sets")
     p.add_argument("--dry_run", action="store_true", help="read the data, show a prompt, load no model")
-    p.add_argument("--rescore", type=path_argument, metavar="FILE", help="grade a results file anew")
+    p.add_argument("--rescore", type=a_path, metavar="FILE", help="grade a results file anew")
     p.add_argument(
-        "--compare",
-        type=path_argument,
-        nargs=2,
-        metavar=("A", "B"),
-        help="two results files on the same items",
+        "--compare", type=a_path, nargs=2, metavar=("A", "B"), help="two results files on the same items"
     )
     p.add_argument(
-        "--report",
-        type=path_argument,
-        nargs="*",
-        metavar="FILE",
-        help="page and bars of this run, or of the files",
+        "--report", type=a_path, nargs="*", metavar="FILE", help="page and bars of this run, or of the files"
     )
     args = p.parse_args(argv)
     counts = "concurrency batch_size limit max_new_tokens tensor_parallel_size min_pixels".split()

@@ -308,7 +308,7 @@ API = ("--provider", "openai", "--model_path", "m")
         (["PHOTO"], "the following arguments are required: question"),
         (["PHOTO", ""], "question: expected a text"),
         (["none.jpg", "q"], "none.jpg: expected a picture"),
-        (["", "q"], "expected a picture"),
+        (["", "q"], "photo: expected a path"),
         ([__file__, "q"], "expected a picture, got .*cannot identify"),
         (["CUT", "q"], "cut.jpg: expected a picture, got .*truncated"),
         (["PHOTO", "q", "--max_new_tokens", "0"], "--max_new_tokens: expected at least 1, got 0"),
