@@ -13,7 +13,8 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     cache = Path(tempfile.gettempdir()) / f"torchinductor-{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
-os.environ["SPATIALTHINKER_CACHE"] = tempfile.mkdtemp(prefix="spatialthinker-")  # nothing in the user's own
+kept = tempfile.TemporaryDirectory(prefix="spatialthinker-")  # nothing in the user's own cache
+os.environ["SPATIALTHINKER_CACHE"] = kept.name
 
 
 @pytest.fixture(scope="session")
