@@ -100,8 +100,8 @@ _DISCOURSE = re.compile(  # options' words that say nothing here: "Based on the 
 # Takes back all that was announced before it: "The answer is A. No, wait: the answer is B."
 _CORRECTS = re.compile(r"\b(?:wait|hmm|on second thought|misread|correction|scratch that)\b", re.I)
 _REVERSES = re.compile(  # may take it back: "A. left\n\nHowever, it is on the right."
-    rf"{_CORRECTS.pattern}|\b(?:however|actually|but|though|although|looking again|re-?consider\w*"
-    r"|re-?exam\w*|mistake\w*|in fact|i was wrong|closer look)\b", re.I)  # fmt: skip
+    rf"{_CORRECTS.pattern}|\b(?:however|actually|but|though|although|looking again|alternatively"
+    r"|re-?consider\w*|re-?exam\w*|mistake\w*|in fact|i was wrong|closer look)\b", re.I)  # fmt: skip
 _SHOWN = re.compile(r"\b(?:e\.g|example|such as|like|(?<!requested )(?<!required )format)\b[^.!?\n]*$", re.I)
 _NEXT = re.compile(  # a turn that is not the model's own
     r"\n[ #*>-]{0,9}(?:<\|\w{1,12}\|>)?(?:(?:next )?question|user|human|q)\b[^\n:]{0,12}[\n:]", re.I
@@ -297,6 +297,8 @@ def _read(text: str, options: _Options, tail: str = "") -> tuple[set[str], str]:
         again = set()
     if found and (turns or not found <= again):
         found = found | again | (_read_once(first, options)[0] if len(first) <= 30 else set())
+    if found and (turn := _REVERSES.search(first)) and found == _read_once(first[: turn.start()], options)[0]:
+        found = found | set(re.findall(r"\b[B-J]\b", first[turn.end() :]))  # "B. However, it could be D."
     return found, method
 
 

@@ -147,6 +147,11 @@ REPLIES = [
     ("The answer is not B.", SIDES, None),
     ("The answer is either A or B.", SIDES, None),
     ("The answer is A. No, wait: the answer is B.", SIDES, None),
+    ("I would say B. However, it could also be D.", SIDES, None),
+    ("B, although D is possible.", SIDES, None),
+    ("Most likely B; alternatively D.", SIDES, None),
+    ("Although C looks right, the answer is B.", SIDES, "B"),
+    ("B, but the lamp hides it.", SIDES, "B"),
     ("Option B is not correct.", SIDES, None),
     # nothing to read
     ("", SIDES, None),
