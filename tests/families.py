@@ -7,7 +7,6 @@ All share one tokenizer of bytes; each has the special tokens and the chat forma
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -162,10 +161,9 @@ def said(replies) -> list:
 
 
 def main(folder, *names):
-    """The first model's engine runs in a process of its own, as on a GPU."""
+    """An engine after the other, in this process."""
     got = {}
     for name in names:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(name == names[0]))
         path = f"{folder}/{name}"
         got[name] = said(backends.vllm_replies(path, SAMPLES, encoder_of(path), HOW))
     print(json.dumps(got))

@@ -753,7 +753,7 @@ def test_qwens_own_path_is_its_own(tiny_base):
 
 @pytest.mark.slow
 def test_vllm_reads_another_family_as_transformers_does(families):
-    """Its engine in a process of its own. The other families agree as well, at six seconds each."""
+    """The other families agree as well, at six seconds each."""
     got = json.loads(run_script("tests/families.py", families, "smolvlm").stdout.splitlines()[-1])
     folder = families / "smolvlm"
     assert got["smolvlm"] == said_in_order(PROVIDERS["hf"](str(folder), SAMPLES, encoder_of(folder), HOW))
