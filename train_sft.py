@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from checkpoint import CheckpointError, refuse_another_run, refuse_other_rows, resume, save
 from config import DataConfig, DiskFull, append, opt, plain_errors, write_run_record, write_whole
-from data import COLUMNS, PromptEncoder, batch_at, load_samples, report_rows
+from data import COLUMNS, POINTING, PromptEncoder, batch_at, load_samples, report_rows
 from distributed import gather, leave, refuse_lone_processes, refuse_other_sharding
 from lora import add_adapters, merge_adapters
 from metrics import lacking_tracker, start_tracker
@@ -155,6 +155,10 @@ def train(cfg: SFTConfig):
         if not isinstance(text, str) or not text.strip():
             column = cfg.columns.get(cfg.target, COLUMNS[cfg.target])
             raise ValueError(f"column {column}: expected text to imitate, got {text!r}")
+        if sample.kind in POINTING and cfg.target != "completion":
+            raise ValueError(
+                f"expected target=completion where the answer is a {sample.kind}, got {cfg.target}"
+            )
         in_frame = cfg.target == "scene_answer" and cfg.box_frame == "per_mille"
         return in_per_mille(text, sample.size) if in_frame else text
 
