@@ -669,7 +669,7 @@ def is_right(kind: str, parsed, gold: str) -> bool:
     if kind == "point":
         return in_polygon(parsed, parse_polygon(gold))
     if kind == "box":
-        return iou(parsed, ast.literal_eval(gold)) >= 0.5
+        return iou(parsed, ast.literal_eval(gold)) >= 0.5 - 1e-9  # of shares, which are rounded
     if kind == "word":
         return word_matches(parsed, gold)
     return parsed == (gold.lower() if kind == "yes_no" else gold.upper())

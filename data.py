@@ -382,15 +382,14 @@ def row_to_sample(
     if frame not in (None, "pixel", *POINT_RANGE):
         raise bad("kind", "frame", f"one of {['pixel', *POINT_RANGE]}", repr(frame))
     check_images(row, images, columns, bad)
-    options = get("options", list)
     if kind == "choice":
-        options, answer = read_answer(question, options, get("answer"), bad)
+        options, answer = read_answer(question, get, bad)
         said = written = answer
         texts = [plain(o) for o in options]
         if to_train and len(set(texts)) < len(texts):
             raise bad("options", "options", "each option to differ", options)
     else:
-        if options and kind != "sequence":
+        if (options := get("options", list)) and kind != "sequence":
             raise bad("options", "options", f"none, as the answer is a {kind}", options)
         options, written = (), row.get(columns["answer"])
         if isinstance(written, bool) or not isinstance(written, (str, int, float, list)):
@@ -535,14 +534,15 @@ def read_region(kind: str, written: str, size, box_format: str, bad: Callable) -
     return json.dumps(flat[0]), json.dumps(flat[1])
 
 
-def read_answer(question: str, options, answer, bad: Callable) -> tuple[tuple[str, ...], str]:
+def read_answer(question: str, get: Callable, bad: Callable) -> tuple[tuple[str, ...], str]:
     """(options, gold answer), the latter as a reply is rewarded that copies the option from the question."""
     # As many as there are letters for the reader of answers, which sees every sample during training.
-    options = tuple(options or ())
+    options = tuple(get("options", list) or ())
     if not 2 <= len(options) <= 10 or not all(isinstance(o, str) and plain(o) for o in options):
         raise bad("options", "options", "a list of 2 to 10 texts, or an open answer's kind", options)
     if token := CONTROL_TOKEN.search(" ".join(options)):
         raise bad("text", "options", "no control token of a model", token[0])
+    answer = get("answer")
     by_letter = dict(zip("ABCDEFGHIJ", options, strict=False))
     found = LETTERED.fullmatch(answer.strip()) if answer else None
     letter = found and found[1].upper()
