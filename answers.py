@@ -1,4 +1,4 @@
-"""Read a model's reply: letters, yes or no, numbers, words, points, sequences. Text in, answer out.
+"""Read a model's reply: letters, yes or no, numbers, words, points, boxes, sequences. Text in, answer out.
 
     from answers import parse_choice
     parse_choice("<think>A cup? No.</think><answer>(B) arm chair</answer>", ["chair", "arm chair"])   # "B"
@@ -24,6 +24,7 @@ from functools import lru_cache
 from rewards import MAX_CHARS, extract_answer
 
 LETTERS = "ABCDEFGHIJ"
+KINDS = ("choice", "yes_no", "number", "word", "sequence", "point", "box")  # of answers, as `read` takes them
 MAX_STATEMENT = 120  # characters; a longer reply that announces no answer is a thought, not an answer
 MAX_PHRASES = 16  # final-answer phrases read, the last ones
 MAX_HEAD, MAX_TAIL = 1024, 3072  # characters read of a text, from its two ends
@@ -396,6 +397,9 @@ _POINT = re.compile(
     rf"[(\[{{<>]\s*({_DECIMAL})\s*,\s*({_DECIMAL})\s*[)\]}}<>]"
     rf"|\bx1?\W{{1,4}}({_DECIMAL})\W{{1,6}}y1?\W{{1,4}}({_DECIMAL})")  # fmt: skip
 _BARE_POINT = re.compile(rf"[^\d(\[]*({_DECIMAL}) ?, ?({_DECIMAL})[^\d(\[]*")
+_BOX = re.compile(  # [x1, y1, x2, y2] or two corners (x1, y1), (x2, y2), and no number beside them
+    rf"(?:^|[^\d\s,.()-])\s*\(?\s*({_DECIMAL})\s*,\s*({_DECIMAL})\s*(?:,|\)\s*,?\s*\()\s*"
+    rf"({_DECIMAL})\s*,\s*({_DECIMAL})(?!\d|\s*\)?\s*,\s*\(?\s*[-\d.])")  # fmt: skip
 _LISTED = re.compile(  # what stands between two points of a list
     r"[^{}]{0,80}\}\s*,?\s*\{\s*\w+|[^<>]{0,80}>[^<>]{0,80}</point>\W*<point|</?\w[^<>]*>|\band\b|\bpoint\b",
     re.I)  # fmt: skip
@@ -534,6 +538,35 @@ def read_point(reply: str, frame: str, size: tuple[int, int]) -> tuple[tuple[flo
     return ((x, y), method) if 0 <= x <= 1 and 0 <= y <= 1 else (None, "outside")
 
 
+def read_box(reply: str, frame: str, size: tuple[int, int]) -> tuple[tuple[float, ...] | None, str]:
+    """The one box of a reply, as shares of the image: ((x1, y1, x2, y2), method) or (None, why not).
+
+    Args: as for `read_point`.
+
+    >>> read_box("<answer>[10, 20, 30, 40]</answer>", "pixel", (100, 50))
+    ((0.1, 0.4, 0.3, 0.8), 'answer_tag')
+    """
+    box, method = _first(
+        reply, lambda s: {tuple(map(float, m.groups())) for m in _BOX.finditer(s)}, longest=MAX_CHARS
+    )
+    if box is None:
+        return None, method
+    box = tuple(c / full for c, full in zip(box, 2 * POINT_RANGE.get(frame, size), strict=True))
+    whole = 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
+    return (box, method) if whole else (None, "outside")
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes with area.
+
+    >>> iou((0, 0, 2, 2), (1, 0, 3, 2))
+    0.3333333333333333
+    """
+    across, down = (max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    areas = ((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b))
+    return across * down / (sum(areas) - across * down)
+
+
 def in_polygon(point: Sequence[float], polygon: Sequence[Sequence[float]]) -> bool:
     """Whether a point lies inside a polygon (even-odd rule).
 
@@ -601,13 +634,14 @@ def read(
 ) -> tuple[object, str]:  # fmt: skip
     """(what a reply answers to a question of this kind, method) or (None, why not).
 
-    Args: kind: choice (of `options`), yes_no, number, word, sequence, or point (in `frame`, of an image of
-        `size`); finish_reason: of a reply cut off ("length") only a closed answer block or box counts that
+    Args: kind: choice (of `options`), yes_no, number, word, sequence, point or box (in `frame`, of an image
+        of `size`); finish_reason: of a reply cut off ("length") only a closed answer block or box counts that
         nothing takes back, or a letter that is its first line: anything else may be a thought on its way.
     """
     readers = {"yes_no": read_yes_no, "number": read_number, "word": read_word, "sequence": read_sequence,
                "choice": lambda reply: read_choice(reply, options),
-               "point": lambda reply: read_point(reply, frame, size)}  # fmt: skip
+               "point": lambda reply: read_point(reply, frame, size),
+               "box": lambda reply: read_box(reply, frame, size)}  # fmt: skip
     said, method = readers[kind](reply)
     if said is None or finish_reason != "length":
         return said, method
@@ -622,7 +656,11 @@ def read(
 
 
 def is_right(kind: str, parsed, gold: str) -> bool:
-    """Whether what `read` found is the gold answer, which for a choice is written "(B) text"."""
+    """Whether what `read` found is the gold answer, which for a choice is written "(B) text".
+
+    A point has to lie in the gold polygon, a box to overlap the gold one with IoU 0.5; both golds are in
+    shares of the image.
+    """
     gold = gold.strip()
     if parsed is None:
         return False
@@ -632,6 +670,8 @@ def is_right(kind: str, parsed, gold: str) -> bool:
         return math.isclose(parsed, float(gold), rel_tol=1e-6, abs_tol=1e-9)
     if kind == "point":
         return in_polygon(parsed, parse_polygon(gold))
+    if kind == "box":
+        return iou(parsed, ast.literal_eval(gold)) >= 0.5 - 1e-9  # of shares, which are rounded
     if kind == "word":
         return word_matches(parsed, gold)
     return parsed == (gold.lower() if kind == "yes_no" else gold.upper())

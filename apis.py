@@ -209,7 +209,7 @@ def encode_image(image, most: float, side: float) -> tuple[str, str, str]:
 class Request:
     """One sample on its way to a server, as it is changed until the server takes it."""
 
-    text: str
+    content: list[dict]  # of the user's message: texts, and images in the order of `images`
     system: str
     images: list  # PIL
     sampling: dict
@@ -225,6 +225,11 @@ class Request:
             *encoded, note = encode_image(image, self.most, side)
             self.encoded.append(encoded)
             self.notes += [f"image {i} as {note}"] if note else []
+
+    def parts(self, show: Callable[[str, str], dict]) -> list[dict]:
+        """The content as a server takes it. Args: show(media type, base64) -> an image's part."""
+        encoded = iter(self.encoded)
+        return [part if part["type"] == "text" else show(*next(encoded)) for part in self.content]
 
     def lighten(self, side: float) -> bool:
         """Halve the images that a server finds too large; False: they cannot be made smaller."""
@@ -298,7 +303,7 @@ class Service:
                 sampling["seed"] = self.decoding.seed_of(sample)
             most = min(self.most, 6 * self.most // max(1, len(images)))  # all of a request count as well
             system = first[0]["content"] if first else ""
-            request = Request(user["content"][-1]["text"], system, images, sampling, most)
+            request = Request(user["content"], system, images, sampling, most)
             request.encode(self.side)
         except (OSError, ValueError) as failure:  # a damaged image
             return Reply("", "failed", error=one_line(f"{type(failure).__name__}: {failure}", self.hide))
@@ -506,10 +511,11 @@ def openai_replies(
     sampling = {"temperature": decoding.temperature, "seed": 0, limit: decoding.max_new_tokens}
 
     def body(request: Request) -> dict:
-        urls = [f"data:{media};base64,{data}" for media, data in request.encoded]
-        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content = request.parts(
+            lambda media, data: {"type": "image_url", "image_url": {"url": f"data:{media};base64,{data}"}}
+        )
         messages = [{"role": "system", "content": request.system}] if request.system else []
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": request.text}]})
+        messages.append({"role": "user", "content": content})
         return {"model": model, "messages": messages, "extra_body": request.sampling}
 
     def call(request: Request):
@@ -544,9 +550,10 @@ def anthropic_replies(
     sampling = {"temperature": decoding.temperature, "max_tokens": decoding.max_new_tokens}  # no seed at all
 
     def body(request: Request) -> dict:
-        sources = [{"type": "base64", "media_type": media, "data": data} for media, data in request.encoded]
-        content = [{"type": "image", "source": source} for source in sources]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": request.text}]}]
+        def show(media: str, data: str) -> dict:
+            return {"type": "image", "source": {"type": "base64", "media_type": media, "data": data}}
+
+        messages = [{"role": "user", "content": request.parts(show)}]
         # The same for many calls: the server keeps what it has computed of it.
         system = [{"type": "text", "text": request.system, "cache_control": {"type": "ephemeral"}}]
         return {

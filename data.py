@@ -5,6 +5,8 @@
 
 One prompt builder and one image path serve training, vLLM and evaluation, so that all three see the same
 tokens. Boxes are in the pixels of the original image, whatever size the model is shown; the prompt states it.
+Of several images it is the first that boxes are of. Images stand at the `<image>` marks of the text, before
+it where it has none or begins with them. A row may be text alone, and its answer of any of `answers.KINDS`.
 """
 
 import functools
@@ -23,6 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from answers import KINDS, POINT_RANGE, is_right, read
 from config import BoxFormat, write_whole
 from images import Passed, damage_named, digest, open_image, to_rgb
 from rewards import parse_ground_truth
@@ -40,8 +43,10 @@ COLUMNS = {
     "category": "category",
     "level": "level",
     "completion": "completion",  # a worked example, for supervised training only
+    "kind": "kind",  # of the answer, one of answers.KINDS; without one: a choice of the options
+    "frame": "frame",  # of a point or box, where the question states it: unit, per_mille or pixel
 }
-OPTIONAL_COLUMNS = ("id", "problem", "category", "level", "completion")
+OPTIONAL_COLUMNS = ("id", "problem", "category", "level", "completion", "kind", "frame")
 
 # The first is that of the published checkpoints' model card, with the size in brackets as STVQA-7K's own
 # prompts have it. The paper's evaluator words it otherwise: `testsets.RELEASED`.
@@ -64,6 +69,18 @@ PER_MILLE = (  # what a prompt says with box_frame=per_mille, also below a row's
     "Write every bounding box as [x1, y1, x2, y2] in thousandths of the image's width and height, from 0 to "
     "1000, not in pixels."
 )
+_OPEN = "Answer with a single word or number."  # one for both, lest it tell which
+HINTS = {"yes_no": "Answer with yes or no.", "number": _OPEN, "word": _OPEN}
+POINTING = {"point": "one point (x, y)", "box": "one bounding box [x1, y1, x2, y2]"}
+FRAMES = {
+    "pixel": "in pixels of the image",
+    "per_mille": "in thousandths of the image's width and height, from 0 to 1000",
+}
+ROUND = str.maketrans("()", "[]")
+MARK = "<image>"  # in a text: here stands an image
+NO_SCENE = '<scene>{"objects": [], "relationships": []}</scene>'  # the gold scene of a row of text alone
+NO_IMAGE = (1, 1)  # the size of a row of text alone
+VIDEO = re.compile(r"\.(?:mp4|mov|avi|mkv|webm|m4v)$", re.I)
 SIZE_IN_PROMPT = re.compile(r"Image size: \(?(?:(\d+) x (\d+)|Unknown)\)?")
 
 # Why a row is not trained on. Trained on are rows with boxes a little over the edge (clipped and counted), a
@@ -73,9 +90,12 @@ SIZE_IN_PROMPT = re.compile(r"Image size: \(?(?:(\d+) x (\d+)|Unknown)\)?")
 REASONS = {
     "record": "no JSON object, or a column of another type",
     "image": "missing, damaged, of more pixels than can be meant, or 200 times as long as wide",
+    "video": "none is taken: its frames can be a row's images",
+    "marks": "of images in the text, neither one for each image nor none",
     "text": "empty, or with a control token of the model, such as <|image_pad|>",
-    "options": "not 2 to 10 texts, each another",
-    "answer": "none of the options, or another one in the gold scene's text",
+    "kind": "of the answer, not one of answers.KINDS, or a frame that is none",
+    "options": "not 2 to 10 texts, each another; or some beside an open answer",
+    "answer": "none of the options, not of its kind, or another one in the gold scene's text",
     "size": "stated for the prompt, but not the image's: the boxes, or the question, are of another file",
     "scene": "outside the grammar of rewards.py: its JSON, an id, a box without area",
     "box_frame": "gold boxes that do not fit the image: rounding is not that wrong, another box_format is",
@@ -107,17 +127,17 @@ class Sample:
 
     id: str
     encoded_images: tuple[dict, ...]  # {"bytes": ..., "path": ...} as the datasets library stores them
-    size: tuple[int, int]  # (W, H) of the first image, pixels: the frame of every box
+    size: tuple[int, int]  # (W, H) of the first image, pixels: the frame of every box; of none NO_IMAGE
     question: str  # with its lettered options
     options: tuple[str, ...]
-    answer: str  # "(C) holding"
+    answer: str  # "(C) holding"; a point's polygon [(x, y), ...] and a box in shares of the image
     ground_truth: str  # "<scene>{json}</scene>\n<answer>(C) holding</answer>"; the answer where no scene is
     problem: str = ""  # the row's own full prompt
     category: str = ""
     level: str = ""
     completion: str = ""
-    kind: str = "choice"  # or yes_no, number, word, point, sequence: how answers.py reads the answer
-    meta: dict = field(default_factory=dict)  # what a benchmark's official score groups by
+    kind: str = "choice"  # one of answers.KINDS: how the answer is read
+    meta: dict = field(default_factory=dict)  # what a benchmark's official score groups by; a point's frame
 
     def load_images(self) -> list[Image.Image]:
         """Upright and in RGB. Raises: OSError naming the row: files may have changed since the check."""
@@ -138,6 +158,7 @@ class Samples(Sequence):
         self.asked: list[str] = []  # a digest of each row's question and pictures
         self.texts = hashlib.blake2b(digest_size=16)  # of what else the rows hold
         self.max_images = 0  # of one row
+        self.without_image = 0  # rows
         self.clipped = 0  # rows with a gold box clipped to the image
         self.overhang = 0.0  # the most that was cut off a box, pixels
         self.skipped: list[str] = []  # a message for each row left out
@@ -201,7 +222,9 @@ def load_samples(
     needed = [
         c
         for key, c in columns.items()
-        if key not in OPTIONAL_COLUMNS and (key != "scene_answer" or need_scene)
+        if key not in OPTIONAL_COLUMNS
+        and (key != "scene_answer" or need_scene)
+        and (key != "options" or columns["kind"] not in table.column_names)
     ]
     name = f"{source} ({split})"
     if not len(table):
@@ -211,7 +234,9 @@ def load_samples(
     if missing := [c for c in needed if c not in table.column_names]:
         if not table.column_names:  # no line could be read
             check_row(samples, 0, passed)
-        raise ValueError(f"{name}: expected columns {needed}, missing {missing}, got {table.column_names}")
+        video = "; no video is taken" * bool({"video", "videos"} & set(table.column_names))
+        expected = f"expected columns {needed}, missing {missing}, got {table.column_names}"
+        raise ValueError(f"{name}: {expected}{video}")
 
     def check(row):
         try:
@@ -224,6 +249,7 @@ def load_samples(
         except BadRow as error:
             return error
         texts = sample.problem, sample.answer, sample.ground_truth, sample.completion
+        texts += (sample.kind, sample.meta) if sample.kind != "choice" else ()
         return asked, repr(texts), overhang, len(sample.encoded_images)
 
     with ThreadPoolExecutor(threads) as pool:
@@ -240,6 +266,7 @@ def load_samples(
             samples.clipped += overhang > 0
             samples.overhang = max(samples.overhang, overhang)
             samples.max_images = max(samples.max_images, n_images)
+            samples.without_image += not n_images
     passed.save()
     allowed = 1.0 if skip_bad_rows or skip_long_prompts else max_bad_rows
     if len(samples.skipped) > allowed * total or not samples.rows:
@@ -285,7 +312,9 @@ def report_rows(loaded: Mapping[str, Samples], listing: Path | None = None) -> s
     lines = []
     for part, s in loaded.items():
         boxes = f", {s.clipped} with a gold box clipped to the image by at most {s.overhang:g} px"
-        lines.append(f"{part}: {len(s)} of {s.total} rows of {s.name}" + boxes * (s.clipped > 0))
+        shown = f", {s.without_image} without an image" * (s.without_image > 0)
+        shown += f", up to {s.max_images} images in one" * (s.max_images > 1)
+        lines.append(f"{part}: {len(s)} of {s.total} rows of {s.name}{shown}" + boxes * (s.clipped > 0))
     reasons = sum((samples.reasons for samples in loaded.values()), Counter())
     if reasons and listing:
         messages = [f"{part}: {message}\n" for part, samples in loaded.items() for message in samples.skipped]
@@ -342,36 +371,41 @@ def row_to_sample(
             raise bad("text", key, "no control token of a model", token[0])
         return value
 
-    images = row.get(columns["images"])
-    images = images if isinstance(images, list) else [images]
-    if not images or any(e is None for e in images):
-        raise bad("image", "images", "an image", images or "nothing")
-    try:
-        sizes = [open_image(encoded).size for encoded in (images if to_train else images[:1])]
-    except OSError as error:
-        raise bad("image", "images", "a readable image", error) from None
-    if to_train and (slim := next((s for s in sizes if max(s) >= LONGEST_SIDE * min(s)), None)):
-        raise bad("image", "images", f"a side below {LONGEST_SIDE} times the other", slim)
-
-    size, question, problem = sizes[0], get("question"), get("problem") or ""
+    question, problem = get("question"), get("problem") or ""
     if not question or not question.strip():
         raise bad("text", "question", "a question", repr(question))
+    images, size = row_images(row, columns, to_train, bad)
     question, problem = tidy(question), tidy(problem)
-    options, answer = read_answer(question, get("options", list), get("answer"), bad)
-    texts = [plain(o) for o in options]
-    if to_train and len(set(texts)) < len(texts):
-        raise bad("options", "options", "each option to differ", options)
+    kind, frame = get("kind") or "choice", get("frame")
+    if kind not in KINDS:
+        raise bad("kind", "kind", f"one of {KINDS}", repr(kind))
+    if frame not in (None, "pixel", *POINT_RANGE):
+        raise bad("kind", "frame", f"one of {['pixel', *POINT_RANGE]}", repr(frame))
+    check_images(row, images, columns, bad)
+    if kind == "choice":
+        options, answer = read_answer(question, get, bad)
+        said = written = answer
+        texts = [plain(o) for o in options]
+        if to_train and len(set(texts)) < len(texts):
+            raise bad("options", "options", "each option to differ", options)
+    else:
+        if (options := get("options", list)) and kind != "sequence":
+            raise bad("options", "options", f"none, as the answer is a {kind}", options)
+        options, written = (), row.get(columns["answer"])
+        if isinstance(written, bool) or not isinstance(written, (str, int, float, list)):
+            raise bad("answer", "answer", f"a {kind}", repr(written))
+        written = json.dumps(written) if isinstance(written, list) else str(written).strip()
+        if token := CONTROL_TOKEN.search(written):
+            raise bad("text", "answer", "no control token of a model", token[0])
+        answer, said = read_open(kind, written, size, box_format, bad)
+        question = with_hint(question, kind)
 
-    # The prompt states the frame of the boxes. Where it is that of another image file, every box is wrong.
-    if stated := SIZE_IN_PROMPT.search(problem):
-        if stated[1] and tuple(map(int, stated.groups())) != size:
-            raise bad("size", "problem", f"the image's size {size}", f"{stated[0]!r}")
-        if not stated[1]:
-            problem = SIZE_IN_PROMPT.sub(f"Image size: ({size[0]} x {size[1]})", problem)
-
-    ground_truth, overhang = answer, 0.0
-    if need_scene:
-        ground_truth, n_objects, overhang = gold_scene(get("scene_answer"), answer, size, box_format, bad)
+    ground_truth, overhang = said, 0.0
+    if need_scene and not images:
+        ground_truth = f"{NO_SCENE}\n<answer>{said}</answer>"
+    elif need_scene:
+        frame_of = size, box_format
+        ground_truth, n_objects, overhang = gold_scene(get("scene_answer"), written, said, *frame_of, bad)
         if to_train and not n_objects:
             raise bad("empty_scene", "scene_answer", "a gold scene with objects", "none")
     sample = Sample(
@@ -382,12 +416,67 @@ def row_to_sample(
         options=options,
         answer=answer,
         ground_truth=ground_truth,
-        problem=problem,
+        problem=fill_size(problem, size, bad),
         category=get("category") or "",
         level=get("level") or "",
         completion=get("completion") or "",
+        kind=kind,
+        meta={"frame": frame} if frame else {},
     )
     return sample, overhang
+
+
+def row_images(row: dict, columns: dict, to_train: bool, bad: Callable) -> tuple[list, tuple[int, int]]:
+    """(encoded images, size of the first) of a row, which may have none."""
+    images = row.get(columns["images"])
+    images = images if isinstance(images, list) else [] if images is None else [images]
+    named = [name for name in ("video", "videos") if row.get(name)]
+    named += [columns[key] for key in ("question", "problem") if "<video>" in (row.get(columns[key]) or "")]
+    named += [e["path"] for e in images if isinstance(e, dict) and VIDEO.search(e.get("path") or "")]
+    if named:
+        raise bad("video", "images", "images: no video is taken, its frames can be", f"one in {named[0]}")
+    if any(e is None for e in images):
+        raise bad("image", "images", "an image", images)
+    try:
+        sizes = [open_image(encoded).size for encoded in (images if to_train else images[:1])]
+    except OSError as error:
+        raise bad("image", "images", "a readable image", error) from None
+    if to_train and (slim := next((s for s in sizes if max(s) >= LONGEST_SIDE * min(s)), None)):
+        raise bad("image", "images", f"a side below {LONGEST_SIDE} times the other", slim)
+    return images, sizes[0] if sizes else NO_IMAGE
+
+
+def check_images(row: dict, images: list, columns: dict, bad: Callable):
+    """A row's texts have a mark for each image or none; one of text alone has nothing that needs an image."""
+    for key in ("question", "problem"):
+        text = row.get(columns[key]) or ""
+        n = text.count(MARK)
+        if n and images and n != len(images):
+            raise bad("marks", key, f"{len(images)} {MARK} marks, one for each image, or none", n)
+        if not images and (n or SIZE_IN_PROMPT.search(text)):
+            raise bad("image", "images", f"an image, of which column {columns[key]} speaks", "nothing")
+    if images:
+        return
+    if row.get(columns["kind"]) in POINTING:
+        raise bad("image", "images", f"an image for an answer of kind {row[columns['kind']]}", "nothing")
+    if "bbox" in str(row.get(columns["scene_answer"])):
+        raise bad("image", "images", "an image for the gold scene", "nothing")
+
+
+def fill_size(problem: str, size: tuple[int, int], bad: Callable) -> str:
+    """A row's own prompt with the image's size where it says Unknown."""
+    # It states the frame of the boxes. Where it is that of another image file, every box is wrong.
+    if (stated := SIZE_IN_PROMPT.search(problem)) and stated[1] and tuple(map(int, stated.groups())) != size:
+        raise bad("size", "problem", f"the image's size {size}", f"{stated[0]!r}")
+    if not stated or stated[1]:
+        return problem
+    return SIZE_IN_PROMPT.sub(f"Image size: ({size[0]} x {size[1]})", problem)
+
+
+def with_hint(question: str, kind: str) -> str:
+    """An open question that says how to answer it, where it does not itself."""
+    says = re.search(r"\b(?:answer|respond) with\b", question, re.I)
+    return f"{question}\n{HINTS[kind]}" if kind in HINTS and not says else question
 
 
 def tidy(text: str) -> str:
@@ -400,14 +489,60 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(" .")
 
 
-def read_answer(question: str, options, answer, bad: Callable) -> tuple[tuple[str, ...], str]:
+def read_open(kind: str, written: str, size, box_format: str, bad: Callable) -> tuple[str, str]:
+    """(gold as `answers.is_right` takes it, the same as a reply says it) of an answer that is no option.
+
+    What its own reader does not read, no reply could earn.
+    """
+    if kind in POINTING:
+        return read_region(kind, written, size, box_format, bad)
+    said = read(kind, f"<answer>{written}</answer>")[0]
+    gold = f"{said:.15g}" if kind == "number" and said is not None else written
+    if not is_right(kind, said, gold):
+        raise bad("answer", "answer", f"a {kind}", repr(written))
+    return gold, gold
+
+
+def read_region(kind: str, written: str, size, box_format: str, bad: Callable) -> tuple[str, str]:
+    """`read_open` of a box, or of the polygon or box that a point has to lie in."""
+    expected = "[x1, y1, x2, y2]" + " or [[x, y], ...]" * (kind == "point")
+    try:
+        numbers = json.loads(written.translate(ROUND))
+        is_box = len(numbers) == 4 and not isinstance(numbers[0], list)
+        corners = [numbers[:2], numbers[2:]] if is_box else numbers
+        corners = [(float(x), float(y)) for x, y in corners]
+        if box_format == "xywh" and is_box:
+            corners[1] = corners[0][0] + corners[1][0], corners[0][1] + corners[1][1]
+        sides = (PARTS[box_format],) * 2 if box_format in PARTS else size
+        shares = [tuple(c / side for c, side in zip(corner, sides, strict=True)) for corner in corners]
+        (x1, x2), (y1, y2) = ((min(c), max(c)) for c in zip(*shares, strict=True))
+        if not (is_box or kind == "point" and len(shares) > 2) or not (x1 < x2 and y1 < y2):
+            raise ValueError(written)
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        raise bad("answer", "answer", expected, repr(written)) from None
+    of_1 = sides == size and 0 <= min(map(min, corners)) and max(map(max, corners)) <= 1 < max(size) / 2
+    if of_1 or not (-OVER_EDGE <= min(x1, y1) and max(x2, y2) <= 1 + OVER_EDGE):
+        raise bad("box_frame", "answer", f"a {kind} that fits the image {size} as {box_format}", written)
+    if is_box and shares[0] != (x1, y1):
+        raise bad("answer", "answer", "x1 < x2 and y1 < y2", written)
+    shares = [tuple(min(max(c, 0.0), 1.0) for c in corner) for corner in shares]
+    if kind == "point" and is_box:
+        (x1, y1), (x2, y2) = shares
+        shares = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+    pixels = [[c * side for c, side in zip(corner, size, strict=True)] for corner in shares]
+    flat = (sum(map(list, shares), []), sum(pixels, [])) if kind == "box" else (shares, pixels)
+    return json.dumps(flat[0]), json.dumps(flat[1])
+
+
+def read_answer(question: str, get: Callable, bad: Callable) -> tuple[tuple[str, ...], str]:
     """(options, gold answer), the latter as a reply is rewarded that copies the option from the question."""
     # As many as there are letters for the reader of answers, which sees every sample during training.
-    options = tuple(options or ())
+    options = tuple(get("options", list) or ())
     if not 2 <= len(options) <= 10 or not all(isinstance(o, str) and plain(o) for o in options):
-        raise bad("options", "options", "a list of 2 to 10 texts", options)
+        raise bad("options", "options", "a list of 2 to 10 texts, or an open answer's kind", options)
     if token := CONTROL_TOKEN.search(" ".join(options)):
         raise bad("text", "options", "no control token of a model", token[0])
+    answer = get("answer")
     by_letter = dict(zip("ABCDEFGHIJ", options, strict=False))
     found = LETTERED.fullmatch(answer.strip()) if answer else None
     letter = found and found[1].upper()
@@ -423,9 +558,11 @@ def read_answer(question: str, options, answer, bad: Callable) -> tuple[tuple[st
 
 
 def gold_scene(
-    text, answer: str, size: tuple[int, int], box_format: str, bad: Callable
+    text, written: str, answer: str, size: tuple[int, int], box_format: str, bad: Callable
 ) -> tuple[str, int, float]:
     """(the gold text with boxes inside the image, number of objects, the most that was clipped in pixels).
+
+    Args: written: the row's answer, which the text has to have too; answer: what is rewarded for it.
 
     A box a little over the edge is clipped to it: annotation tools round, those of Visual Genome end a pixel
     or two outside. One that does not show could not be earned: in a reply such a box is malformed.
@@ -436,9 +573,8 @@ def gold_scene(
     except (ValueError, OverflowError) as error:
         hint = " (box_format=xywh?)" * ("x1 < x2" in str(error) and box_format == "xyxy")
         raise bad("scene", "scene_answer", "a gold scene and answer", f"{error}{hint}") from None
-    gold, found = LETTERED.fullmatch(answer.strip()), LETTERED.fullmatch(scene_answer)
-    if not found or (found[1].upper(), plain(found[2])) != (gold[1].upper(), plain(gold[2])):
-        raise bad("answer", "scene_answer", f"the answer {answer!r}", repr(scene_answer))
+    if same_answer(scene_answer) != same_answer(written):
+        raise bad("answer", "scene_answer", f"the answer {written!r}", repr(scene_answer))
     overhang, (w, h) = 0.0, size
     for o in scene["objects"]:
         x1, y1, x2, y2 = o["bbox"]
@@ -458,6 +594,12 @@ def gold_scene(
     if overhang or scene_answer.strip().lower() != answer.strip().lower():
         text = f"<scene>{json.dumps(scene)}</scene>\n<answer>{answer.strip()}</answer>"
     return text, len(scene["objects"]), overhang
+
+
+def same_answer(text: str) -> tuple[str, str]:
+    """(letter or "", text) of an answer as two columns have to agree on it."""
+    found = LETTERED.fullmatch(text.strip())
+    return (found[1].upper(), plain(found[2])) if found else ("", "".join(plain(text).split()))
 
 
 def in_pixels(text: str | None, size: tuple[int, int], box_format: str) -> str | None:
@@ -498,28 +640,65 @@ def in_pixels(text: str | None, size: tuple[int, int], box_format: str) -> str |
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
-def build_prompt_text(template: str, question: str, size: tuple[int, int], box_frame: str = "pixel") -> str:
+def build_prompt_text(
+    template: str, question: str, size: tuple[int, int] | None, box_frame: str = "pixel"
+) -> str:
     """The user's words: instructions, the boxes' frame where they are asked for, the question.
 
-    The frame is the image's size (W x H), or with box_frame "per_mille" the sentence PER_MILLE.
+    The frame is the image's size (W x H), or with box_frame "per_mille" the sentence PER_MILLE. Args: size:
+        None without an image.
     """
     if template not in TEMPLATES:
         raise ValueError(f"template: expected one of {[*TEMPLATES, 'problem']}, got {template!r}")
-    frame = f"Image size: ({size[0]} x {size[1]})" if box_frame == "pixel" else PER_MILLE
-    return "\n\n".join([TEMPLATES[template], *([frame] if template in SHOWS_SIZE else []), question])
+    shown = []
+    if size and template in SHOWS_SIZE:
+        shown = [f"Image size: ({size[0]} x {size[1]})" if box_frame == "pixel" else PER_MILLE]
+    return "\n\n".join([TEMPLATES[template], *shown, question])
 
 
 def build_prompt(sample: Sample, template: str, box_frame: str = "pixel") -> list[dict]:
-    """Chat messages for a sample: its images in order, then the text. Template "problem": the row's own."""
+    """Chat messages for a sample: text with its images at their marks. Template "problem": the row's own."""
+    with_text_alone = sample.size == NO_IMAGE and not sample.encoded_images
     if template != "problem":
-        text = build_prompt_text(template, sample.question, sample.size, box_frame)
+        question = behind_images(sample.question)
+        if sample.kind in POINTING and "frame" not in sample.meta:
+            question += f"\nAnswer with {POINTING[sample.kind]} {FRAMES[box_frame]}."
+        size = None if with_text_alone else sample.size
+        text = build_prompt_text(template, question, size, box_frame)
     else:
-        text = sample.problem + (f"\n\n{PER_MILLE}" if sample.problem and box_frame == "per_mille" else "")
-    text = text.replace("<image>", "").lstrip()  # the data set marks the image's place, which is the first
-    if not text:
+        text = behind_images(sample.problem)
+        text += f"\n\n{PER_MILLE}" if text and box_frame == "per_mille" and not with_text_alone else ""
+    if not text.replace(MARK, "").strip():
         raise ValueError(f"row {sample.id}: template 'problem' needs the column {COLUMNS['problem']}")
-    images = [{"type": "image"} for _ in sample.encoded_images]
-    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+    return [{"role": "user", "content": lay_out(text, len(sample.encoded_images))}]
+
+
+def behind_images(text: str) -> str:
+    """A text without the marks that it begins with, if it has no others: images come first anyway.
+
+    >>> behind_images("<image>\\n<image> Which?"), behind_images("<image> or <image>?")
+    ('Which?', '<image> or <image>?')
+    """
+    rest = re.sub(rf"^(?:\s*{MARK})+\s*", "", text)
+    return text if MARK in rest else rest.lstrip()
+
+
+def lay_out(text: str, n: int) -> list[dict]:
+    """The content of a message with n images: at the text's marks, or before it where it has none.
+
+    Raises: ValueError if there are more or fewer marks than images, of which n = 0 hides all.
+    """
+    if n == 0:
+        text = text.replace(MARK, "")
+    first, *others = text.split(MARK)
+    if others and len(others) != n:
+        raise ValueError(f"expected {n} {MARK} marks in the prompt, one for each image, got {len(others)}")
+    pieces = [(0, first), *((1, piece) for piece in others)] if others else [(n, first)]
+    content = []
+    for images, piece in pieces:
+        content += [{"type": "image"}] * images
+        content += [{"type": "text", "text": piece}] if piece else []
+    return content
 
 
 def smart_size(

@@ -38,7 +38,7 @@ from apis import Decoding, NoService, Reply
 from backends import APIS, PROVIDERS, choose_provider, encoder_for, package_version
 from config import append, git_revision, plain_errors, public_command, public_url, write_whole
 from config import path_argument as a_path
-from data import TEMPLATES, PromptEncoder, Sample
+from data import MARK, TEMPLATES, PromptEncoder, Sample
 from reader import parse_reader, read_unread
 from results import (
     Record,
@@ -189,7 +189,9 @@ def results_path(args, name: str, alone: bool) -> Path:
 
 # ---- records ----
 def prompt_text(encoder: PromptEncoder, sample: Sample) -> str:
-    return encoder.messages(sample)[0]["content"][-1]["text"]
+    """The text as it is asked, with a mark for each image that does not stand before it."""
+    parts = [part.get("text") for part in encoder.messages(sample)[0]["content"]]
+    return "".join(text or MARK for text in itertools.dropwhile(lambda text: not text, parts))
 
 
 def make_record(sample: Sample, row: int, loaded: Loaded, encoder: PromptEncoder, reply: Reply) -> Record:

@@ -12,6 +12,7 @@ script but its own run.
 """
 
 import argparse
+import ast
 import base64
 import hashlib
 import html
@@ -176,7 +177,12 @@ e = html.escape
 
 
 def image_uri(sample: Sample, which: int = 0, longest: int = 720) -> str:
-    """One of the sample's images as a data URI: PNG if it is small, else JPEG of at most `longest` pixels."""
+    """One of the sample's images as a data URI: PNG if it is small, else JPEG of at most `longest` pixels.
+
+    "" where the sample is text alone.
+    """
+    if not sample.encoded_images:
+        return ""
     try:
         image = to_rgb(open_image(sample.encoded_images[which]))
     except OSError:  # damaged
@@ -204,6 +210,8 @@ def draw_box(box: Sequence[float], name: str, kind: str, size: tuple[int, int]) 
 
 def draw_scene(sample: Sample, uri: str, gold: list[dict], record: dict) -> str:
     """The image with gold and predicted boxes; a predicted one bears its name unless it finds its object."""
+    if not sample.encoded_images:
+        return ""
     width, height = sample.size
     guesses = parse_scene(record["reply"]) or {"objects": []}
     guesses = in_pixels(guesses, record.get("box_frame", "pixel"), sample.size)["objects"]
@@ -215,7 +223,27 @@ def draw_scene(sample: Sample, uri: str, gold: list[dict], record: dict) -> str:
               for i, o in enumerate(guesses)]  # fmt: skip
     crisp = ' class="crisp"' if max(sample.size) <= 256 else ""
     image = f'<image href="{uri}" width="{width}" height="{height}"{crisp}/>'
-    return f'<svg viewBox="0 0 {width} {height}">{image}{"".join(halos + boxes)}</svg>'
+    shapes = "".join([*halos, *boxes, *draw_answers(sample, record)])
+    return f'<svg viewBox="0 0 {width} {height}">{image}{shapes}</svg>'
+
+
+def draw_answers(sample: Sample, record: dict) -> list[str]:
+    """The gold answer and the one given, where they are places in the image."""
+    if sample.kind not in ("point", "box"):
+        return []
+    gold, said, (width, height) = ast.literal_eval(sample.answer), record.get("parsed"), sample.size
+    if sample.kind == "box":
+        boxes = [(gold, "gold"), *([(said, "guess")] if said else [])]
+        boxes = [([c * side for c, side in zip(box, 2 * sample.size, strict=True)], k) for box, k in boxes]
+        return [draw_box(box, "answer", kind, sample.size) for box, kind in boxes]
+    corners = " ".join(f"{x * width:g},{y * height:g}" for x, y in gold)
+    at = said and f'cx="{said[0] * width:g}" cy="{said[1] * height:g}" r="{max(sample.size) / 60:g}"'
+    return [f'<polygon class="gold" points="{corners}"/>', f'<circle class="guess" {at}/>' if said else ""]
+
+
+def other_images(sample: Sample) -> str:
+    """Those behind the first, small, in the order of the text's marks."""
+    return "".join(f'<img src="{image_uri(sample, k, 250)}">' for k in range(1, len(sample.encoded_images)))
 
 
 def show_terms(record: dict) -> str:
@@ -259,7 +287,7 @@ def show_item(sample: Sample, before: dict, after: dict) -> str:
     kind, uri = outcome(before, after), image_uri(sample)
     sides = show_side("Before", sample, uri, gold, before) + show_side("After", sample, uri, gold, after)
     tags = f'<span class="tag {kind}">{OUTCOMES[kind]}</span><span class="tag">{e(sample.category)}</span>'
-    words = f'<p>{e(sample.question)}</p><p class="answer">{e(sample.answer)}</p>'
+    words = f'<p>{e(sample.question)}</p><p class="answer">{e(sample.answer)}</p>{other_images(sample)}'
     header = f'<header>{tags}<span class="id">{e(sample.id)}</span>{words}</header>'
     data = f'data-category="{e(sample.category)}" data-outcome="{kind}"'
     return f'<article {data}>{header}<div class="sides">{sides}</div></article>'
@@ -413,12 +441,12 @@ def show_result(name: str, sample: Sample, record: dict) -> str:
     outcomes = f"{kind} unparsed" if record["parsed"] is None else kind
     title = "Reply, cut off" if record["finish_reason"] == "length" else "Reply"
     side = show_side(title, sample, image_uri(sample), gold, record)
-    others = "".join(f'<img src="{image_uri(sample, k, 250)}">' for k in range(1, len(sample.encoded_images)))
     tags = (
         f'<span class="tag {"fixed" if kind == "right" else "broken"}">{kind}</span>'
         f'<span class="tag">{e(name)}</span><span class="tag">{e(record["category"])}</span>'
     )
-    words = f'<p class="question">{e(sample.question)}</p><p class="answer">{e(sample.answer)}</p>{others}'
+    words = f'<p class="question">{e(sample.question)}</p><p class="answer">{e(sample.answer)}</p>'
+    words += other_images(sample)
     data = f'data-dataset="{e(name)}" data-category="{e(record["category"])}" data-outcome="{outcomes}"'
     header = f'<header>{tags}<span class="id">{e(record["id"])}</span>{words}</header>'
     return f"<article {data}>{header}{side}</article>"

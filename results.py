@@ -33,7 +33,7 @@ from rewards import TERMS, Weights, label_similarity, parse_ground_truth, parse_
 class Grade(TypedDict):
     """What a reply is worth. The keys from `terms` on are there if the sample has a gold scene."""
 
-    parsed: object  # letter, "yes", number, words, letters in order or (x, y), as answers.read; None: unread
+    parsed: object  # letter, "yes", number, words, letters, (x, y) or a box, as answers.read; None: unread
     method: str  # how it was found (answer_tag, boxed, phrase, letter, text), or why it was not
     correct: bool
     released: NotRequired[bool]  # right as the paper's evaluator reads the reply; choices only
@@ -55,7 +55,7 @@ class Record(Grade):
     row: int  # of the data
     turns: int  # items made of this row: with --circular as many as it has options, else 1
     category: str
-    kind: str  # choice, yes_no, number, word, point or sequence
+    kind: str  # choice, yes_no, number, word, sequence, point or box
     gold: str  # "(B) text" for a choice
     choices: list[str]  # option texts in the order asked
     size: list[int]  # [W, H] of the first image, pixels
@@ -84,22 +84,25 @@ def short_hash(what: bytes | str) -> str:
 
 
 # ---- grading ----
-def read_reply(sample, reply: str, finish_reason: str = "stop") -> tuple[object, str]:
+def read_reply(
+    sample, reply: str, finish_reason: str = "stop", box_frame: str = "pixel"
+) -> tuple[object, str]:
     """(what a reply answers to a sample, method) or (None, why not), as of `answers.read`.
 
     Args: sample: a data.Sample, or anything with its kind, options, size and meta; finish_reason: of a reply
-        cut off ("length") little counts (answers.read), of a failed one nothing.
+        cut off ("length") little counts (answers.read), of a failed one nothing; box_frame: of points and
+        boxes that the question itself states none for.
     """
-    frame = sample.meta["frame"] if sample.kind == "point" else ""
+    frame = sample.meta.get("frame") or box_frame
     parsed, method = read(sample.kind, reply, sample.options, frame, sample.size, finish_reason)
     if finish_reason == "failed":
         return None, "failed"
     return parsed, method
 
 
-def judge(sample, reply: str, finish_reason: str = "stop") -> dict:
+def judge(sample, reply: str, finish_reason: str = "stop", box_frame: str = "pixel") -> dict:
     """Whether a reply, read by `read_reply`, answers a sample: {"parsed", "method", "correct"} of `grade`."""
-    parsed, method = read_reply(sample, reply, finish_reason)
+    parsed, method = read_reply(sample, reply, finish_reason, box_frame)
     return {"parsed": parsed, "method": method, "correct": is_right(sample.kind, parsed, sample.answer)}
 
 
@@ -115,7 +118,7 @@ def grade(
 
     Args: box_frame: of the reply's boxes, as for `rewards.in_pixels`.
     """
-    graded = judge(sample, reply, finish_reason)
+    graded = judge(sample, reply, finish_reason, box_frame)
     if sample.kind == "choice":
         graded["released"] = released_letter(reply, sample.options) == sample.answer.strip()[1].upper()
     if "<scene>" not in sample.ground_truth:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from answers import LETTERS, parse_polygon, read_number
-from data import COLUMNS, Sample, row_to_sample
+from data import COLUMNS, MARK, Sample, row_to_sample, with_hint
 from images import check_pixels, open_image, read_bytes
 from results import (
     cv_bench,
@@ -265,8 +265,6 @@ _MARK = re.compile(  # (A) left  A) left  A: left  A. left, and at the head of a
     r"|(?<=\n)(?P<c>[B-J]) (?=\S)"
 )
 _DIRECT = re.compile(r"(?:\n|(?<=[.?!)]) )(?:please )?answer (?:directly )?with [^\n?]*$", re.I)
-_OPEN = "Answer with a single word or number."  # one for both, lest it tell which
-_HINTS = {"yes_no": "Answer with yes or no.", "number": _OPEN, "word": _OPEN}
 
 
 def find_options(text: str) -> list[tuple[int, int]]:
@@ -371,9 +369,7 @@ def benchmark_sample(
             raise bad(source.question, f"{word!r} in option {answer}, to correct the label", options)
     question, asked, answer, options, gone = leave_out_nan(shown, asked, answer, options, source, bad)
     kind, answer, meta = settle_gold(question, answer, options, source, bad)
-    hint = _HINTS.get(kind)
-    if hint and not re.search(r"\b(?:answer|respond) with\b", question, re.I):
-        question += f"\n{hint}"
+    question = with_hint(question, kind)
     try:
         size = open_image(images[0]).size
     except OSError as error:
@@ -534,9 +530,9 @@ def stvqa_sample(row: dict, index: int, need_scene: bool, template: str = "") ->
         row | {COLUMNS[key]: text for key, text in named.items()}, COLUMNS, index, need_scene
     )[0]
     if template:
-        asked = released_prompt(template, row[COLUMNS["question"]], sample.size)
-        sample = replace(sample, problem=asked)
-    return replace(sample, id=str(index), meta={"level": sample.level, "item": sample.id})
+        asked = row[COLUMNS["question"]].replace(MARK, "")  # it shows images first
+        sample = replace(sample, problem=released_prompt(template, asked, sample.size))
+    return replace(sample, id=str(index), meta=sample.meta | {"level": sample.level, "item": sample.id})
 
 
 def permuted(sample: Sample, order: Sequence[int]) -> Sample:
@@ -713,8 +709,8 @@ def check_rows(
         digest.update(json.dumps(asked).encode())
         checked[row] = CheckedRow(
             question=" ".join(sample.question.lower().split()),
-            images_hash=short_hash("".join(images)),
-            question_hash=short_hash(images[0] + sample.question + sample.answer),
+            images_hash=short_hash("".join(images) or sample.question),
+            question_hash=short_hash("".join(images[:1]) + sample.question + sample.answer),
             category=sample.category,
             turns=len(sample.options) if sample.kind == "choice" and selection.circular else 1,
         )

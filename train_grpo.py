@@ -759,7 +759,7 @@ def train(cfg: GRPOConfig):
     def scored(r: Rollout) -> Rollout:
         sample = sample_of(r.row)
         r.score = reward_of(r.text, sample, cfg)
-        r.correct = judge(sample, r.text, "stop" if r.finished else "length")["correct"]
+        r.correct = judge(sample, r.text, "stop" if r.finished else "length", cfg.box_frame)["correct"]
         return r
 
     def roll_out(rows: list[int], step: int) -> list[list[Rollout]]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from checkpoint import CheckpointError, refuse_another_run, refuse_other_rows, resume, save
 from config import DataConfig, DiskFull, append, opt, plain_errors, write_run_record, write_whole
-from data import COLUMNS, PromptEncoder, batch_at, load_samples, report_rows
+from data import COLUMNS, POINTING, PromptEncoder, batch_at, load_samples, report_rows
 from distributed import gather, leave, refuse_lone_processes, refuse_other_sharding
 from lora import add_adapters, merge_adapters
 from metrics import end_tracker, lacking_tracker, start_tracker
@@ -120,6 +120,18 @@ def main():
         raise SystemExit(f"error: {error}") from None
 
 
+def target_of(sample, cfg: SFTConfig) -> str:
+    """The text to imitate. Raises: ValueError without one, or in a frame that the prompt does not state."""
+    text = getattr(sample, {"scene_answer": "ground_truth"}.get(cfg.target, cfg.target))
+    if not isinstance(text, str) or not text.strip():
+        column = cfg.columns.get(cfg.target, COLUMNS[cfg.target])
+        raise ValueError(f"column {column}: expected text to imitate, got {text!r}")
+    if sample.kind in POINTING and cfg.target != "completion":
+        raise ValueError(f"expected target=completion where the answer is a {sample.kind}, got {cfg.target}")
+    in_frame = cfg.target == "scene_answer" and cfg.box_frame == "per_mille"
+    return in_per_mille(text, sample.size) if in_frame else text
+
+
 def train(cfg: SFTConfig):
     from accelerate import Accelerator
     from transformers import AutoConfig, AutoProcessor
@@ -150,16 +162,8 @@ def train(cfg: SFTConfig):
         how = cfg.min_pixels, cfg.max_pixels, cfg.box_frame
         encoder = PromptEncoder(processor, cfg.template, *how)
 
-    def target_of(sample) -> str:
-        text = getattr(sample, {"scene_answer": "ground_truth"}.get(cfg.target, cfg.target))
-        if not isinstance(text, str) or not text.strip():
-            column = cfg.columns.get(cfg.target, COLUMNS[cfg.target])
-            raise ValueError(f"column {column}: expected text to imitate, got {text!r}")
-        in_frame = cfg.target == "scene_answer" and cfg.box_frame == "per_mille"
-        return in_per_mille(text, sample.size) if in_frame else text
-
     def length(sample) -> int:  # at load, so that no row without a target stops the run halfway
-        target_of(sample)
+        target_of(sample, cfg)
         return encoder.length(sample)
 
     limits = dict(prompt_length=length, max_prompt_length=cfg.max_prompt_length)
@@ -176,7 +180,7 @@ def train(cfg: SFTConfig):
 
     def sequence(sample):
         # The sampler ends a reply at this token, so a completion has to end with it.
-        ids = processor.tokenizer(target_of(sample))["input_ids"]
+        ids = processor.tokenizer(target_of(sample, cfg))["input_ids"]
         return encoder(sample), [*ids, processor.tokenizer.eos_token_id]
 
     pool = ThreadPoolExecutor(cfg.image_threads)

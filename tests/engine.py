@@ -23,10 +23,13 @@ def main(model, data):
     encoder = PromptEncoder(AutoProcessor.from_pretrained(model), "spatial_thinker", *PIXELS)
     prompts = [encoder.for_engine(sample) for sample in load_samples(data, "val")[:6]]
     prompts.append(encoder.for_engine(replace(prompts[0].sample, encoded_images=())))
+    both = prompts[0].sample.encoded_images + prompts[1].sample.encoded_images
+    two = replace(prompts[0].sample, encoded_images=both, question="Is <image> left of <image>, or behind?")
+    prompts.append(encoder.for_engine(two))
     llm = start_vllm(
         model,
         max_model_len=512,
-        images=1,
+        images=2,
         min_pixels=PIXELS[0],
         max_pixels=PIXELS[1],
         logprobs_mode="processed_logprobs",

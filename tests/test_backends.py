@@ -837,13 +837,13 @@ def engine_run(tiny_base, tiny_data):
 def test_the_engine_gives_what_vllms_own_generate_gives(engine_run):
     """Equal tokens and log-probs to the last bit, n of each in order; another prompt is an error."""
     got = engine_run
-    keys = [f"row {i}" for i in range(7)]
+    keys = [f"row {i}" for i in range(8)]  # the last two: text alone, two images within the text
     assert sorted(got["all"]) == sorted(got["two"]) == keys
     assert [got["all"][key] for key in keys] == got["plain"]
     assert all([index for *_, index in got["two"][key]] == [0, 1, 2] for key in keys)
     assert all(len({tuple(ids) for ids, *_ in group}) > 1 for group in got["plain"])  # a seed each
     assert all(len(ids) == len(logps) for group in got["plain"] for ids, logps, *_ in group)
-    assert (got["most of all"], got["most of two"]) == (7, 2)
+    assert (got["most of all"], got["most of two"]) == (8, 2)
     assert re.fullmatch(
         r"request row 1, row \S+: vLLM's prompt .\d+ tokens. is not ours .\d+ tokens.", got["error"]
     )
