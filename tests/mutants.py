@@ -620,7 +620,7 @@ GROUPS = [
         ("len(set(texts)) < len(texts)", "len(set(texts)) < 2"),
         ('.split()).rstrip(" .")', '.split()).rstrip(" ")'),
         ("if line[1] == f\"({letter})\"]", "if line[1] != f\"({letter})\"]"),
-        ("        if not stated[1]:", "        if False:"),
+        ("if not stated or stated[1]:", "if True:"),
         ("asked in apart_from.asked_of", "False"),
     ]),
     # ---- images.py ----
