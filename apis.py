@@ -67,7 +67,7 @@ Replies = Iterator[tuple[int, Reply]]
 
 
 class NoService(RuntimeError):
-    """The server will answer no request at all: no key or a wrong one, an unknown model, no such host."""
+    """The server will answer no request at all: no key or a wrong one, an unknown model."""
 
 
 ODD = 3  # attempts at an answer that is none: malformed, broken off by the server, an error in its place
@@ -283,6 +283,7 @@ class Service:
         self.sdk, self.client, self.call, self.stream, self.read = sdk, client, call, stream, read
         self.hide, self.decoding = hide, decoding
         self.sampling, (self.most, self.side), self.lock = sampling, limits, threading.Lock()
+        self.answered = False
         self.needs_limit = sdk.__name__ == "anthropic"  # of new tokens
         self.stopped, self.loop = threading.Event(), asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -303,6 +304,7 @@ class Service:
         except (OSError, ValueError) as failure:  # a damaged image
             return Reply("", "failed", error=one_line(f"{type(failure).__name__}: {failure}", self.hide))
         reply = self.streamed(request) or self.until_answered(request)
+        self.answered |= reply.finish_reason != "failed"
         self.learn(request, reply)
         note = one_line("; ".join(request.notes), self.hide)
         seconds = reply.latency_s or time.time() - started
@@ -342,7 +344,8 @@ class Service:
             except (self.sdk.APIError, TimeoutError) as failure:
                 status = getattr(failure, "status_code", 0)
                 reply = self.failure(failure)
-                if status in (401, 403, 404):
+                # 403 is a moderator's word for one item as well, and 404 one of a model that has answered.
+                if status == 401 or (status == 404 and not self.answered):
                     raise NoService(reply.error) from None
                 wait = asked_wait(failure.response.headers) if status else None
                 down += status in (0, 408, 409, 429) or status >= 500

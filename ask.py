@@ -22,7 +22,7 @@ from pathlib import Path
 from answers import LETTERS
 from apis import Decoding, NoService, Reply
 from backends import APIS, PROVIDERS, choose_provider, encoder_for
-from config import write_whole
+from config import path_argument, write_whole
 from data import CONTROL_TOKEN, TEMPLATES, PromptEncoder, Sample
 from drawing import draw_scene
 from images import open_image, to_rgb
@@ -48,18 +48,23 @@ HOW = {  # a method of answers.py -> where the answer was found, the surest firs
 # ---- arguments ----
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("photo", help="a picture's file")
+    p.add_argument("photo", type=path_argument, help="a picture's file")
     p.add_argument("question", help="with its options, as (A) left (B) right, or without: an open question")
     p.add_argument("--options", nargs="+", default=[], metavar="TEXT", help="options, 2 to 10, in order")
-    p.add_argument("--model_path", default="OX-PIXL/SpatialThinker-7B", help="Hub id, folder, or API's name")
-    p.add_argument("--processor_name", help="Hub id or folder of the processor (default: the model's)")
+    model = "OX-PIXL/SpatialThinker-7B"
+    p.add_argument("--model_path", type=path_argument, default=model, help="Hub id, folder, or API's name")
+    p.add_argument(
+        "--processor_name",
+        type=path_argument,
+        help="Hub id or folder of the processor (default: the model's)",
+    )
     p.add_argument("--template", default="spatial_thinker", choices=[*TEMPLATES], help="prompt")
     p.add_argument("--provider", default="auto", choices=["auto", *PROVIDERS], help="who generates")
     p.add_argument("--base_url", help="server of --provider openai or anthropic, as http://localhost:8000/v1")
     p.add_argument("--max_new_tokens", type=int, default=2048)
     p.add_argument("--min_pixels", type=int, default=512 * 512, help="the photo is scaled into this budget")
     p.add_argument("--max_pixels", type=int, default=2048 * 2048)
-    p.add_argument("--out", help="the picture to write (default: PHOTO.scene.png)")
+    p.add_argument("--out", type=path_argument, help="the picture to write (default: PHOTO.scene.png)")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else")
     p.error = lambda message: sys.exit(f"error: {message} (python ask.py --help)")
     args = p.parse_args(argv)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from answers import parse_choice  # noqa: F401 a public name here
 from apis import Decoding, NoService, Reply
 from backends import APIS, PROVIDERS, choose_provider, encoder_for, package_version
-from config import append, git_revision, plain_errors, public_command, public_url, write_whole
+from config import append, git_revision, path_argument, plain_errors, public_command, public_url, write_whole
 from data import TEMPLATES, PromptEncoder, Sample
 from reader import parse_reader, read_unread
 from results import (
@@ -45,6 +45,7 @@ from results import (
     details,
     grade,
     locked,
+    names_file,
     open_results,
     overview,
     read_records,
@@ -62,15 +63,25 @@ def parse_args(argv=None):
     p.add_argument(
         "--dataset",
         nargs="+",
+        type=path_argument,
         default=["stvqa"],
         metavar="NAME",
         help="names of --list, all of them, or files with STVQA-7K's columns",
     )
-    p.add_argument("--local_path", help="file or folder (with NAME.parquet) to read instead of the Hub")
+    p.add_argument(
+        "--local_path",
+        type=path_argument,
+        help="file or folder (with NAME.parquet) to read instead of the Hub",
+    )
     p.add_argument("--revision", help="Hub revision of the data")
     p.add_argument("--skip_bad_rows", action="store_true", help="leave unreadable rows out, and say which")
-    p.add_argument("--model_path", default="OX-PIXL/SpatialThinker-7B", help="Hub id, folder, or API's name")
-    p.add_argument("--processor_name", help="Hub id or folder of the processor (default: the model's)")
+    model = "OX-PIXL/SpatialThinker-7B"
+    p.add_argument("--model_path", type=path_argument, default=model, help="Hub id, folder, or API's name")
+    p.add_argument(
+        "--processor_name",
+        type=path_argument,
+        help="Hub id or folder of the processor (default: the model's)",
+    )
     p.add_argument(
         "--template",
         default="spatial_thinker",
@@ -105,16 +116,22 @@ def parse_args(argv=None):
         choices=["strict", "released"],
         help="released: also show what the paper's evaluator makes of the same replies",
     )
-    p.add_argument("--reader", metavar="PROVIDER:MODEL", help="model that reads what the rules leave unread")
+    p.add_argument(
+        "--reader",
+        type=path_argument,
+        metavar="PROVIDER:MODEL",
+        help="model that reads what the rules leave unread",
+    )
     p.add_argument("--reader_url", help="its server, as --base_url")
     p.add_argument("--max_failures", type=int, default=0, help="more failed items end with status 1")
-    p.add_argument("--out", default="results", help="folder of the results")
+    p.add_argument("--out", type=path_argument, default="results", help="folder of the results")
     p.add_argument("--custom_filename", help="name of the results (default: data set, model and template)")
     p.add_argument("--list", action="store_true", help="show the data sets")
     p.add_argument("--dry_run", action="store_true", help="read the data, show a prompt, load no model")
-    p.add_argument("--rescore", metavar="FILE", help="grade a results file anew")
-    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results files on the same items")
-    p.add_argument("--report", nargs="*", metavar="FILE", help="page and bars of this run, or of the files")
+    p.add_argument("--rescore", type=path_argument, metavar="FILE", help="grade a results file anew")
+    two, files = {"nargs": 2, "metavar": ("A", "B")}, {"nargs": "*", "metavar": "FILE"}
+    p.add_argument("--compare", type=path_argument, **two, help="two results files on the same items")
+    p.add_argument("--report", type=path_argument, **files, help="page and bars of this run, or of the files")
     args = p.parse_args(argv)
     counts = "concurrency batch_size limit max_new_tokens tensor_parallel_size min_pixels".split()
     for name in counts:
@@ -311,7 +328,8 @@ def finish(args, paths: list[Path]):
     summaries = []
     for path in paths:
         header, records = read_records(path, slim=True)
-        summaries.append(summarise_results(header, records))
+        with names_file(path):
+            summaries.append(summarise_results(header, records))
         with write_whole(path.with_suffix(".summary.json")) as tmp:
             tmp.write_text(json.dumps(summaries[-1], indent=2) + "\n", encoding="utf-8")
         print(f"\n{summaries[-1]['dataset']}\n{details(summaries[-1])}")
@@ -335,11 +353,12 @@ def rescore(path: Path):
     """Grade the replies of a results file anew, in place."""
     with locked(path, "rb"):
         header, records = read_records(path)
-        graded = [regrade(r) for r in records]
+        with names_file(path):
+            graded = [regrade(r) for r in records]
         with write_whole(path) as tmp:
             lines = [{"header": header}, *graded]
             tmp.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    changed = sum(a["correct"] != b["correct"] for a, b in zip(records, graded, strict=True))
+    changed = sum(a.get("correct") != b["correct"] for a, b in zip(records, graded, strict=True))
     print(f"{path}: {len(graded)} replies graded, {changed} grades changed")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import Planner, Reader, check_files, checkpoints, other_base, read_record, row_sums, same_sums
-from config import write_whole
+from config import path_argument, write_whole
 from packing import check_family
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -316,11 +316,19 @@ def main(argv=None):
 
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("checkpoint", help="checkpoint folder, or a run's folder: then its last checkpoint")
-    parser.add_argument("out", nargs="?", help="folder to write (default: CHECKPOINT-merged)")
+    parser.add_argument(
+        "checkpoint",
+        type=path_argument,
+        help="checkpoint folder, or a run's folder: then its last checkpoint",
+    )
+    parser.add_argument(
+        "out", nargs="?", type=path_argument, help="folder to write (default: CHECKPOINT-merged)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weight file")
-    parser.add_argument("--base", help="the model under the adapters, if it is not where the run found it")
+    parser.add_argument(
+        "--base", type=path_argument, help="the model under the adapters, if it is not where the run found it"
+    )
     parser.add_argument("--push_to_hub", metavar="NAME", help="upload the folder as owner/model (private)")
     args = parser.parse_args(argv)
     if not sys.stderr.isatty():

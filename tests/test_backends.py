@@ -138,6 +138,23 @@ def test_what_fails_for_good_is_counted_and_asked_again(tiny_data, tmp_path):
     assert len(records) == 9 and {r["finish_reason"] for r in records} == {"stop"}
 
 
+@pytest.mark.parametrize("status, first", [(403, True), (403, False), (404, False)])
+def test_an_item_that_a_server_refuses_does_not_end_the_run(status, first, tiny_data, tmp_path):
+    """A moderator's 403, be it the very first answer; a 404 of a model that has answered."""
+
+    def respond(body, nth):
+        return (
+            (status, ERROR, {}) if len(api.bodies) == (1 if first else 4) else (200, openai_answer("(A)"), {})
+        )
+
+    with serve(respond) as (url, api):
+        with pytest.raises(SystemExit, match="1 items failed or are missing"):
+            ask(url, "openai", tiny_data, tmp_path, "--concurrency", "1")
+    _, records = read_records(tmp_path / "x.jsonl")
+    assert len(records) == 9
+    assert [str(status) in r["error"] for r in records if r["finish_reason"] == "failed"] == [True]
+
+
 @pytest.mark.parametrize("status, name", [(401, "AuthenticationError"), (404, "NotFoundError")])
 def test_a_server_that_refuses_everything_ends_the_run(status, name, tiny_data, tmp_path):
     with serve(lambda body, nth: (status, ERROR, {})) as (url, api):
@@ -568,7 +585,8 @@ def test_what_a_url_shows():
         "http://h/v1": "http://h/v1", "https://h:8000": "https://h:8000", "http://[::1]:8/v1": "http://[::1]:8/v1",
         "HTTPS://a:b@h/v1": "HTTPS://h/v1", "a:b@h/v1": "h/v1", "http://h/v1?key=a@b": "http://h/v1",
         "http://a:b/c@h/v1": "http://h/v1", "http://a:b#c@h/v1": "http://h/v1", "http://a:b@c@h": "http://h",
-        "http:/a:b@h": "http:/h", "//a@h": "//h", "http://h#a": "http://h", "": "", None: None,
+        "http:/a:b@h": "http:/h", "http://h/v1;token=a": "http://h/v1",
+        "//a@h": "//h", "http://h#a": "http://h", "": "", None: None,
     }.items():  # fmt: skip
         assert public_url(url) == shown
 
