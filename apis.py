@@ -76,6 +76,7 @@ CUT = ("length", "max_tokens")
 BROKEN = re.compile("error|abort|cancel|time_?out|fail|resource|interrupt|overload|network|pause")
 LIMITS = ("max_tokens", "max_completion_tokens")  # two names of one parameter
 TOO_LONG = re.compile(r"context.{0,9}(length|limit|window|size)|(prompt|input).{0,9}too (long|large)", re.I)
+AT_MOST = re.compile(r"(?:>|<=|at most|up to|equal to|\[\d+,|maximum(?: [a-z]+){0,4}:?)[ `]*(\d{1,9})", re.I)
 TOO_HEAVY = re.compile(r"image.{0,80}(exceed|too (large|big)|maximum|dimension)", re.I)
 
 
@@ -255,11 +256,11 @@ class Request:
         if name is None:
             return False
         instead = {}
-        if name == limit and needs_limit:  # "max_tokens: 8192 > 4096"
-            most = re.search(r"> *(\d+)", reason)
-            if not most or not 0 < int(most[1]) < self.sampling[name]:
-                return False
-            instead = {name: int(most[1])}
+        fits = (n for n in map(int, AT_MOST.findall(reason)) if 0 < n < self.sampling[name])
+        if name == limit and (most := next(fits, None)):  # "max_tokens: 8192 > 4096"
+            instead = {name: most}
+        elif name == limit and needs_limit:
+            return False
         elif name == limit and not self.refused & set(LIMITS):
             instead = {LIMITS[1 - LIMITS.index(name)]: self.sampling[name]}
         self.refused.add(name)
@@ -389,15 +390,14 @@ class Service:
         """Once a request got an answer without a parameter, the others are sent without it as well."""
         if reply.finish_reason == "failed" or not request.changed:
             return
-        with self.lock:
-            for name, instead in request.changed.items():
+        for name, instead in request.changed.items():
+            other = " and ".join(f"{key}={value}" for key, value in instead.items())
+            request.notes.append(how := f"with {other}" if other else f"without {name}")
+            with self.lock:
                 if name in self.sampling and self.sampling[name] != instead.get(name):
                     del self.sampling[name]
                     self.sampling |= instead
-                    other = " and ".join(f"{key}={value}" for key, value in instead.items())
-                    how = f"with {other}" if other else "without it"
                     print(f"warning: this model refuses a {name}; asked {how} from now on", flush=True)
-        request.notes += [f"without {name}" for name in request.changed]
 
     def close(self):
         async def end():

@@ -53,11 +53,7 @@ def parse_args(argv=None):
     p.add_argument("--options", nargs="+", default=[], metavar="TEXT", help="options, 2 to 10, in order")
     model = "OX-PIXL/SpatialThinker-7B"
     p.add_argument("--model_path", type=path_argument, default=model, help="Hub id, folder, or API's name")
-    p.add_argument(
-        "--processor_name",
-        type=path_argument,
-        help="Hub id or folder of the processor (default: the model's)",
-    )
+    p.add_argument("--processor_name", type=path_argument, help="of the processor (default: the model's)")
     p.add_argument("--template", default="spatial_thinker", choices=[*TEMPLATES], help="prompt")
     p.add_argument("--provider", default="auto", choices=["auto", *PROVIDERS], help="who generates")
     p.add_argument("--base_url", help="server of --provider openai or anthropic, as http://localhost:8000/v1")

@@ -77,11 +77,7 @@ def parse_args(argv=None):
     p.add_argument("--skip_bad_rows", action="store_true", help="leave unreadable rows out, and say which")
     model = "OX-PIXL/SpatialThinker-7B"
     p.add_argument("--model_path", type=path_argument, default=model, help="Hub id, folder, or API's name")
-    p.add_argument(
-        "--processor_name",
-        type=path_argument,
-        help="Hub id or folder of the processor (default: the model's)",
-    )
+    p.add_argument("--processor_name", type=path_argument, help="of the processor (default: the model's)")
     p.add_argument(
         "--template",
         default="spatial_thinker",

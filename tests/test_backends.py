@@ -426,20 +426,27 @@ def test_a_refused_parameter_is_left_out_or_renamed(case, capsys):
     assert all(others <= b.keys() for b in api.bodies)
     out = capsys.readouterr().out
     assert out.count("warning: this model refuses a") == 1 + at_all and f"refuses a {name};" in out
-    assert f"without {name}" in replies["a"].note
+    sent = "with max_completion_tokens=77" if name == "max_tokens" else f"without {name}"
+    assert sent in replies["a"].note
 
 
-def test_a_limit_that_the_server_lowers(capsys):
+@pytest.mark.parametrize("provider, words", [
+    ("anthropic", "max_tokens: 77 > 40, which is the maximum allowed number of output tokens for m-4-8"),
+    ("openai", "max_tokens is too large: 77. This model supports at most 40 completion tokens, whereas you "
+               "provided 77."),
+    ("openai", "`max_tokens` must be less than or equal to `40`, the maximum value for `max_tokens`"),
+    ("openai", "Invalid max_tokens value, the valid range of max_tokens is [1, 40]"),
+])  # fmt: skip
+def test_a_limit_that_the_server_lowers(provider, words, capsys):
     def answer(body, nth):
         if body["max_tokens"] > 40:
-            words = f"max_tokens: {body['max_tokens']} > 40, which is the maximum for this model"
             return 400, {"type": "error", "error": {"type": "invalid_request_error", "message": words}}, {}
-        return answer_of("anthropic")
+        return answer_of(provider)
 
     with server_of(dict.fromkeys("ab", answer)) as (url, api):
-        replies = asked(url, "anthropic", list("ab"), concurrency=1)
+        replies = asked(url, provider, list("ab"), concurrency=1)
     assert [b["max_tokens"] for b in api.bodies] == [77, 40, 40] and replies["a"].text == "(A)"
-    assert "max_tokens=40" in capsys.readouterr().out
+    assert replies["a"].note == "with max_tokens=40" and "with max_tokens=40" in capsys.readouterr().out
 
 
 def test_a_prompt_that_leaves_less_room_than_asked_for_is_asked_for_that(capsys):
