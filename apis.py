@@ -67,7 +67,7 @@ Replies = Iterator[tuple[int, Reply]]
 
 
 class NoService(RuntimeError):
-    """The server will answer no request at all: no key or a wrong one, an unknown model, no such host."""
+    """The server will answer no request at all: no key or a wrong one, an unknown model."""
 
 
 ODD = 3  # attempts at an answer that is none: malformed, broken off by the server, an error in its place
@@ -76,6 +76,7 @@ CUT = ("length", "max_tokens")
 BROKEN = re.compile("error|abort|cancel|time_?out|fail|resource|interrupt|overload|network|pause")
 LIMITS = ("max_tokens", "max_completion_tokens")  # two names of one parameter
 TOO_LONG = re.compile(r"context.{0,9}(length|limit|window|size)|(prompt|input).{0,9}too (long|large)", re.I)
+AT_MOST = re.compile(r"(?:>|<=|at most|up to|equal to|\[\d+,|maximum(?: [a-z]+){0,4}:?)[ `]*(\d{1,9})", re.I)
 TOO_HEAVY = re.compile(r"image.{0,80}(exceed|too (large|big)|maximum|dimension)", re.I)
 
 
@@ -260,11 +261,11 @@ class Request:
         if name is None:
             return False
         instead = {}
-        if name == limit and needs_limit:  # "max_tokens: 8192 > 4096"
-            most = re.search(r"> *(\d+)", reason)
-            if not most or not 0 < int(most[1]) < self.sampling[name]:
-                return False
-            instead = {name: int(most[1])}
+        fits = (n for n in map(int, AT_MOST.findall(reason)) if 0 < n < self.sampling[name])
+        if name == limit and (most := next(fits, None)):  # "max_tokens: 8192 > 4096"
+            instead = {name: most}
+        elif name == limit and needs_limit:
+            return False
         elif name == limit and not self.refused & set(LIMITS):
             instead = {LIMITS[1 - LIMITS.index(name)]: self.sampling[name]}
         self.refused.add(name)
@@ -288,6 +289,7 @@ class Service:
         self.sdk, self.client, self.call, self.stream, self.read = sdk, client, call, stream, read
         self.hide, self.decoding = hide, decoding
         self.sampling, (self.most, self.side), self.lock = sampling, limits, threading.Lock()
+        self.answered = False
         self.needs_limit = sdk.__name__ == "anthropic"  # of new tokens
         self.stopped, self.loop = threading.Event(), asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -308,6 +310,7 @@ class Service:
         except (OSError, ValueError) as failure:  # a damaged image
             return Reply("", "failed", error=one_line(f"{type(failure).__name__}: {failure}", self.hide))
         reply = self.streamed(request) or self.until_answered(request)
+        self.answered |= reply.finish_reason != "failed"
         self.learn(request, reply)
         note = one_line("; ".join(request.notes), self.hide)
         seconds = reply.latency_s or time.time() - started
@@ -347,7 +350,8 @@ class Service:
             except (self.sdk.APIError, TimeoutError) as failure:
                 status = getattr(failure, "status_code", 0)
                 reply = self.failure(failure)
-                if status in (401, 403, 404):
+                # 403 is a moderator's word for one item as well, and 404 one of a model that has answered.
+                if status == 401 or (status == 404 and not self.answered):
                     raise NoService(reply.error) from None
                 wait = asked_wait(failure.response.headers) if status else None
                 down += status in (0, 408, 409, 429) or status >= 500
@@ -391,15 +395,14 @@ class Service:
         """Once a request got an answer without a parameter, the others are sent without it as well."""
         if reply.finish_reason == "failed" or not request.changed:
             return
-        with self.lock:
-            for name, instead in request.changed.items():
+        for name, instead in request.changed.items():
+            other = " and ".join(f"{key}={value}" for key, value in instead.items())
+            request.notes.append(how := f"with {other}" if other else f"without {name}")
+            with self.lock:
                 if name in self.sampling and self.sampling[name] != instead.get(name):
                     del self.sampling[name]
                     self.sampling |= instead
-                    other = " and ".join(f"{key}={value}" for key, value in instead.items())
-                    how = f"with {other}" if other else "without it"
                     print(f"warning: this model refuses a {name}; asked {how} from now on", flush=True)
-        request.notes += [f"without {name}" for name in request.changed]
 
     def close(self):
         async def end():

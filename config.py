@@ -191,10 +191,11 @@ MAX_FILE = 100_000  # characters
 def expand_path(path):
     """The path, or KIND:PATH, with `~`, `$VAR` and `${VAR}` written out.
 
-    Raises: ValueError if it is empty, or names a variable or a user that is not there.
+    Raises: ValueError if it is empty, or names a variable or a user that is not there; `$` may be part of a
+        file's own name.
     """
     for name in re.findall(r"(?a)\$(\w+|\{[^}]*\})", str(path)):
-        if name.strip("{}") not in os.environ:
+        if name.strip("{}") not in os.environ and not os.path.lexists(path):
             raise ValueError(f"expected a path, got {_shown(path)}, but ${name} is not set")
     text = ":".join(map(os.path.expanduser, os.path.expandvars(str(path)).split(":")))
     if not text.strip() or "\0" in text or re.search("(^|:)~", text):
@@ -345,7 +346,7 @@ def _yaml_message(source, error):
 
 
 def split_url(url: str) -> tuple[str, str, str, str]:
-    """(scheme with its slashes, user and password, host and path, query and fragment), however it is spelled.
+    """(scheme with its slashes, user and password, host and path, what is behind), however it is spelled.
 
     Where a password has a "/", "?" or "#" in it, which no URL may, more is taken for the password.
     """
@@ -356,12 +357,12 @@ def split_url(url: str) -> tuple[str, str, str, str]:
     at = rest if "@" not in place and not re.fullmatch(r"[\w.-]+(:\d+)?|\[.*\](:\d+)?", host) else place
     user = at.rpartition("@")[0]
     place = rest[len(user) + bool(user) :]
-    place = re.split(r"[?#]", place, maxsplit=1)[0]
+    place = re.split(r"[;?#]", place, maxsplit=1)[0]
     return scheme, user, place, rest[len(user) + bool(user) + len(place) :]
 
 
 def public_url(url: str | None) -> str | None:
-    """A URL without user, password, query and fragment: what may be written to files and shown."""
+    """A URL without user, password, query and what else is behind its path: it may be written and shown."""
     return url and "".join(split_url(url)[::2]).strip()
 
 

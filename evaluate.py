@@ -46,6 +46,7 @@ from results import (
     details,
     grade,
     locked,
+    names_file,
     open_results,
     overview,
     read_records,
@@ -108,7 +109,8 @@ def parse_args(argv=None):
         choices=["strict", "released"],
         help="released: also show what the paper's evaluator makes of the same replies",
     )
-    p.add_argument("--reader", metavar="PROVIDER:MODEL", help="model that reads what the rules leave unread")
+    how = {"metavar": "PROVIDER:MODEL", "help": "model that reads what the rules leave unread"}
+    p.add_argument("--reader", type=a_path, **how)
     p.add_argument("--reader_url", help="its server, as --base_url")
     p.add_argument("--max_failures", type=int, default=0, help="more failed items end with status 1")
     p.add_argument("--out", type=a_path, default="results", help="folder of the results")
@@ -320,7 +322,8 @@ def finish(args, paths: list[Path]):
     summaries = []
     for path in paths:
         header, records = read_records(path, slim=True)
-        summaries.append(summarise_results(header, records))
+        with names_file(path):
+            summaries.append(summarise_results(header, records))
         with write_whole(path.with_suffix(".summary.json")) as tmp:
             tmp.write_text(json.dumps(summaries[-1], indent=2) + "\n", encoding="utf-8")
         print(f"\n{summaries[-1]['dataset']}\n{details(summaries[-1])}")
@@ -344,11 +347,12 @@ def rescore(path: Path):
     """Grade the replies of a results file anew, in place."""
     with locked(path, "rb"):
         header, records = read_records(path)
-        graded = [regrade(r) for r in records]
+        with names_file(path):
+            graded = [regrade(r) for r in records]
         with write_whole(path) as tmp:
             lines = [{"header": header}, *graded]
             tmp.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    changed = sum(a["correct"] != b["correct"] for a, b in zip(records, graded, strict=True))
+    changed = sum(a.get("correct") != b["correct"] for a, b in zip(records, graded, strict=True))
     print(f"{path}: {len(graded)} replies graded, {changed} grades changed")
 
 

@@ -111,11 +111,11 @@ def read_unread(reader: str, path: Path, questions: Mapping[str, str], decoding:
         replies = PROVIDERS[provider](model, requests, encoder, decoding)
         for k, reply in tqdm(replies, total=len(requests), desc=f"{reader} reads", disable=None):
             if reply.finish_reason == "failed":
-                failed += 1
+                failed, why = failed + 1, reply.error
                 continue
             read = verdict(records[k], reply.text) if reply.finish_reason == "stop" else None
             correct = is_right(records[k]["kind"], read, records[k]["gold"])
             seen = {"read_by": reader, "read": read, "read_correct": correct, "read_reply": reply.text}
             append(path, json.dumps(records[k] | seen) + "\n")
         if failed:
-            print(f"{path}: {failed} of {len(requests)} unread replies could not be shown to {reader}")
+            print(f"{path}: {failed} of {len(requests)} unread replies could not be shown to {reader}: {why}")

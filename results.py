@@ -295,8 +295,8 @@ def all_right(groups: Iterable[Sequence[dict]]) -> float | None:
 
 def cv_bench(records):
     """Sources count alike, whatever their size: 2D is the mean of two, the total that of 2D and 3D."""
-    two_d = mean([accuracy([r for r in records if r["meta"]["source"] == s]) for s in ("ADE20K", "COCO")])
-    three_d = accuracy([r for r in records if r["meta"]["source"] == "Omni3D"])
+    two_d = mean([accuracy([r for r in records if r["meta"].get("source") == s]) for s in ("ADE20K", "COCO")])
+    three_d = accuracy([r for r in records if r["meta"].get("source") == "Omni3D"])
     return {"mean of 2D and 3D": mean([two_d, three_d]), "2D": two_d, "3D": three_d}
 
 
@@ -348,7 +348,9 @@ def hallusionbench(records):
 
     Visual supplements (VS) of figure 0 show no figure: they are questions, but belong to no figure.
     """
-    shown = [r for r in records if (r["meta"]["category"], str(r["meta"]["figure_id"])) != ("VS", "0")]
+    shown = [
+        r for r in records if (r["meta"].get("category"), str(r["meta"].get("figure_id"))) != ("VS", "0")
+    ]
     figures = by_meta(shown, "category", "subcategory", "set_id", "figure_id")
     questions = by_meta(records, "category", "subcategory", "set_id", "question_id")
     scores = {
@@ -378,6 +380,10 @@ IDENTITY = (  # what makes a run, of the header's config and data: another value
 
 
 HEAD = b'{"header": {'  # how a results file begins
+TYPES = {  # of what a record has; its category may be anything
+    "row": int, "turns": int, "kind": str, "gold": str, "choices": list, "size": list, "meta": dict,
+    "cluster": str, "question_hash": str, "reply": str, "finish_reason": str, "method": str, "correct": bool,
+}  # fmt: skip
 
 
 def read_records(path, slim: bool = False) -> tuple[dict, list[Record]]:
@@ -399,10 +405,11 @@ def read_records(path, slim: bool = False) -> tuple[dict, list[Record]]:
                 continue
             try:
                 record = json.loads(line)
-                if not (isinstance(record["row"], int) and isinstance(record["finish_reason"], str)):
+                wrong = [key for key, kind in TYPES.items() if type(record.get(key, kind())) is not kind]
+                if wrong or not {"row", "finish_reason"} <= record.keys():
                     raise ValueError("no record")
                 records[str(record["id"])] = record
-            except (ValueError, TypeError, LookupError, RecursionError):
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 lost.append(number)
                 continue
             for text in ("reply", "choices", "ground_truth", "error") if slim else ():
@@ -410,6 +417,17 @@ def read_records(path, slim: bool = False) -> tuple[dict, list[Record]]:
     if lost:
         print(f"{path}: passed over {len(lost)} lines that hold no record, the first is line {lost[0]}")
     return header, sorted(records.values(), key=lambda r: (r["row"], r["id"]))
+
+
+@contextlib.contextmanager
+def names_file(*paths):
+    """Say which file it was whose header or records lack what ours have. Raises: ValueError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        names = " and ".join(map(str, paths))
+        raise ValueError(f"{names}: expected records of evaluate.py, got others: {what}") from None
 
 
 @contextlib.contextmanager
@@ -525,8 +543,8 @@ def summarise_run(header: dict, records: list[Record], benchmark=None, paper: fl
             key: {str(value): tally(group) for (value,), group in groups.items()}
             for key, groups in tables.items()
         },
-        "prompt_tokens": sum(r.get("prompt_tokens") or 0 for r in asked),
-        "tokens": sum(r.get("n_tokens") or 0 for r in asked),
+        "prompt_tokens": count_tokens(asked, "prompt_tokens"),
+        "tokens": count_tokens(asked, "n_tokens"),
     }
     if letters := [r for r in asked if r["kind"] == "choice"]:  # a model that likes one letter shows here
         summary["letters"] = {
@@ -538,6 +556,12 @@ def summarise_run(header: dict, records: list[Record], benchmark=None, paper: fl
     if price := config.get("price"):  # USD per million tokens, in and out
         summary["usd"] = (price[0] * summary["prompt_tokens"] + price[1] * summary["tokens"]) / 1e6
     return summary
+
+
+def count_tokens(records: list[Record], key: str) -> int:
+    """The sum of a count; older files have what a server gave for one, in numbers, in text or in nothing."""
+    counts = (re.fullmatch(r"(\d{1,9})(\.0)?", str(r.get(key))) for r in records)
+    return sum(int(n[1]) for n in counts if n)
 
 
 def summarise_reader(records: list[Record], circular: bool) -> dict:
@@ -564,8 +588,9 @@ def compare(path_a, path_b, seed: int = 0, draws: int = 10_000) -> dict:
     import numpy as np
     from scipy.stats import binomtest
 
-    a, b = shared_records(path_a, path_b)
-    right = np.array([[x["correct"], y["correct"]] for x, y in zip(a, b, strict=True)], dtype=int)
+    with names_file(path_a, path_b):
+        a, b = shared_records(path_a, path_b)
+        right = np.array([[x["correct"], y["correct"]] for x, y in zip(a, b, strict=True)], dtype=int)
     change = right[:, 1] - right[:, 0]  # (n,): 1 where b alone is right, -1 where a alone is
     _, cluster = np.unique([x["cluster"] for x in a], return_inverse=True)
     k = cluster.max() + 1

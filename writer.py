@@ -135,7 +135,7 @@ def as_sample(request: Request) -> Sample:
 # A server that is down, or an account that is empty: the requests that are left would fail as well.
 OUTAGE = re.compile(
     r"API(Connection|Timeout)|RateLimit|InternalServer|Overloaded|ServiceUnavailable|GatewayTimeout"
-    r"|DeadlineExceeded|PaymentRequired|\w*SpendLimit"
+    r"|DeadlineExceeded|PaymentRequired|PermissionDenied|\w*SpendLimit"
 )
 
 

@@ -424,7 +424,7 @@ GROUPS = [
             'return parsed, "failed"',
         ),
         (
-            'mean([accuracy([r for r in records if r["meta"]["source"] == s]) for s in ("ADE20K", "COCO")])',
+            'mean([accuracy([r for r in records if r["meta"].get("source") == s]) for s in ("ADE20K", "COCO")])',
             'accuracy([r for r in records if r["meta"]["source"] in ("ADE20K", "COCO")])',
         ),
         ('"mean of 2D and 3D": mean([two_d, three_d])', '"mean of 2D and 3D": accuracy(records)'),
@@ -444,7 +444,7 @@ GROUPS = [
         ("flips[qid[1]].append(r)", "flips[qid[1], qid[3]].append(r)"),
         ("turns[qid[1], qid[2]].append(r)", "turns[qid[1]].append(r)"),
         ("return scores if len(flips) < len(records) and turns else {}", "return scores"),
-        ('!= ("VS", "0")]', '!= ("VD", "0")]'),
+        ('!= ("VS", "0")', '!= ("VD", "0")'),
         ('"subcategory", "set_id", "question_id")', '"subcategory", "set_id", "figure_id")'),
         ("figures = by_meta(shown,", "figures = by_meta(records,"),
         ("mean([accuracy(group) for group in groups])", "accuracy(records)"),

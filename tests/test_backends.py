@@ -138,6 +138,23 @@ def test_what_fails_for_good_is_counted_and_asked_again(tiny_data, tmp_path):
     assert len(records) == 9 and {r["finish_reason"] for r in records} == {"stop"}
 
 
+@pytest.mark.parametrize("status, first", [(403, True), (403, False), (404, False)])
+def test_an_item_that_a_server_refuses_does_not_end_the_run(status, first, tiny_data, tmp_path):
+    """A moderator's 403, be it the very first answer; a 404 of a model that has answered."""
+
+    def respond(body, nth):
+        return (
+            (status, ERROR, {}) if len(api.bodies) == (1 if first else 4) else (200, openai_answer("(A)"), {})
+        )
+
+    with serve(respond) as (url, api):
+        with pytest.raises(SystemExit, match="1 items failed or are missing"):
+            ask(url, "openai", tiny_data, tmp_path, "--concurrency", "1")
+    _, records = read_records(tmp_path / "x.jsonl")
+    assert len(records) == 9
+    assert [str(status) in r["error"] for r in records if r["finish_reason"] == "failed"] == [True]
+
+
 @pytest.mark.parametrize("status, name", [(401, "AuthenticationError"), (404, "NotFoundError")])
 def test_a_server_that_refuses_everything_ends_the_run(status, name, tiny_data, tmp_path):
     with serve(lambda body, nth: (status, ERROR, {})) as (url, api):
@@ -409,20 +426,27 @@ def test_a_refused_parameter_is_left_out_or_renamed(case, capsys):
     assert all(others <= b.keys() for b in api.bodies)
     out = capsys.readouterr().out
     assert out.count("warning: this model refuses a") == 1 + at_all and f"refuses a {name};" in out
-    assert f"without {name}" in replies["a"].note
+    sent = "with max_completion_tokens=77" if name == "max_tokens" else f"without {name}"
+    assert sent in replies["a"].note
 
 
-def test_a_limit_that_the_server_lowers(capsys):
+@pytest.mark.parametrize("provider, words", [
+    ("anthropic", "max_tokens: 77 > 40, which is the maximum allowed number of output tokens for m-4-8"),
+    ("openai", "max_tokens is too large: 77. This model supports at most 40 completion tokens, whereas you "
+               "provided 77."),
+    ("openai", "`max_tokens` must be less than or equal to `40`, the maximum value for `max_tokens`"),
+    ("openai", "Invalid max_tokens value, the valid range of max_tokens is [1, 40]"),
+])  # fmt: skip
+def test_a_limit_that_the_server_lowers(provider, words, capsys):
     def answer(body, nth):
         if body["max_tokens"] > 40:
-            words = f"max_tokens: {body['max_tokens']} > 40, which is the maximum for this model"
             return 400, {"type": "error", "error": {"type": "invalid_request_error", "message": words}}, {}
-        return answer_of("anthropic")
+        return answer_of(provider)
 
     with server_of(dict.fromkeys("ab", answer)) as (url, api):
-        replies = asked(url, "anthropic", list("ab"), concurrency=1)
+        replies = asked(url, provider, list("ab"), concurrency=1)
     assert [b["max_tokens"] for b in api.bodies] == [77, 40, 40] and replies["a"].text == "(A)"
-    assert "max_tokens=40" in capsys.readouterr().out
+    assert replies["a"].note == "with max_tokens=40" and "with max_tokens=40" in capsys.readouterr().out
 
 
 def test_a_prompt_that_leaves_less_room_than_asked_for_is_asked_for_that(capsys):
@@ -568,7 +592,8 @@ def test_what_a_url_shows():
         "http://h/v1": "http://h/v1", "https://h:8000": "https://h:8000", "http://[::1]:8/v1": "http://[::1]:8/v1",
         "HTTPS://a:b@h/v1": "HTTPS://h/v1", "a:b@h/v1": "h/v1", "http://h/v1?key=a@b": "http://h/v1",
         "http://a:b/c@h/v1": "http://h/v1", "http://a:b#c@h/v1": "http://h/v1", "http://a:b@c@h": "http://h",
-        "http:/a:b@h": "http:/h", "//a@h": "//h", "http://h#a": "http://h", "": "", None: None,
+        "http:/a:b@h": "http:/h", "http://h/v1;token=a": "http://h/v1",
+        "//a@h": "//h", "http://h#a": "http://h", "": "", None: None,
     }.items():  # fmt: skip
         assert public_url(url) == shown
 

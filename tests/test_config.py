@@ -201,6 +201,11 @@ def test_paths_are_written_out(text, path, file, monkeypatch):
     assert Paths(data=text, out=Path(text)).out == Path(path)
 
 
+def test_a_file_may_have_a_dollar_in_its_name(tmp_path):
+    (tmp_path / "5$NOT_SET.jpg").touch()
+    assert Paths(data="x", out=tmp_path / "5$NOT_SET.jpg").out.exists()
+
+
 @pytest.mark.parametrize("text, message", [
     ("", "expected a path, got ''"), ("  ", "expected a path, got ''"), ("$NOT_SET/a", "$NOT_SET is not"),
     ("a/${NOT_SET}", "${NOT_SET} is not set"), ("$EMPTY", "expected a path, got '$EMPTY'"),

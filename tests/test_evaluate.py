@@ -65,6 +65,25 @@ def test_impossible_flags(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_paths_are_written_out_on_every_command_line(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SETS", "/sets")
+    ours = "--dataset ~/a.parquet stvqa --local_path $SETS/b --model_path ~/m --processor_name ~/p --out ~/r "
+    ours += "--rescore ~/r/a --compare ~/r/a $SETS/b --reader vllm:~/q --report ~/r/a"
+    got = vars(parse_args(ours.split()))
+    assert got["dataset"] == ["/home/me/a.parquet", "stvqa"] and got["compare"] == ["/home/me/r/a", "/sets/b"]
+    assert (got["local_path"], got["reader"], got["report"]) == (
+        "/sets/b",
+        "vllm:/home/me/q",
+        ["/home/me/r/a"],
+    )
+    rest = ("model_path", "processor_name", "out", "rescore")
+    assert [got[key] for key in rest] == ["/home/me/m", "/home/me/p", "/home/me/r", "/home/me/r/a"]
+    with pytest.raises(SystemExit):
+        parse_args(["--out", "$NOT_SET/r"])
+    assert "--out: expected a path, got $NOT_SET/r, but $NOT_SET is not set" in capsys.readouterr().err
+
+
 # ---- the whole program ----
 def test_records_and_summary_on_disk(tiny_base, tiny_data, tmp_path, capsys):
     main(flags(tiny_base, tiny_data, tmp_path, *HF, "--custom_filename", "mine", "--limit", "9"))

@@ -11,6 +11,7 @@ from fixtures import records_of, write_results
 from scipy.stats import binomtest
 
 from data import Sample, load_samples
+from evaluate import main
 from results import (
     Grade,
     Record,
@@ -602,7 +603,15 @@ def test_a_header_that_was_cut_off_costs_nothing(half, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "line",
-    [b"\0\0\0", b'{"id": "2"}', b"[1]", b"5", b"\xff", b'{"id": "2", "row": null, "finish_reason": 1}'],
+    [
+        b'{"id": "2", "row": 1, "finish_reason": "stop", "meta": []}',
+        b"\0\0\0",
+        b'{"id": "2"}',
+        b"[1]",
+        b"5",
+        b"\xff",
+        b'{"id": "2", "row": null, "finish_reason": 1}',
+    ],
 )
 def test_a_line_that_is_no_record_costs_one_item(line, tmp_path, capsys):
     path = tmp_path / "r.jsonl"
@@ -626,6 +635,24 @@ def test_foreign_files_in_the_folder_are_named(tmp_path, capsys):
     write_tables(tmp_path)
     assert capsys.readouterr().out.count("no summary of evaluate.py, left out of the table") == 11
     assert json.loads((tmp_path / "summary.json").read_text()) == [summary]
+
+
+def test_records_of_another_program_are_named(tmp_path, capsys):
+    path = write_results(tmp_path / "a.jsonl", [1, 0])  # without replies, kinds and methods
+    for command in (["--rescore", str(path)], ["--report", str(path)]):
+        with pytest.raises(SystemExit, match=f"error: {path}: expected records of evaluate.py, got others"):
+            main(command)
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "n, tokens", [("53", 53), ("53.0", 53), (53.0, 53), (None, 0), ("many", 0), ([5], 0)]
+)
+def test_what_a_server_gave_for_a_count_locks_no_file(n, tokens):
+    config = {"dataset": "d", "model_path": "m", "template": "t", "provider": "p", "price": [1e6, 1e6]}
+    answer = {"method": "x", "parsed": "A", "prompt_tokens": n, "n_tokens": n}
+    got = summarise_run({"config": config, "data": {"n": 1}}, [record(1, kind="word", **answer)])
+    assert (got["prompt_tokens"], got["tokens"], got["usd"]) == (tokens, tokens, 2 * tokens)
 
 
 def test_a_comparison_with_nothing_but_failures_says_so(tmp_path):
