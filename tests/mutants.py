@@ -424,7 +424,8 @@ GROUPS = [
             'return parsed, "failed"',
         ),
         (
-            'mean([accuracy([r for r in records if r["meta"].get("source") == s]) for s in ("ADE20K", "COCO")])',
+            'mean([accuracy([r for r in records if r["meta"].get("source") == s]) '
+            'for s in ("ADE20K", "COCO")])',
             'accuracy([r for r in records if r["meta"]["source"] in ("ADE20K", "COCO")])',
         ),
         ('"mean of 2D and 3D": mean([two_d, three_d])', '"mean of 2D and 3D": accuracy(records)'),
