@@ -216,19 +216,29 @@ def merge(
 
     Args: out: folder to make, by default CHECKPOINT-merged beside the checkpoint (not inside: the trainer
         deletes old checkpoints); dtype: bfloat16, float16 or float32; base: of `build_model`.
-    Returns: the folder.
-    Raises: ValueError if `out` is not empty or the checkpoint is not whole.
+    Returns: the folder. One that an earlier merge wrote is verified and stays.
+    Raises: ValueError if `out` holds anything else or the checkpoint is not whole.
     """
     checkpoint = find_checkpoint(Path(checkpoint))
     out = Path(out) if out else checkpoint.with_name(checkpoint.name + "-merged")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype!r}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: expected a new or empty folder, got one with content; name another")
+    card = out / "README.md"
+    foreign = f"{out}: expected a new or empty folder, got one with content; name another"
+    filled = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if filled and not card.is_file():
+        raise ValueError(foreign)
     check_files(checkpoint, unread=r"optimizer/|rng-")
     if not (checkpoint / "hf" / "config.json").exists():
         raise ValueError(f"{checkpoint}: expected hf/config.json, which the trainer writes; got none")
 
+    if filled:  # perhaps of a merge that was killed behind its rename
+        model = build_model(checkpoint, DTYPES[dtype], base)
+        if card.read_bytes() != model_card(checkpoint, dtype, check_family("", model.config).name).encode():
+            raise ValueError(foreign)
+        verify(digest(model, out), out, DTYPES[dtype])
+        print(f"{out} was written before: verified")
+        return out
     with write_whole(out) as tmp:
         model = build_model(checkpoint, DTYPES[dtype], base)
         kind = check_family(str(checkpoint), model.config).name

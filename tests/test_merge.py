@@ -135,8 +135,11 @@ def test_a_killed_merge_succeeds_when_started_again(run, tmp_path, moment, monke
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert [p.name for p in tmp_path.iterdir()] == [f".out.{child}"]
     (tmp_path / f".out.{os.getppid()}").mkdir()  # of one that is still at work
-    merge(run.checkpoint, out)
+    written = [merge(run.checkpoint, out).stat().st_mtime_ns for _ in range(2)]  # killed behind its rename
     assert sorted(p.name for p in tmp_path.iterdir()) == [f".out.{os.getppid()}", "out"]
+    assert written[0] == written[1]
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        merge(run.checkpoint, out, dtype="float32")
 
 
 @pytest.mark.parametrize("limit", [0, 2_000, 100_000])
