@@ -80,6 +80,7 @@ ROUND = str.maketrans("()", "[]")
 MARK = "<image>"  # in a text: here stands an image
 NO_SCENE = '<scene>{"objects": [], "relationships": []}</scene>'  # the gold scene of a row of text alone
 NO_IMAGE = (1, 1)  # the size of a row of text alone
+VIDEO_COLUMNS = ("video", "videos")
 VIDEO = re.compile(r"\.(?:mp4|mov|avi|mkv|webm|m4v)$", re.I)
 SIZE_IN_PROMPT = re.compile(r"Image size: \(?(?:(\d+) x (\d+)|Unknown)\)?")
 
@@ -231,12 +232,10 @@ def load_samples(
         raise ValueError(f"{name}: no rows")
     total = min(limit or len(table), len(table))
     samples, passed = Samples(table, columns, need_scene, box_format, name, total), Passed(name)
-    if missing := [c for c in needed if c not in table.column_names]:
+    if set(needed) - set(table.column_names):
         if not table.column_names:  # no line could be read
             check_row(samples, 0, passed)
-        video = "; no video is taken" * bool({"video", "videos"} & set(table.column_names))
-        expected = f"expected columns {needed}, missing {missing}, got {table.column_names}"
-        raise ValueError(f"{name}: {expected}{video}")
+        raise ValueError(f"{name}: {other_columns(needed, table.column_names)}")
 
     def check(row):
         try:
@@ -272,6 +271,13 @@ def load_samples(
     if len(samples.skipped) > allowed * total or not samples.rows:
         raise ValueError(too_many_bad(samples, allowed))
     return samples
+
+
+def other_columns(needed: Sequence[str], names: Sequence[str]) -> str:
+    """What a table without some of the needed columns is told."""
+    video = "; no video is taken, its frames can be" * bool({*VIDEO_COLUMNS} & {*names})
+    missing = [name for name in needed if name not in names]
+    return f"expected columns {list(needed)}, missing {missing}, got {names}{video}"
 
 
 def check_row(samples: Samples, row: int, passed: Passed) -> tuple[Sample, float, str]:
@@ -430,7 +436,7 @@ def row_images(row: dict, columns: dict, to_train: bool, bad: Callable) -> tuple
     """(encoded images, size of the first) of a row, which may have none."""
     images = row.get(columns["images"])
     images = images if isinstance(images, list) else [] if images is None else [images]
-    named = [name for name in ("video", "videos") if row.get(name)]
+    named = [name for name in VIDEO_COLUMNS if row.get(name)]
     named += [columns[key] for key in ("question", "problem") if "<video>" in (row.get(columns[key]) or "")]
     named += [e["path"] for e in images if isinstance(e, dict) and VIDEO.search(e.get("path") or "")]
     if named:
@@ -497,7 +503,9 @@ def read_open(kind: str, written: str, size, box_format: str, bad: Callable) -> 
     if kind in POINTING:
         return read_region(kind, written, size, box_format, bad)
     said = read(kind, f"<answer>{written}</answer>")[0]
-    gold = f"{said:.15g}" if kind == "number" and said is not None else written
+    gold = written.rstrip(". ") if kind == "yes_no" else written
+    if kind in ("number", "sequence") and said is not None:
+        gold = f"{said:.15g}" if kind == "number" else said
     if not is_right(kind, said, gold):
         raise bad("answer", "answer", f"a {kind}", repr(written))
     return gold, gold

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from answers import LETTERS, parse_polygon, read_number
-from data import COLUMNS, MARK, Sample, row_to_sample, with_hint
+from data import COLUMNS, MARK, Sample, other_columns, row_to_sample, with_hint
 from images import check_pixels, open_image, read_bytes
 from results import (
     cv_bench,
@@ -357,7 +357,7 @@ def benchmark_sample(
     if not images:
         raise bad(source.images[0], "an image", None)
     question, answer = read_question(row, source, bad)
-    asked = row[source.question] if template else ""
+    asked = row[source.question].replace(MARK, "") if template else ""
     options_of_release = ending if template and find_options(ending) else ""
     shown, options = show_options(
         question + options_of_release, answer, read_options(row, source, bad), source, bad
@@ -442,7 +442,7 @@ def read_question(row: dict, source: Source, bad: Callable) -> tuple[str, str]:
         if answer not in dict(source.gold):
             raise bad(source.answer, f"one of {[written for written, _ in source.gold]}", answer)
         answer = dict(source.gold)[answer]
-    question = question.replace("<image>", "").strip()
+    question = question.replace(MARK, "").strip()  # the paper's evaluator shows images first
     # "Please answer directly with the letter and nothing else." would contradict a template that asks for
     # thoughts and tags: how to answer is the template's to say.
     return _DIRECT.sub("", question).strip(), answer
@@ -765,11 +765,9 @@ def open_table(name: str, benchmark: Benchmark, selection: Selection):
         ) as error:  # not there, no such split, no network
             misses.append(f"{where}: {str(error).removeprefix(f'{where}: ').splitlines()[0][:300]}")
             continue
-        if not (missing := [c for c in source.columns if c not in table.column_names]):
+        if set(source.columns) <= set(table.column_names):
             return table, source
-        misses.append(
-            f"{where}: expected columns {list(source.columns)}, missing {missing}, got {table.column_names}"
-        )
+        misses.append(f"{where}: {other_columns(source.columns, table.column_names)}")
     unique = list(dict.fromkeys(misses))
     raise ValueError(
         f"{name} cannot be read"

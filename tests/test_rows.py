@@ -5,6 +5,7 @@ Through loading, prompt, processor, what vLLM is sent, packing, reading, an API'
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from packing import pack, token_logps, use_logprob_head, use_packed_attention
 from report import draw_scene, show_item
 from results import grade, judge
 from rewards import score_completion
-from testsets import Selection, load_items
+from testsets import Selection, Source, benchmark_sample, load_items
 
 CHOICE = {"question_with_options": "Which?\n(A) cup\n(B) plate", "options": ["cup", "plate"],
           "answer_option_text_only": "(B) plate"}  # fmt: skip
@@ -50,9 +51,9 @@ ANSWERED = [  # kind, answer in the row, the sample's, a right reply, a wrong on
     ("number", 3, "3", "There are three cups.", "4"),
     ("number", "1,200", "1200", "<answer>1200 cm</answer>", "<answer>120</answer>"),
     ("number", 0.5, "0.5", "0.50", "5"),
-    ("yes_no", "Yes", "Yes", "Yes, it is.", "No."),
+    ("yes_no", "Yes.", "Yes", "Yes, it is.", "No."),
     ("word", "traffic light", "traffic light", "<answer>a traffic-light</answer>", "<answer>a lamp</answer>"),
-    ("sequence", "BAC", "BAC", "B, A, C", "A, B, C"),
+    ("sequence", "B, A, C", "BAC", "B, A, C", "A, B, C"),
     ("point", [10, 10, 50, 40], "[[0.1, 0.2], [0.5, 0.2], [0.5, 0.8], [0.1, 0.8]]", "(49, 39)", "(51, 39)"),
     ("point", "[(0, 0), (100, 0), (100, 50)]", "[[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]", "(9, 2)", "(2, 4)"),
     ("box", "[10, 10, 50, 40]", "[0.1, 0.2, 0.5, 0.8]", "[10, 10, 30, 40]", "[10, 10, 29, 40]"),  # IoU 0.5
@@ -206,8 +207,22 @@ def test_a_row_that_cannot_be_used_is_one_line(name, load):
 
 def test_a_table_of_videos_says_that_none_is_taken(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(CHOICE | {"video": "a.mp4"}))
-    with pytest.raises(ValueError, match="missing \\['images'\\].*; no video is taken"):
-        load_samples(str(tmp_path / "rows.jsonl"), need_scene=False)
+    for read in (partial(load_samples, need_scene=False), partial(load_items, selection=Selection())):
+        with pytest.raises(ValueError, match="missing \\['images'.*; no video is taken"):
+            read(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("template", ["", "released"])
+def test_benchmarks_show_images_first_as_the_papers_evaluator_does(template):
+    row = {
+        "image": [noise(84, 56), noise(56, 84)],
+        "prompt": "Is <image> wider than <image>?",
+        "answer": "yes",
+    }
+    sample = benchmark_sample(row, 0, Source("x/y", "test"), template)
+    content = build_prompt(sample, "problem" if template else "reasoning")[0]["content"]
+    assert [part["type"] for part in content] == ["image", "image", "text"]
+    assert "Is  wider than ?" in content[2]["text"]
 
 
 def test_the_first_line_of_a_run_counts_what_is_unusual(load):
