@@ -286,8 +286,19 @@ def plan(cfg: SynthesizeConfig, out: Path, graphs: Ledger) -> tuple[list[dict], 
     counts = Counter(p["category"] for p in planned)
     print(f"plan      {len(planned):,} of {images:,} images" + f"; {left_out:,} excluded" * bool(left_out))
     print(f"          {', '.join(f'{c} {counts[c]:,}' for c in CATEGORIES)}")
-    if lacking := [c for c in CATEGORIES if not counts[c] and cfg.shares.get(c) != 0]:
-        print(f"          none of {', '.join(lacking)}: no graph supports one")
+    possible = {p.category for found in picks.values() for p in found}
+    lacking = [c for c in CATEGORIES if not counts[c] and cfg.shares.get(c) != 0]
+    for why, names in (
+        ("no graph supports one", [c for c in lacking if c not in possible]),
+        ("there are some, too few for even answers and shares", [c for c in lacking if c in possible]),
+    ):
+        if names:
+            print(f"          none of {', '.join(names)}: {why}")
+    if not planned and possible:
+        raise ValueError(
+            f"{cfg.source}: {images:,} images support questions, but too few for even answers and shares: "
+            "give more images, or other shares"
+        )
     if not planned:
         raise ValueError(f"{cfg.source}: expected graphs that support a question, got none among {images:,}")
     return planned, numbers
