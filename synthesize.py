@@ -496,6 +496,8 @@ def export(cfg: SynthesizeConfig, out: Path, graphs: Ledger, items: list[dict]):
     if len(missing) > 5:
         print(f"          and {len(missing) - 5:,} more")
     if len(missing) == len(items):
+        for split in SPLITS:  # without a row each
+            (out / f"{split}.parquet").unlink()
         raise ValueError(
             f"images={cfg.images}: none of {len(items):,} pictures can be read, first {missing[0]}"
         )

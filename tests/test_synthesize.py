@@ -299,6 +299,7 @@ def test_without_any_picture_it_ends_with_one_line_and_keeps_the_questions(coco)
     with pytest.raises(SystemExit, match="images=None: none of .* pictures can be read"):
         make(coco / "out", source=f"coco:{coco}/coco.json", per_image=6)
     assert items_of(coco / "out")
+    assert not list((coco / "out").glob("*.parquet"))
 
 
 # ---- bad input ----
