@@ -6,6 +6,7 @@ The first line is a step of the paper: 512 prompts x 8 completions, 8 gold objec
 Target: under 2 s for its 4,096 completions. Each prompt has its own gold; labels repeat as in a data set.
 """
 
+import itertools
 import json
 import os
 import random
@@ -31,7 +32,7 @@ def box(rng):
 
 def scene(rng, objects, relationships):
     ids = [f"{rng.choice(LABELS)}.{i}" for i in range(objects)]
-    ends = [(rng.choice(ids), rng.choice(ids)) for _ in range(relationships)]
+    ends = rng.sample(list(itertools.permutations(ids, 2)), relationships)  # no pair twice
     graph = {
         "objects": [{"id": i, "bbox": box(rng)} for i in ids],
         "relationships": [{"subject": s, "predicate": "left of", "object": o} for s, o in ends],
