@@ -68,8 +68,8 @@ def time_path(path: str, model_path: str, data: str, n: int, tokens: int):
     replies = (PROVIDERS | {"plain": plain_loop})[path](model_path, samples, encoder, decoding)
     done = sum(1 for _ in replies)
     seconds = time.time() - encoder.started
-    assert done == n
-    print(json.dumps({"items_per_s": n / seconds}))
+    assert done == len(samples) > 0  # yes and no come in pairs: a set may be an item short of n
+    print(json.dumps({"items_per_s": done / seconds}))
 
 
 def grade_speed(data: str):
