@@ -404,8 +404,9 @@ _LISTED = re.compile(  # what stands between two points of a list
     r"[^{}]{0,80}\}\s*,?\s*\{\s*\w+|[^<>]{0,80}>[^<>]{0,80}</point>\W*<point|</?\w[^<>]*>|\band\b|\bpoint\b",
     re.I)  # fmt: skip
 _ORDER = re.compile(r"(?:.*(?:[:=]|\bis) )?(\W{0,9}(?:[A-H]\W{0,9}){2,8})", re.S)  # letters, what links them
-_BOUND = re.compile(  # a limit or a time of day is no number of things
-    r"\b(?:than|least|most|over|under|above|below|beyond|up to|exceed\w*|maximum|minimum)(?: of)? -?\d|\d:\d"
+_BOUND = re.compile(  # a limit, a time of day or what is below nothing is no number of things
+    r"\b(?:than|least|most|over|under|above|below|beyond|up to|exceed\w*|maximum|minimum|minus|negative"
+    r"|or (?:maybe|perhaps|possibly|even))(?: of)? -?\d|\d:\d"
     r"|(?:[<>≤≥]|&[lg]t;)=? ?-?\d|\d ?(?:\+|plus)(?! ?\d)|\d(?: \w+)? \(?(?:(?:or|and) (?:counting|more|less"
     r"|fewer|above|below|over|under|so|up|higher|greater)|at (?:least|most)|m(?:in|ax)imum)\b")  # fmt: skip
 _NOT_COUNTED = re.compile(  # numbers of lists, steps and figures

@@ -429,7 +429,7 @@ MENDED = [  # kind, reply, choices, right reading[, finish_reason]
     # limits
     *(("number", reply, (), X) for reply in (
         "10+", "<3", "3 or more", "at least three", ">= 5", "more than five", "up to ten",
-        "3 at most", "> 3", "&lt;3",
+        "3 at most", "> 3", "&lt;3", "minus two", "3 (or maybe 4)",
         "no fewer than 3", "a minimum of 3", "3 (or more)", "10 and counting", "\\boxed{10+}",
         "<answer>< 3</answer>")),
     ("choice", "3 or more", N, X), ("choice", "less than 2", ("less than 2", "2", "3"), "A"),
