@@ -195,7 +195,7 @@ def expand_path(path):
         file's own name.
     """
     for name in re.findall(r"(?a)\$(\w+|\{[^}]*\})", str(path)):
-        if name.strip("{}") not in os.environ and not os.path.lexists(path):
+        if name.strip("{}") not in os.environ and not os.path.lexists(os.path.expanduser(path)):
             raise ValueError(f"expected a path, got {_shown(path)}, but ${name} is not set")
     text = ":".join(map(os.path.expanduser, os.path.expandvars(str(path)).split(":")))
     if not text.strip() or "\0" in text or re.search("(^|:)~", text):

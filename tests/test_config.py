@@ -201,9 +201,11 @@ def test_paths_are_written_out(text, path, file, monkeypatch):
     assert Paths(data=text, out=Path(text)).out == Path(path)
 
 
-def test_a_file_may_have_a_dollar_in_its_name(tmp_path):
+def test_a_file_may_have_a_dollar_in_its_name(tmp_path, monkeypatch):
     (tmp_path / "5$NOT_SET.jpg").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert Paths(data="x", out=tmp_path / "5$NOT_SET.jpg").out.exists()
+    assert Paths(data="x", out=Path("~/5$NOT_SET.jpg")).out.exists()
 
 
 @pytest.mark.parametrize("text, message", [
