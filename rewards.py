@@ -8,6 +8,7 @@
 
     reward = 0.1 format + 0.2 count + 0.5 accuracy + 0.2 spatial
     gates: a malformed completion scores 0 in every term, a wrong answer 0 in the spatial term.
+Options of `score_completion`, off by default and none of the paper's, add a relation term or change a rule.
 
 A completion is well formed if it is <observe>..</observe> <scene>..</scene> <think>..</think>
 <answer>..</answer>, each tag exactly once, in this order, only white space around the blocks, and if the
@@ -80,6 +81,7 @@ class Weights:
     count: float = 0.2
     accuracy: float = 0.5
     spatial: float = 0.2
+    relation: float = 0.0  # outside the paper's reward
     count_objects: float = 0.7
     count_relationships: float = 0.3
 
@@ -88,7 +90,7 @@ class Weights:
             value = getattr(self, f.name)
             if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"weight {f.name}: expected a finite number >= 0, got {value!r}")
-        for names in ("format", "count", "accuracy", "spatial"), ("count_objects", "count_relationships"):
+        for names in ("format", "count", "accuracy", "spatial", "relation"), ("count_objects", "count_relationships"):
             if (total := sum(getattr(self, name) for name in names)) > 1 + 1e-9:
                 raise ValueError(f"weights: expected {' + '.join(names)} <= 1, got {total}")
 
@@ -104,6 +106,7 @@ class Score:
     spatial: float = 0.0
     reason: str | None = None  # one of REJECTION_REASONS, None if the completion is well formed
     matches: tuple[tuple[int, int, float, float], ...] = ()  # (predicted index, gold index, IoU, CIoU)
+    relation: float = 0.0  # share of the gold relationships found
 
 
 # ---- grammar: text -> blocks -> scene ----------------------------------------------------------------------
@@ -400,8 +403,11 @@ def _place(scene: dict, width: float, height: float, clip: bool) -> _Objects:
     return _Objects(labels, np.array(boxes01, dtype=float).reshape(-1, 4))
 
 
-def _match(predicted: _Objects, gold: _Objects, similarity) -> tuple[tuple[int, int, float, float], ...]:
-    """Hungarian matching of M predicted with K gold objects: min(M, K) of (predicted, gold, IoU, CIoU)."""
+def _match(predicted: _Objects, gold: _Objects, similarity) -> tuple[tuple, list[float]]:
+    """Hungarian matching of M predicted with K gold objects: min(M, K) of (predicted, gold, IoU, CIoU).
+
+    Returns: (these, the label similarity of each).
+    """
     from scipy.optimize import linear_sum_assignment  # here, because it takes longer to import than all else
 
     iou, quality = _iou_ciou(predicted.boxes01, gold.boxes01)  # (M, K)
@@ -410,19 +416,20 @@ def _match(predicted: _Objects, gold: _Objects, similarity) -> tuple[tuple[int, 
     alike = [[similarity(p, g) for g in gold.labels] for p in predicted.labels]
     alike = np.nan_to_num(np.array(alike, dtype=float), nan=0, posinf=0, neginf=0)  # of a made-up word, say
     pairs = zip(*linear_sum_assignment(LABEL_COST * (1 - alike) + BOX_COST * (1 - quality) / 2), strict=True)
-    return tuple((int(i), int(j), float(iou[i, j]), float(quality[i, j])) for i, j in pairs)
+    found = [(int(i), int(j), float(iou[i, j]), float(quality[i, j])) for i, j in pairs]
+    return tuple(found), [alike[i, j] for i, j, *_ in found]
 
 
 # ---- reward ------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=4096)  # the G completions of a prompt share their gold
-def _gold(ground_truth: str, width: float, height: float) -> tuple[_Objects, int, str]:
-    """-> (objects, number of relationships, answer in lower case)."""
+def _gold(ground_truth: str, width: float, height: float) -> tuple[_Objects, dict, str]:
+    """-> (objects, scene, answer in lower case)."""
     scene, answer = parse_ground_truth(ground_truth)
     for o in scene["objects"]:
         if max(map(abs, o["bbox"])) > MAX_SIDE:
             raise ValueError(f"ground truth: expected pixels up to {MAX_SIDE}, got {o['id']} {o['bbox']}")
     try:
-        return _place(scene, width, height, clip=False), len(scene["relationships"]), answer.lower()
+        return _place(scene, width, height, clip=False), scene, answer.lower()
     except _Rejected as error:
         raise ValueError(f"ground truth: {error}") from None
 
@@ -480,6 +487,20 @@ def in_per_mille(ground_truth: str, image_size: tuple[int, int]) -> str:
     return f"<scene>{json.dumps(scene)}</scene>\n<answer>{answer}</answer>"
 
 
+def _triples(scene: dict) -> set[tuple[int, str, int]]:
+    """(subject's index, predicate, object's index) of relationships between two objects of the scene."""
+    index = {o["id"]: i for i, o in enumerate(scene["objects"])}
+    named = (_check_relationship(r) for r in scene["relationships"])
+    return {(index[s], p, index[o]) for s, o, p in named if s != o and s in index and o in index and p}
+
+
+BOX_CREDITS = {  # what a matched pair earns, of its IoU and CIoU; "ciou" pays a box put blindly about half
+    "ciou": lambda iou, quality: (quality + 1) / 2,
+    "positive_ciou": lambda iou, quality: max(quality, 0.0),
+    "iou50": lambda iou, quality: iou if iou >= 0.5 else 0.0,
+}
+
+
 def _closeness(n: int, gold: int) -> float:
     return max(0.0, 1 - abs(n - gold) / max(gold, 1))
 
@@ -492,6 +513,10 @@ def score_completion(
     weights: Weights = Weights(),
     similarity: Callable[[str, str], float] = label_similarity,
     box_frame: str = "pixel",
+    gate: bool = True,
+    box_credit: str = "ciou",
+    need_label: bool = False,
+    judge: Callable[[str], bool] | None = None,
 ) -> Score:
     r"""The gated reward of one completion, with the reason of a rejection and the matched objects.
 
@@ -503,6 +528,10 @@ def score_completion(
         similarity: (predicted label, gold label) -> [0, 1], of lower-case labels without `.N`, `_` as spaces.
             It steers the matching only. A negative cosine is taken as it is, NaN and inf as 0.
         box_frame: of the completion's boxes, as for `in_pixels`.
+        gate, box_credit, need_label, judge: other than the defaults, a reward that the paper does not have.
+            gate=False: a wrong answer keeps its spatial and relation terms. box_credit: one of BOX_CREDITS,
+            instead of (CIoU + 1) / 2. need_label: a pair of labels of similarity 0 or less earns nothing.
+            judge: completion -> whether its answer is right, instead of text equality.
     Returns: Score. Its terms are unweighted, in [0, 1] and gated:
         format    1 if the completion is well formed; else all terms are 0 and `reason` says why.
         count     max(0, 1 - |M - K| / max(K, 1)) for M predicted and K gold objects; if gold has
@@ -510,13 +539,19 @@ def score_completion(
         accuracy  1 if the answer is the gold answer, up to case and surrounding white space.
         spatial   0 if the answer is wrong; else the sum of (CIoU + 1) / 2 over matched pairs, divided by K.
                   If K is 0: 1 if nothing is predicted (and gold has no relationships), else 0.
+        relation  0 if the answer is wrong; else the share of gold's distinct relationships (between two of
+                  its objects) that the completion has, with the same predicate up to case, `_`, `-` and
+                  spaces, between objects matched with theirs under labels of similarity above 0. If gold has
+                  none: 1 if none is predicted, else 0. Weighs nothing by default.
     `matches` is filled whenever the format is right and both scenes have objects, whatever the answer.
     Raises: ValueError on bad ground truth or image size.
     """
     width, height = _check_size(image_size)
+    if box_credit not in BOX_CREDITS:
+        raise ValueError(f"box_credit: expected one of {tuple(BOX_CREDITS)}, got {box_credit!r}")
     if not isinstance(ground_truth, str):
         raise ValueError(f"ground truth: expected text, got {type(ground_truth).__name__}")
-    gold, gold_relationships, gold_answer = _gold(ground_truth, width, height)
+    gold, gold_scene, gold_answer = _gold(ground_truth, width, height)
     try:
         _, scene_text, _, answer = _split(completion, BLOCKS)
         scene = in_pixels(_parse(scene_text), box_frame, (width, height))
@@ -526,17 +561,27 @@ def score_completion(
 
     m, k = len(predicted.labels), len(gold.labels)
     count = _closeness(m, k)
-    if gold_relationships:
-        count_relationships = _closeness(len(scene["relationships"]), gold_relationships)
+    if n_gold := len(gold_scene["relationships"]):
+        count_relationships = _closeness(len(scene["relationships"]), n_gold)
         count = weights.count_objects * count + weights.count_relationships * count_relationships
-    accuracy = float(answer.strip().lower() == gold_answer)
-    matches = _match(predicted, gold, similarity) if m and k else ()
+    right = judge(completion) if judge else answer.strip().lower() == gold_answer
+    accuracy = float(bool(right))
+    matches, similar = _match(predicted, gold, similarity) if m and k else ((), [])
+    alike = [pair for pair, value in zip(matches, similar, strict=True) if value > 0]
     if k:
-        spatial = accuracy * max(0.0, sum((quality + 1) / 2 for *_, quality in matches) / k)
+        credit, paid = BOX_CREDITS[box_credit], alike if need_label else matches
+        spatial = max(0.0, sum(credit(iou, quality) for *_, iou, quality in paid) / k)
     else:
-        spatial = accuracy * (m == 0 and not gold_relationships)
-    reward = weights.format + weights.count * count + weights.accuracy * accuracy + weights.spatial * spatial
-    return Score(min(1.0, reward), 1.0, min(1.0, count), accuracy, spatial, None, matches)
+        spatial = float(m == 0 and not n_gold)
+    partner = {i: j for i, j, *_ in alike}
+    triples, wanted = _triples(scene), _triples(gold_scene)
+    claims = {(partner.get(s), predicate, partner.get(o)) for s, predicate, o in triples}
+    relation = len(claims & wanted) / len(wanted) if wanted else float(not triples)
+    if gate:
+        spatial, relation = accuracy * spatial, accuracy * relation
+    reward = weights.format + weights.count * count + weights.accuracy * accuracy
+    reward += weights.spatial * spatial + weights.relation * relation
+    return Score(min(1.0, reward), 1.0, min(1.0, count), accuracy, spatial, None, matches, relation)
 
 
 def spatial_reward(
