@@ -23,6 +23,7 @@ from config import to_yaml
 from data import load_samples, report_rows
 from metrics import lacking_tracker
 from packing import check_family
+from scoring import find_function
 
 GIB = 2**30
 # ---- assumptions ----
@@ -581,6 +582,10 @@ def dry_run(cfg) -> int:
     missing += plan(cfg, cards)
     if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
         missing.append("vllm: not installed (pip install -r requirements.txt, or sampler=hf)")
+    try:
+        find_function(cfg.reward)
+    except ValueError as error:
+        missing.append(str(error))
     missing += [why] if (why := lacking_tracker(cfg.tracker)) else []
     print("\n".join(f"missing: {m}" for m in missing) if missing else "nothing is missing")
     return 1 if missing else 0

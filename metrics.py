@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from config import to_yaml, write_whole
+from scoring import means
 
 # Of the held-out rows, as val_...; those that need a gold scene are missing where there is none.
 HELD_OUT = ("reward", "format", "count", "spatial", "exact", "accuracy", "mean_iou", "recall50")
@@ -52,22 +53,19 @@ class UpdateStats:
 PER_TOKEN = ("loss", "kl", "entropy", "clip_low", "clip_high", "clip_dual", "capped")
 
 
-def step_metrics(groups: list[list], stats: list[list[UpdateStats]], scenes: bool = True) -> dict:
-    """Means over a step's completions and its updates.
-
-    Args: groups: P lists of G scored rollouts; stats: [process][update]; scenes: whether the reward looks at
-        scenes (else there is no count, spatial term or IoU to speak of).
-    """
+def step_metrics(groups: list[list], stats: list[list[UpdateStats]]) -> dict:
+    """Means over a step's completions and its updates. Args: groups: P lists of G scored rollouts, whose
+    terms are what the reward looks at; stats: [process][update]."""
     rollouts = [r for group in groups for r in group]
     scores = [r.score for r in rollouts]
     total = {f.name: sum(getattr(one, f.name) for of in stats for one in of) for f in fields(UpdateStats)}
     updates = stats[0]  # norms are the same on every process
     finite = [one.grad_norm for one in updates if math.isfinite(one.grad_norm)]
-    terms = {"reward": "reward", "format": "format", "exact": "accuracy"}
-    terms |= {"count": "count", "spatial": "spatial"} if scenes else {}
-    measured = {name: mean(getattr(s, term) for s in scores) for name, term in terms.items()}
-    if scenes:
-        measured["mean_iou"] = mean([iou for s in scores for *_, iou, _ in s.matches] or [0.0])
+    measured = means(scores)
+    if any(hasattr(s, "matches") for s in scores):
+        measured["mean_iou"] = mean(
+            [iou for s in scores for *_, iou, _ in getattr(s, "matches", ())] or [0.0]
+        )
     return measured | {
         "accuracy": mean(r.correct for r in rollouts),
         "reward_std": float(np.std([s.reward for s in scores])),

@@ -90,7 +90,8 @@ class Weights:
             value = getattr(self, f.name)
             if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"weight {f.name}: expected a finite number >= 0, got {value!r}")
-        for names in ("format", "count", "accuracy", "spatial", "relation"), ("count_objects", "count_relationships"):
+        parts = ("count_objects", "count_relationships")
+        for names in (*TERMS[1:], "relation"), parts:
             if (total := sum(getattr(self, name) for name in names)) > 1 + 1e-9:
                 raise ValueError(f"weights: expected {' + '.join(names)} <= 1, got {total}")
 

@@ -18,6 +18,7 @@ from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 
+from results import judge
 from rewards import score_completion, vanilla_reward
 
 
@@ -26,10 +27,10 @@ class RewardError(RuntimeError):
 
 
 def spatial(completion: str, row: dict, judge_answers: bool = False, **how) -> dict:
-    """The gated spatial reward; `how` goes to score_completion. judge_answers: open answers as evaluation reads."""
+    """The gated spatial reward. judge_answers: open answers as evaluation reads; how: of score_completion."""
     judged = judge_answers and row["kind"] != "choice"
-    judge = (lambda _: row["correct"]) if judged else None
-    return vars(score_completion(completion, row["gold"], row["image_size"], judge=judge, **how))
+    how["judge"] = (lambda _: row["correct"]) if judged else None
+    return vars(score_completion(completion, row["gold"], row["image_size"], **how))
 
 
 def vanilla(completion: str, row: dict) -> dict:
@@ -37,19 +38,21 @@ def vanilla(completion: str, row: dict) -> dict:
     return vanilla_reward(completion, row["gold"])
 
 
-def columns_of(data, i: int) -> dict:
-    """Row i of data.Samples as a reward function sees it: its columns, images encoded as they are stored, and
-    row_id, image_size (W, H), kind, gold (scene in pixels and answer, or the answer where none is needed)."""
-    sample = data[i]
+def columns_of(sample, record: dict) -> dict:
+    """A row as a reward function sees it: the columns of its record, images encoded as they are stored, and
+    row_id, image_size (W, H), kind, gold (scene in pixels and answer, or the answer where none is needed).
+    The trainer adds `correct`: whether the completion's answer is right as evaluation reads it."""
     added = {"row_id": sample.id, "image_size": sample.size, "kind": sample.kind, "gold": sample.ground_truth}
-    return data.table[data.rows[i]] | added
+    return record | added
 
 
 @functools.cache
 def find_function(where: str) -> Callable:
     """The function of "path/to/file.py:name", or of a name in this file. Raises: ValueError, in one line."""
     path, _, name = where.rpartition(":")
-    file = Path(path or __file__)
+    if not path:
+        return {"spatial": spatial, "vanilla": vanilla}[name]
+    file = Path(path)
     try:
         spec = importlib.util.spec_from_file_location(f"reward_of_{file.stem}", file)
         module = importlib.util.module_from_spec(spec)
@@ -98,7 +101,9 @@ def load_reward(where: str, **options) -> Callable[[str, dict], SimpleNamespace]
         try:
             terms = function(completion, dict(row))
             terms = dict(terms) if isinstance(terms, dict) else {"reward": terms}
-            return SimpleNamespace(**{name: checked(name, value) for name, value in terms.items()}, **lacking(terms))
+            return SimpleNamespace(
+                **{name: checked(name, value) for name, value in terms.items()}, **lacking(terms)
+            )
         except (Exception, SystemExit) as error:  # whatever a foreign function raises
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise RewardError(f"row {row['row_id']}: reward {where}: {why}") from error
@@ -106,10 +111,32 @@ def load_reward(where: str, **options) -> Callable[[str, dict], SimpleNamespace]
     return score
 
 
+def make_scorer(data, cfg) -> Callable:
+    """What gives a Rollout of these rows, cut off or not, its `score` and says whether it is `correct`.
+
+    Args: data: data.Samples; cfg: train_grpo.GRPOConfig.
+    """
+    reward = load_reward(cfg.reward, **cfg.scoring)
+
+    @functools.lru_cache(1)  # the rollouts of a group come one after the other
+    def row_of(i: int):
+        return (sample := data[i]), columns_of(sample, data.table[data.rows[i]])
+
+    def scored(r):
+        sample, row = row_of(r.row)
+        r.correct = judge(sample, r.text, "stop" if r.finished else "length", cfg.box_frame)["correct"]
+        r.score = reward(r.text, row | {"correct": r.correct})
+        return r
+
+    return scored
+
+
 def checked(name: str, value):
     """A term as a float. Raises: ValueError if it is not a finite number."""
-    if name in ("reason", "matches"):
-        return value
+    if name == "matches":
+        return tuple((int(i), int(j), float(iou), float(ciou)) for i, j, iou, ciou in value)
+    if name == "reason":
+        return value if value is None else str(value)
     value = value.item() if hasattr(value, "item") else value  # of numpy or torch
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"expected {name} to be a finite number, got {repr(value)[:80]}")

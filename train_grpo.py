@@ -16,11 +16,11 @@ Batch and seeds are functions of (seed, step): a resumed run repeats what an und
 Read down to `update`, then `train`: samplers and models between them are plumbing.
 """
 
-import functools
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -76,19 +77,28 @@ from packing import (
     use_logprob_head,
     use_packed_attention,
 )
-from results import grade, judge, summarise
-from rewards import Score, Weights, score_completion, vanilla_reward
+from results import grade, summarise
+from rewards import Weights
+from scoring import RewardError, make_scorer, means
 
 
 class GRPOConfig(DataConfig):
     val_every: int = opt(5, "steps between held-out evaluations (greedy); 0: none", ge=0)
     image_cache_gb: float = opt(8, "host memory for the images of a step, GiB per process", ge=0)
     # reward
-    reward: Literal["spatial", "vanilla"] = opt("spatial", "dense and gated, or accuracy + format")
+    reward: str = opt("spatial", "spatial, vanilla (accuracy + format), or yours: FILE.py:NAME", path=True)
     weight_format: float = opt(0.1, "reward weight", ge=0, le=1)
     weight_count: float = opt(0.2, "reward weight", ge=0, le=1)
     weight_accuracy: float = opt(0.5, "reward weight", ge=0, le=1)
     weight_spatial: float = opt(0.2, "reward weight", ge=0, le=1)
+    # not in the paper, of reward=spatial
+    weight_relation: float = opt(0.0, "reward weight of the share of gold relations found", ge=0, le=1)
+    gate: bool = opt(True, "a wrong answer earns no spatial and relation term")
+    box_credit: Literal["ciou", "positive_ciou", "iou50"] = opt(
+        "ciou", "what a matched box earns: (CIoU + 1) / 2, max(CIoU, 0), or IoU where that is at least 0.5"
+    )
+    need_label: bool = opt(False, "a box matched under an unrelated label earns nothing")
+    judge_answers: bool = opt(False, "open answers are right as evaluation reads them, not as equal texts")
     # rollout
     model: str = opt(
         "Qwen/Qwen2.5-VL-7B-Instruct", "Hub id or folder of the start (and of the KL reference)", path=True
@@ -158,14 +168,20 @@ class GRPOConfig(DataConfig):
         if self.keep_best not in (None, *(names := [f"val_{k}" for k in HELD_OUT])):
             raise ValueError(f"keep_best: expected one of {names}, got {self.keep_best!r}")
         _ = self.scoring  # raises if they add up to more than 1
+        if self.reward not in ("spatial", "vanilla") and not re.fullmatch(r".+\.py:\w+", self.reward):
+            raise ValueError(
+                f"reward: expected spatial, vanilla or path/to/file.py:name, got {self.reward!r}"
+            )
         _ = self.gpus and read_gpus(self.gpus)  # raises if it cannot be read
         return self
 
     @property
     def scoring(self) -> dict:
-        """Arguments of score_completion and grade."""
-        weights = self.weight_format, self.weight_count, self.weight_accuracy, self.weight_spatial
-        return {"weights": Weights(*weights), "box_frame": self.box_frame}
+        """Options of scoring.spatial."""
+        terms = "format", "count", "accuracy", "spatial", "relation"
+        options = "box_frame", "gate", "box_credit", "need_label", "judge_answers"
+        weights = Weights(**{term: getattr(self, f"weight_{term}") for term in terms})
+        return {"weights": weights} | {name: getattr(self, name) for name in options}
 
     @property
     def need_scene(self) -> bool:
@@ -183,7 +199,7 @@ class Rollout:
     sampler_logps: list[float]  # (T,), of the distribution that was sampled from
     text: str  # without special tokens
     finished: bool  # False: cut at max_completion_length
-    score: Score | None = None
+    score: SimpleNamespace | None = None  # its terms, of scoring.load_reward
     correct: bool = False  # the answer that evaluation would read is right, whatever the reward says
     advantage: float = 0.0
     logp_old: torch.Tensor | None = None  # (T,), on the process that trains on it: of the policy that sampled
@@ -220,14 +236,6 @@ def sample_everywhere(
 
 
 # ---- reward and advantage ----------------------------------------------------------------------------------
-def reward_of(text: str, sample, cfg: GRPOConfig) -> Score:
-    """The configured reward of a completion. One that was cut off is scored like any other text."""
-    if cfg.reward == "vanilla":
-        terms = vanilla_reward(text, sample.ground_truth)
-        return Score(terms["reward"], terms["format"], 0.0, terms["accuracy"], 0.0)
-    return score_completion(text, sample.ground_truth, sample.size, **cfg.scoring)
-
-
 def reward_matrix(groups: list[list[Rollout]]) -> torch.Tensor:
     return torch.tensor([[r.score.reward for r in group] for group in groups], dtype=torch.float64)  # (P, G)
 
@@ -443,10 +451,12 @@ def update(
 def held_out(accelerator, sampler, val, cfg: GRPOConfig) -> dict:
     """Greedy answers to the held-out rows, graded and summed up as `evaluate.py` does: {"val_...": value}."""
 
+    scored = make_scorer(val, cfg)
+
     def graded(r: Rollout) -> dict:
         reason = "stop" if r.finished else "length"
-        record = grade(val[r.row], r.text, finish_reason=reason, **cfg.scoring)
-        return record | {"finish_reason": reason}
+        record = grade(val[r.row], r.text, finish_reason=reason, box_frame=cfg.box_frame)
+        return record | {"finish_reason": reason, "score": scored(r).score}
 
     prompt_of = PromptCache(lambda i: sampler.encode(val[i]), cfg.image_threads)
     records = []
@@ -456,7 +466,7 @@ def held_out(accelerator, sampler, val, cfg: GRPOConfig) -> dict:
         seeds = [0] * len(rows)
         groups = sample_everywhere(accelerator, sampler, prompt_of, rows, 1, 0.0, seeds, graded)
         records += [record for (record,) in groups]
-    summary = summarise(records)
+    summary = summarise(records) | means([record["score"] for record in records])
     return {f"val_{k}": summary[k] for k in HELD_OUT if k in summary}
 
 
@@ -662,7 +672,7 @@ def main():
         raise SystemExit(dry_run(cfg) if os.environ.get("RANK", "0") == "0" else 0)
     try:
         train(cfg)
-    except (CheckpointError, DiskFull) as error:
+    except (CheckpointError, DiskFull, RewardError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
@@ -715,6 +725,7 @@ def train(cfg: GRPOConfig):
         processor = AutoProcessor.from_pretrained(cfg.model)
         budget = cfg.min_pixels, cfg.max_pixels
         encoder = PromptEncoder(processor, cfg.template, *budget, cfg.box_frame)
+        make_scorer([], cfg)  # a reward function that is not there ends the run here
     data, val = load_rows(cfg, encoder, accelerator)
     refuse_other_rows(accelerator, out, data.fingerprint())
     say(arithmetic(cfg, world, len(data)))
@@ -754,13 +765,7 @@ def train(cfg: GRPOConfig):
         models = learner.policy, learner.optimizer, processor
         save(accelerator, *models, out, step, scores, cfg.keep_last, cfg.keep_best)
 
-    sample_of = functools.lru_cache(1)(data.__getitem__)  # a group's rollouts come one after the other
-
-    def scored(r: Rollout) -> Rollout:
-        sample = sample_of(r.row)
-        r.score = reward_of(r.text, sample, cfg)
-        r.correct = judge(sample, r.text, "stop" if r.finished else "length", cfg.box_frame)["correct"]
-        return r
+    scored = make_scorer(data, cfg)
 
     def roll_out(rows: list[int], step: int) -> list[list[Rollout]]:
         before = [rows[:k].count(row) for k, row in enumerate(rows)]  # across two epochs one may come twice
@@ -811,7 +816,7 @@ def train(cfg: GRPOConfig):
 
         # measure, evaluate, save
         done = step + 1
-        m = {"step": done, "lr": lr} | step_metrics(groups, gather([updates]), scenes=cfg.reward == "spatial")
+        m = {"step": done, "lr": lr} | step_metrics(groups, gather([updates]))
         m |= {"replaced": replaced, "gen_s": t1 - t0, "logp_s": t3 - t2, "update_s": t4 - t3}
         m |= {"sync_s": t5 - t4, "mem_gb": mem_gb(), "gen_tokens_per_s": m["tokens"] / m["gen_s"]}
         m["update_tokens_per_s"] = m.pop("trained") / m["update_s"]

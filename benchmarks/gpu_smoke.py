@@ -59,6 +59,7 @@ from distributed import make_accelerator, whole_weights  # noqa: E402
 from dry_run import CARDS  # noqa: E402
 from merge import merge  # noqa: E402
 from metrics import check_mismatch, step_metrics  # noqa: E402
+from scoring import columns_of, load_reward  # noqa: E402
 from stvqa import write_parquet  # noqa: E402
 from tiny import rows  # noqa: E402
 
@@ -588,13 +589,14 @@ def tiny_grpo(report: Report, scratch: Path, engine: str, sleep_level: int = 0):
     differ = sum(a != b for a, b in zip(before, greedy(), strict=True))
     report.at_most("greedy_answers_that_differ", differ, 0)
 
+    reward = load_reward(cfg.reward, **cfg.scoring)
     moved = {}  # by a step: how far off a sampler with the weights before it would be, nats a token
     for step in (1, 2):
         seeds = [100 * step + k for k in places]
         groups, seconds = timed(sampler.generate, places, prompts, cfg.group_size, 1.0, seeds)
         rollouts = [r for group in groups for r in group]
         for r in rollouts:
-            r.score = grpo.reward_of(r.text, run.samples[r.row], cfg)
+            r.score = reward(r.text, columns_of(run.samples[r.row], {}))
         # A little noise, since so few rewards may all be equal, and there has to be something to learn.
         rewards = grpo.reward_matrix(groups) + 0.01 * torch.rand(4, cfg.group_size, dtype=torch.float64)
         for r, advantage in zip(rollouts, grpo.group_advantages(rewards).flatten().tolist(), strict=True):

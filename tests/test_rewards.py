@@ -1290,3 +1290,89 @@ def test_gold_boxes_to_imitate_are_whole_thousandths(box, size, want):
     assert parse_ground_truth(text) == (graph([obj("cup.1", want)], []), "(B) left")
     imitated = reply(graph([obj("cup.1", want)]))
     assert score_completion(imitated, gold, size, box_frame="per_mille").format == 1
+
+
+# ---- options, outside the parity promise ----
+WRONG = reply(SCENE, "(A) right")
+
+
+@pytest.mark.parametrize("completion, options, spatial, reward", [
+    (WRONG, {}, 0, 0.3),
+    (WRONG, {"gate": False}, 1, 0.5),
+    (reply(graph([DOG, CAT]), "(A) right"), {"gate": False}, 1, 0.1 + 0.2 * 0.7 + 0.2),
+    (WRONG, {"judge": lambda text: text == WRONG}, 1, 1.0),
+    (GOOD, {"judge": lambda text: False}, 0, 0.3),
+    ("(B) left", {"gate": False, "judge": lambda text: True}, 0, 0.0),  # malformed is malformed
+])  # fmt: skip
+def test_gate_and_judge(completion, options, spatial, reward):
+    got = score_completion(completion, GOLD, SIZE, **options)
+    assert (got.spatial, got.reward) == pytest.approx((spatial, reward), abs=CIOU_EPS)
+
+
+@pytest.mark.parametrize("box, credit, spatial", [
+    # IoU 0.6, CIoU 0.6 - 1/61: the moved dog of test_spatial_by_hand
+    (MOVED["bbox"], "ciou", (1 + 0.6 - 1 / 61) / 2),
+    (MOVED["bbox"], "positive_ciou", 0.6 - 1 / 61),
+    (MOVED["bbox"], "iou50", 0.6),
+    ((60, 20, 140, 80), "iou50", 0),  # IoU 1/3
+    ((20, 20, 64, 80), "iou50", 0.55),  # of the dog, 44 of 80 wide
+    ((150, 20, 190, 80), "positive_ciou", 0),  # apart
+    ((150, 20, 190, 80), "iou50", 0),
+])  # fmt: skip
+def test_credit_of_boxes(box, credit, spatial):
+    scene = graph([obj("dog.1", box)])
+    got = score_completion(reply(scene), gold_text(graph([DOG])), SIZE, box_credit=credit)
+    assert got.spatial == pytest.approx(spatial, abs=CIOU_EPS)
+
+
+def test_unknown_credit_is_refused():
+    with pytest.raises(ValueError, match="box_credit: expected one of .*'iou50'.*, got 'giou'"):
+        score_completion(GOOD, GOLD, SIZE, box_credit="giou")
+
+
+@pytest.mark.parametrize("label, spatial", [("dog", 1), ("small_dogs", 1), ("xyz", 0.5)])
+def test_a_pair_of_unrelated_labels_may_earn_nothing(label, spatial):
+    scene = graph([obj(f"{label}.1", DOG["bbox"]), CAT])
+    assert reward_of(reply(scene))["spatial"] == pytest.approx(1, abs=CIOU_EPS)
+    got = score_completion(reply(scene), GOLD, SIZE, need_label=True)
+    assert got.spatial == pytest.approx(spatial, abs=CIOU_EPS) and len(got.matches) == 2
+
+
+BIRD = obj("bird.1", (0, 0, 20, 20))
+ON, NEAR_BY = rel("dog.1", "on", "cat.1"), rel("bird.1", "next to", "dog.1")
+
+
+@pytest.mark.parametrize("said, gold, share", [
+    ([ON, NEAR_BY], [ON, NEAR_BY], 1),
+    ([ON], [ON, NEAR_BY], 0.5),
+    ([rel("dog.1", " ON ", "cat.1"), rel("bird.1", "Next_To", "dog.1")], [ON, NEAR_BY], 1),
+    ([rel("dog.1", "under", "cat.1")], [ON, NEAR_BY], 0),
+    ([rel("cat.1", "on", "dog.1")], [ON, NEAR_BY], 0),  # the other way round
+    ([ON, rel("dog.1", "under", "cat.1")], [ON], 1),  # a claim that gold does not know costs count only
+    ([ON], [ON, rel("dog.1", "On", "cat.1")], 1),  # gold says one thing twice
+    ([ON], [ON, rel("dog.1", "on", "dog.1"), rel("dog.1", "on", "gone.1")], 1),  # what no reply can say
+    ([], [], 1),
+    ([ON], [], 0),
+])  # fmt: skip
+def test_relation_term_by_hand(said, gold, share):
+    objects = [DOG, CAT, BIRD]
+    weights = Weights(accuracy=0.3, relation=0.2)
+    completion, text = reply(graph(objects, said)), gold_text(graph(objects, gold))
+    score = score_completion(completion, text, SIZE, weights=weights)
+    assert score.relation == pytest.approx(share)
+    plain = score_completion(completion, text, SIZE)
+    assert score.reward == pytest.approx(plain.reward - 0.2 + 0.2 * share, abs=PARITY)
+    wrong = score_completion(completion.replace("(B)", "(A)"), text, SIZE, weights=weights)
+    assert wrong.relation == 0
+
+
+def test_relations_are_found_by_matching_not_by_number():
+    gold = graph([obj("dog.1", (0, 0, 20, 20)), obj("dog.2", (150, 50, 190, 90)), CAT],
+                 [rel("dog.2", "behind", "cat.1")])  # fmt: skip
+    swapped = graph([obj("dog.2", (0, 0, 20, 20)), obj("dog.1", (150, 50, 190, 90)), CAT])
+    for subject, share in ("dog.1", 1), ("dog.2", 0):
+        said = swapped | {"relationships": [rel(subject, "behind", "cat.1")]}
+        assert score_completion(reply(said), gold_text(gold), SIZE).relation == share
+    # at the right place under a name that has nothing to do with it
+    other = graph([obj("xyz.1", DOG["bbox"]), CAT], [rel("xyz.1", "left of", "cat.1")])
+    assert score_completion(reply(other), GOLD, SIZE).relation == 0

@@ -22,12 +22,12 @@ from train_grpo import (
     kl_loss,
     learning_rate_at,
     make_learner,
+    make_scorer,
     packed_batches,
     plan_updates,
     policy_loss,
     replace_dead,
     request_seed,
-    reward_of,
     rollout_logps,
     update,
 )
@@ -175,9 +175,9 @@ def test_a_bandit_learns():
 
 
 # ---- the loss of a micro-batch ----
-def rollout(row=0, prompt_length=5, ids=(1, 2, 3), logps=None, **known):
+def rollout(row=0, prompt_length=5, ids=(1, 2, 3), logps=None, text="", **known):
     ids = list(ids)
-    return Rollout(row, prompt_length, ids, logps or [-1.0] * len(ids), "", True, **known)
+    return Rollout(row, prompt_length, ids, logps or [-1.0] * len(ids), text, True, **known)
 
 
 def test_batch_loss_by_hand():
@@ -270,15 +270,22 @@ def test_dead_groups_are_replaced_by_rows_that_were_not_drawn():
     assert replace_dead(groups, [0, 1, 2, 3], None, 10, 7, off) == (groups, 0)
 
 
+def score_of(text, data, **settings):
+    return vars(make_scorer(data, GRPOConfig(**settings))(rollout(text=text)).score)
+
+
 def test_the_reward_is_the_configured_one(tiny_data):
-    sample = load_samples(str(tiny_data))[0]
-    scene, _, answer = sample.ground_truth.partition("\n")
+    data = load_samples(str(tiny_data))
+    scene, _, answer = data[0].ground_truth.partition("\n")
     honest = f"<observe>o</observe>{scene}<think>t</think>{answer}"
     near = {"abs": 1e-5}  # the 1e-7 in CIoU's denominators over a box of 0.14^2, times the weight 0.2
-    assert reward_of(honest, sample, GRPOConfig()).reward == pytest.approx(1, **near)
-    assert reward_of(honest, sample, GRPOConfig(weight_accuracy=0.25)).reward == pytest.approx(0.75, **near)
-    vanilla = reward_of(f"<think>t</think>{answer}", sample, GRPOConfig(reward="vanilla"))
-    assert (vanilla.reward, vanilla.format, vanilla.accuracy, vanilla.spatial) == (1, 1, 1, 0)
+    assert score_of(honest, data)["reward"] == pytest.approx(1, **near)
+    assert score_of(honest, data, weight_accuracy=0.25)["reward"] == pytest.approx(0.75, **near)
+    vanilla = score_of(f"<think>t</think>{answer}", data, reward="vanilla")
+    assert vanilla == {"reward": 1, "format": 1, "accuracy": 1, "reason": None}
+    wrong = honest.replace(answer, "<answer>(Z) none</answer>")
+    assert score_of(wrong, data)["reward"] == pytest.approx(0.3, **near)
+    assert score_of(wrong, data, gate=False)["reward"] == pytest.approx(0.5, **near)
 
 
 # ---- the update, against the formula of the README ----
@@ -530,6 +537,10 @@ def test_a_model_of_another_family_is_refused_before_it_is_loaded(family, messag
     ("group_size=1", "group_size"),
     ("min_pixels=9000000", "min_pixels 9000000 > max_pixels"),
     ("weight_accuracy=0.9", "weights: expected"),
+    ("weight_relation=0.1", "weights: expected"),
+    ("reward=dense", "reward: expected spatial, vanilla or path/to/file.py:name, got 'dense'"),
+    ("reward=mine.py", "reward: expected spatial, vanilla or path/to/file.py:name, got 'mine.py'"),
+    ("box_credit=iou", "box_credit"),
     ("learnig_rate=1", "did you mean 'learning_rate'"),
 ])  # fmt: skip
 def test_bad_config_is_refused(override, message):

@@ -1,0 +1,122 @@
+"""Reward functions of one's own: three signatures, named terms, and what goes wrong with them."""
+
+import pytest
+from test_rewards import GOLD, GOOD, SIZE
+
+from rewards import Score
+from scoring import RewardError, load_reward, means
+
+ROW = {"row_id": "7 (#3)", "image_size": SIZE, "kind": "choice", "gold": GOLD, "correct": True}
+ROW |= {"answer_option_text": GOLD, "problem": "Which?", "color": "red"}
+FILE = """
+import numpy as np
+from dataclasses import dataclass
+
+@dataclass
+class Kept:
+    n: int = 0
+
+def plain(completion, row): return 0.25 * row["correct"] + Kept().n
+def terms(completion, row): return {"reward": np.float32(0.5), "chars": len(completion)}
+def trl(completions, color, **kwargs): return [len(c) + (color == ["red"]) for c in completions]
+def trl_few(prompts, completions): return [float(p == "Which?") for p in prompts]
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": 0.5 * (ground_truth == extra_info["gold"]), "seen": extra_info["color"] == "red"}
+def verl_few(solution_str, ground_truth): return 0.75
+def nan(completion, row): return float("nan")
+def nan_term(completion, row): return {"reward": 1, "part": np.inf}
+def nothing(completion, row): return None
+def text(completion, row): return "1.0"
+def unnamed(completion, row): return {"part": 1.0}
+def fails(completion, row): return row["lacking"]
+def leaves(completion, row): raise SystemExit("bye")
+def two(completions, **columns): return [1.0, 2.0]
+def needs(completions, other): return [1.0]
+def spoils(completion, row): row.clear(); return 1
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reward") / "mine.py"
+    path.write_text(FILE)
+    return path
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("plain", {"reward": 0.25}),
+    ("terms", {"reward": 0.5, "chars": 2}),
+    ("trl", {"reward": 3}),
+    ("trl_few", {"reward": 1}),
+    ("verl", {"reward": 0.5, "score": 0.5, "seen": 1}),
+    ("verl_few", {"reward": 0.75}),
+])  # fmt: skip
+def test_each_signature(mine, name, expected):
+    assert vars(load_reward(f"{mine}:{name}")("hi", ROW)) == {"reason": None} | expected
+
+
+@pytest.mark.parametrize("name, message", [
+    ("nan", "expected reward to be a finite number, got nan"),
+    ("nan_term", "expected part to be a finite number, got inf"),
+    ("nothing", "expected reward to be a finite number, got None"),
+    ("text", "expected reward to be a finite number, got '1.0'"),
+    ("unnamed", "expected a number or terms with 'reward', got ['part']"),
+    ("fails", "KeyError: 'lacking'"),
+    ("leaves", "SystemExit: bye"),
+    ("two", "too many values"),
+    ("needs", "missing 1 required positional argument: 'other'"),
+])  # fmt: skip
+def test_a_failing_function_names_the_row(mine, name, message):
+    with pytest.raises(RewardError) as error:
+        load_reward(f"{mine}:{name}")("hi", ROW)
+    text = str(error.value)
+    assert text.startswith(f"row 7 (#3): reward {mine}:{name}: ") and message in text and "\n" not in text
+
+
+def test_the_row_is_the_functions_own(mine):
+    before = dict(ROW)
+    load_reward(f"{mine}:spoils")("hi", ROW)
+    assert ROW == before
+
+
+def test_a_function_that_is_not_there(mine, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("import not_installed_here")
+    for where, message in [
+        (f"{tmp_path}/none.py:f", "none.py cannot be loaded: FileNotFoundError"),
+        (
+            f"{broken}:f",
+            "broken.py cannot be loaded: ModuleNotFoundError: No module named 'not_installed_here'",
+        ),
+        (f"{mine}:missing", "expected a function 'missing' in"),
+        (f"{mine}:number", "expected a function 'number' in"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            load_reward(where)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_built_in_rewards_and_those_of_rewards_py_take_the_same_path():
+    expected = vars(load_reward("spatial")(GOOD, ROW))
+    assert set(expected) == set(vars(Score())) and expected["reward"] == pytest.approx(1, abs=1e-5)
+    assert load_reward("rewards.py:trl_spatial_reward")(GOOD, ROW).reward == expected["reward"]
+    verl = load_reward("rewards.py:compute_score")(GOOD, ROW)
+    assert (verl.reward, verl.spatial) == (expected["reward"], expected["spatial"])
+    assert vars(load_reward("vanilla")("<answer>(B) left</answer>", ROW))["reward"] == 0.5
+
+
+@pytest.mark.parametrize("kind, judged, accuracy", [
+    ("choice", True, 1), ("number", True, 0), ("number", False, 1)
+])  # fmt: skip
+def test_open_answers_are_judged_where_the_config_says_so(kind, judged, accuracy):
+    row = ROW | {"kind": kind, "correct": False}
+    assert load_reward("spatial", judge_answers=judged)(GOOD, row).accuracy == accuracy
+
+
+def test_means_hide_no_metric_of_the_trainer(mine):
+    scores = [load_reward(f"{mine}:terms")(text, ROW) for text in ("hi", "four")]
+    assert means(scores) == {"reward": 0.5, "reward/chars": 3}
+    assert set(means([load_reward("spatial")(GOOD, ROW)])) == {
+        "reward", "format", "count", "exact", "spatial", "relation"
+    }  # fmt: skip
