@@ -253,6 +253,40 @@ def test_the_sparse_baseline_has_no_figures_of_scenes(tiny_data, tmp_path, monke
     assert line["reward"] == pytest.approx(both, rel=rounding(16, 2, u=U64))  # means of 16 in float64
 
 
+OWN = """
+def brief(completion, row):
+    return {"reward": 1 / (1 + len(completion)), "chars": len(completion), "ids": len(row["image_id"])}
+
+def fails(completion, row):
+    return float("nan")
+"""
+
+
+def test_a_reward_function_of_ones_own(tiny_data, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    short = HF | {"max_completion_length": 8}
+    here(
+        monkeypatch,
+        tmp_path / "a",
+        tiny_data,
+        **short | {"steps": 1, "val_every": 1, "reward": f"{path}:brief"},
+    )
+    first, line = metrics(tmp_path / "a")
+    assert 0 < line["reward"] < 1 and line["reward/chars"] > 0 and line["reward/ids"] == 12
+    assert first["val_reward"] > 0 and not {"format", "count", "mean_iou"} & set(line)
+    ended = {"fails": "row train-.*: ValueError: expected reward to be a finite number, got nan"}
+    for name, message in (ended | {"gone": "reward .*:gone: expected a function 'gone' in"}).items():
+        with pytest.raises(SystemExit, match=f"error: {message}"):
+            here(monkeypatch, tmp_path / name, tiny_data, **short | {"reward": f"{path}:{name}"})
+        assert not list((tmp_path / name).glob("checkpoint-*"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        here(monkeypatch, tmp_path / "b", tiny_data, reward=f"{path}:gone", dry_run=True, sampler="hf")
+    (missing,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("missing: reward")]
+    assert "expected a function 'gone' in" in missing and "['brief', 'fails']" in missing
+
+
 # ---- messages ----
 def test_a_typo_is_named_with_the_nearest_key():
     done = run_script("train_grpo.py", "configs/tiny.yaml", "learnig_rate=1", status=2)
