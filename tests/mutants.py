@@ -275,6 +275,18 @@ GROUPS = [
         (".add_(bias).div_(temperature)", ".add_(bias).mul_(temperature)"),
         ("bias[forbidden_ids] = FORBIDDEN_BIAS", "bias[forbidden_ids] = 0"),
     ]),
+    # ---- scoring.py ----
+    ("scoring.py", "tests/test_scoring.py", [
+        ('judge_answers and row["kind"] != "choice"', "judge_answers"),
+        ("if takes_all or k in names}", "if k in names}"),
+        ("if takes_all or k in names}", "if takes_all or k}"),
+        ("function(completion, dict(row))", "function(completion, row)"),
+        ("or not math.isfinite(value):", ":"),
+        ('{"reward": terms["score"]} | terms', "terms"),
+        ("except (Exception, SystemExit) as error:  # whatever a foreign function",
+         "except Exception as error:  # whatever a foreign function"),
+        ("sum(values) / len(values)", "sum(values) / len(scores)"),
+    ]),
     # ---- train_grpo.py: advantages ----
     ("train_grpo.py", TRAIN, [
         ("rewards - rewards.mean(1, keepdim=True)", "rewards.mean(1, keepdim=True) - rewards"),

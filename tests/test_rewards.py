@@ -1325,6 +1325,12 @@ def test_credit_of_boxes(box, credit, spatial):
     assert got.spatial == pytest.approx(spatial, abs=CIOU_EPS)
 
 
+def test_a_blind_box_takes_nothing_from_an_exact_one():
+    scene = graph([DOG, obj("cat.1", (0, 0, 10, 10))])
+    got = score_completion(reply(scene), gold_text(graph([DOG, CAT])), SIZE, box_credit="positive_ciou")
+    assert got.spatial == pytest.approx(0.5, abs=CIOU_EPS) and got.matches[1][3] < 0
+
+
 def test_unknown_credit_is_refused():
     with pytest.raises(ValueError, match="box_credit: expected one of .*'iou50'.*, got 'giou'"):
         score_completion(GOOD, GOLD, SIZE, box_credit="giou")

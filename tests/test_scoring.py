@@ -117,6 +117,8 @@ def test_open_answers_are_judged_where_the_config_says_so(kind, judged, accuracy
 def test_means_hide_no_metric_of_the_trainer(mine):
     scores = [load_reward(f"{mine}:terms")(text, ROW) for text in ("hi", "four")]
     assert means(scores) == {"reward": 0.5, "reward/chars": 3}
+    scores.append(load_reward(f"{mine}:plain")("hi", ROW))  # names one term less
+    assert means(scores) == {"reward": 1.25 / 3, "reward/chars": 3}
     assert set(means([load_reward("spatial")(GOOD, ROW)])) == {
         "reward", "format", "count", "exact", "spatial", "relation"
     }  # fmt: skip
