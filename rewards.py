@@ -423,16 +423,17 @@ def _match(predicted: _Objects, gold: _Objects, similarity) -> tuple[tuple, list
 
 # ---- reward ------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=4096)  # the G completions of a prompt share their gold
-def _gold(ground_truth: str, width: float, height: float) -> tuple[_Objects, dict, str]:
-    """-> (objects, scene, answer in lower case)."""
+def _gold(ground_truth: str, width: float, height: float) -> tuple[_Objects, int, set, str]:
+    """-> (objects, number of relationships, _triples, answer in lower case)."""
     scene, answer = parse_ground_truth(ground_truth)
     for o in scene["objects"]:
         if max(map(abs, o["bbox"])) > MAX_SIDE:
             raise ValueError(f"ground truth: expected pixels up to {MAX_SIDE}, got {o['id']} {o['bbox']}")
     try:
-        return _place(scene, width, height, clip=False), scene, answer.lower()
+        objects = _place(scene, width, height, clip=False)
     except _Rejected as error:
         raise ValueError(f"ground truth: {error}") from None
+    return objects, len(scene["relationships"]), _triples(scene), answer.lower()
 
 
 def _check_size(image_size) -> tuple[float, float]:
@@ -552,7 +553,7 @@ def score_completion(
         raise ValueError(f"box_credit: expected one of {tuple(BOX_CREDITS)}, got {box_credit!r}")
     if not isinstance(ground_truth, str):
         raise ValueError(f"ground truth: expected text, got {type(ground_truth).__name__}")
-    gold, gold_scene, gold_answer = _gold(ground_truth, width, height)
+    gold, n_gold, wanted, gold_answer = _gold(ground_truth, width, height)
     try:
         _, scene_text, _, answer = _split(completion, BLOCKS)
         scene = in_pixels(_parse(scene_text), box_frame, (width, height))
@@ -562,7 +563,7 @@ def score_completion(
 
     m, k = len(predicted.labels), len(gold.labels)
     count = _closeness(m, k)
-    if n_gold := len(gold_scene["relationships"]):
+    if n_gold:
         count_relationships = _closeness(len(scene["relationships"]), n_gold)
         count = weights.count_objects * count + weights.count_relationships * count_relationships
     right = judge(completion) if judge else answer.strip().lower() == gold_answer
@@ -575,7 +576,7 @@ def score_completion(
     else:
         spatial = float(m == 0 and not n_gold)
     partner = {i: j for i, j, *_ in alike}
-    triples, wanted = _triples(scene), _triples(gold_scene)
+    triples = _triples(scene)
     claims = {(partner.get(s), predicate, partner.get(o)) for s, predicate, o in triples}
     relation = len(claims & wanted) / len(wanted) if wanted else float(not triples)
     if gate:
