@@ -41,6 +41,7 @@ cost, averages raw CIoU over matched pairs only, and always splits the count ter
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -496,6 +497,13 @@ def _triples(scene: dict) -> set[tuple[int, str, int]]:
     return {(index[s], p, index[o]) for s, o, p in named if s != o and s in index and o in index and p}
 
 
+def _found(triples: set, partner: dict[int, int], wanted: set) -> float:
+    """Share of the wanted triples. A pair with more predicates than gold has for it earns less for each."""
+    claims = {(partner.get(s), predicate, partner.get(o)) for s, predicate, o in triples}
+    said, held = (Counter((s, o) for s, _, o in of) for of in (claims, wanted))
+    return sum(min(1.0, held[s, o] / said[s, o]) for s, _, o in claims & wanted) / len(wanted)
+
+
 BOX_CREDITS = {  # what a matched pair earns, of its IoU and CIoU; "ciou" pays a box put blindly about half
     "ciou": lambda iou, quality: (quality + 1) / 2,
     "positive_ciou": lambda iou, quality: max(quality, 0.0),
@@ -543,8 +551,9 @@ def score_completion(
                   If K is 0: 1 if nothing is predicted (and gold has no relationships), else 0.
         relation  0 if the answer is wrong; else the share of gold's distinct relationships (between two of
                   its objects) that the completion has, with the same predicate up to case, `_`, `-` and
-                  spaces, between objects matched with theirs under labels of similarity above 0. If gold has
-                  none: 1 if none is predicted, else 0. Weighs nothing by default.
+                  spaces, between objects matched with theirs under labels of similarity above 0. Where a pair
+                  has n predicates and gold m < n, each right one counts for m / n. If gold has none: 1 if
+                  none is predicted, else 0. Weighs nothing by default.
     `matches` is filled whenever the format is right and both scenes have objects, whatever the answer.
     Raises: ValueError on bad ground truth or image size.
     """
@@ -577,8 +586,7 @@ def score_completion(
         spatial = float(m == 0 and not n_gold)
     partner = {i: j for i, j, *_ in alike}
     triples = _triples(scene)
-    claims = {(partner.get(s), predicate, partner.get(o)) for s, predicate, o in triples}
-    relation = len(claims & wanted) / len(wanted) if wanted else float(not triples)
+    relation = _found(triples, partner, wanted) if wanted else float(not triples)
     if gate:
         spatial, relation = accuracy * spatial, accuracy * relation
     reward = weights.format + weights.count * count + weights.accuracy * accuracy

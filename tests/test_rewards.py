@@ -1345,6 +1345,7 @@ def test_a_pair_of_unrelated_labels_may_earn_nothing(label, spatial):
 
 
 BIRD = obj("bird.1", (0, 0, 20, 20))
+BY, AT = rel("dog.1", "by", "cat.1"), rel("dog.1", "at", "cat.1")
 ON, NEAR_BY = rel("dog.1", "on", "cat.1"), rel("bird.1", "next to", "dog.1")
 
 
@@ -1354,7 +1355,10 @@ ON, NEAR_BY = rel("dog.1", "on", "cat.1"), rel("bird.1", "next to", "dog.1")
     ([rel("dog.1", " ON ", "cat.1"), rel("bird.1", "Next_To", "dog.1")], [ON, NEAR_BY], 1),
     ([rel("dog.1", "under", "cat.1")], [ON, NEAR_BY], 0),
     ([rel("cat.1", "on", "dog.1")], [ON, NEAR_BY], 0),  # the other way round
-    ([ON, rel("dog.1", "under", "cat.1")], [ON], 1),  # a claim that gold does not know costs count only
+    ([ON, rel("dog.1", "under", "cat.1")], [ON], 0.5),  # one of two guesses about a pair
+    ([ON, BY], [ON, BY], 1),
+    ([ON, BY, AT], [ON, BY], 2 / 3),
+    ([ON, rel("cat.1", "under", "dog.1")], [ON], 1),  # of a pair that gold does not relate: costs count only
     ([ON], [ON, rel("dog.1", "On", "cat.1")], 1),  # gold says one thing twice
     ([ON], [ON, rel("dog.1", "on", "dog.1"), rel("dog.1", "on", "gone.1")], 1),  # what no reply can say
     ([], [], 1),
