@@ -5,7 +5,8 @@
         validator=openai:gpt-4o n=10000 out=runs/stvqa
     python synthesize.py source=psg:psg.json images=/data/coco writer=openai:my-model \\
         base_url=http://localhost:8000/v1 n=500 budget=5 out=runs/psg
-    python synthesize.py out=runs/tiny/data              # the built-in drawn set (15 s)
+    python synthesize.py out=runs/drawn                  # the built-in drawn set (15 s)
+    python synthesize.py source=measured out=runs/tiny/data    # the demo's set: tiny.py, without the stages
     python synthesize.py out=runs/stvqa report=true      # its page again
 
 Eight stages, each a function below and a file in `out`; a killed run goes on where it was, and the same
@@ -56,9 +57,11 @@ PROVENANCE = ("key", "source", "image_group", "licence", "form", "topic", "fact"
 
 
 class SynthesizeConfig(Config):
-    out: str = opt("runs/tiny/data", "folder to write; a run that was cut off goes on in it", path=True)
+    out: str = opt("runs/drawn", "folder to write; a run that was cut off goes on in it", path=True)
     source: str = opt(
-        "drawn", "KIND:PATH of scene graphs: vg, vg150, hub, gqa, openimages, psg, coco; or drawn", path=True
+        "drawn",
+        "KIND:PATH of scene graphs: vg, vg150, hub, gqa, openimages, psg, coco; or drawn, measured",
+        path=True,
     )
     images: str | None = opt(None, "folder of the pictures, where the graphs do not hold them", path=True)
     limit: int | None = opt(None, "graphs read at most", ge=1)
@@ -94,7 +97,7 @@ class SynthesizeConfig(Config):
     report: bool = opt(False, "only make report.html again")
     push_to_hub: str | None = opt(None, "Hub data set to upload the finished set to")
     public: bool = opt(False, "upload it for everybody to see")
-    worked: bool = opt(False, "drawn: also worked examples and base_model/ for train_sft.py")
+    worked: bool = opt(False, "drawn, measured: also worked examples for train_sft.py")
     n_careful: int = opt(40000, "worked examples of stage 1", ge=0)
     n_mixed: int = opt(14000, "worked examples of stage 2", ge=0)
     hasty: float = opt(0.6, "share of hasty annotators in stage 2", ge=0, le=1)
@@ -114,8 +117,8 @@ class SynthesizeConfig(Config):
                 provider in PROVIDERS and model
             ):
                 raise ValueError(f"{key}: expected PROVIDER:MODEL of {', '.join(PROVIDERS)}, got {spec}")
-        if self.worked and self.source != "drawn":
-            raise ValueError(f"worked: expected source=drawn, got {self.source}")
+        if self.worked and self.source not in ("drawn", "measured"):
+            raise ValueError(f"worked: expected source=drawn or measured, got {self.source}")
         return self
 
     @property
@@ -608,6 +611,8 @@ def main():
     with plain_errors(), model_errors():
         out.mkdir(parents=True, exist_ok=True)
         with alone(out):
+            if cfg.source == "measured":
+                return tiny.write_measured(cfg, out)
             if cfg.report:
                 items = read_lines(out / "selected.jsonl")
                 return report(cfg, out, Ledger(out / "graphs.jsonl"), items)

@@ -1,7 +1,8 @@
 """The built-in tiny world: drawn scenes, worked examples, a tokenizer and an untrained Qwen2.5-VL.
 
-    python synthesize.py out=runs/tiny/data                # its questions, like those of any source
+    python synthesize.py out=runs/drawn                    # its questions, like those of any source
     python synthesize.py out=runs/warm/data worked=true    # + worked examples and base_model/
+    python synthesize.py source=measured out=runs/study/data    # questions that turn on a few pixels
 
 A scene is a 3 x 3 grid of 28-pixel cells (one merged vision patch each) holding two to four coloured shapes
 on a pale gradient. Everything about it is known: every label is exhaustive, so that questions, options, gold
@@ -94,10 +95,10 @@ CHAT_TEMPLATE = (
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
-def draw_graph(rng: random.Random) -> RawGraph:
+def draw_graph(rng: random.Random, numbers: tuple = (2, 3, 3, 4)) -> RawGraph:
     """Two to four distinct shapes in distinct cells, in reading order; every fourth has one kind only."""
     kinds = SHAPES if rng.random() < 0.75 else (rng.choice(SHAPES),)
-    labels = rng.sample([(c, s) for c in COLORS for s in kinds], rng.choice((2, 3, 3, 4)))
+    labels = rng.sample([(c, s) for c in COLORS for s in kinds], rng.choice(numbers))
     cells = sorted(rng.sample(range(GRID * GRID), len(labels)))  # sorted, so that a list of them is canonical
     objects = []
     for (color, kind), cell in zip(labels, cells, strict=True):
@@ -268,6 +269,124 @@ def write_worked(cfg, out: Path, taken: set):
     write_parquet(out / "worked_val.parquet", held_out, features)
     build_base_model(out / "base_model", cfg.seed)
     print(f"worked    wrote {out}/worked.parquet, worked_val.parquet, base_model/")
+
+
+# ---- the measured set --------------------------------------------------------------------------------------
+# Two shapes, and questions that turn on a few pixels: sums for who has exact boxes, a guess at a glance.
+# Annotators answer what their own boxes say. They read an edge off a coarse ruler, or one time in three off a
+# fine one, and often call any relation "next to".
+MEASURES = {  # category: question, options
+    "size": ("How wide are the {0} and the {1} together?", ("28", "32", "36", "40")),
+    "distance": ("How far are the {0} and the {1} apart from side to side?", ("4", "8", "12", "16")),
+    "relation": ("Which is further left, the {0} or the {1}?", ("{0}", "{1}")),
+}
+MARK, FINE, VAGUE = 14, 0.3, 0.6  # pixels between marks; shares of exact edges and of vague relations
+NEARLY = 8  # pixels that left edges differ at most in a question about them
+
+
+def read_off(category: str, a, b, options, rng) -> tuple[str, str]:
+    """What the boxes of the first and the second shape say: the sums, and the option that fits them best."""
+    if category == "relation":
+        value = b[0] - a[0]
+        first = value > 0 or value == 0 and rng.random() < 0.5
+        return f"{a[0]} to {b[0]} : {value}", options[0 if first else 1]
+    if category == "size":
+        wide = a[2] - a[0], b[2] - b[0]
+        value = sum(wide)
+        sums = f"{a[0]} to {a[2]} : {wide[0]} , {b[0]} to {b[2]} : {wide[1]} , {value}"
+    else:
+        left, right = sorted((a, b))
+        value = right[0] - left[2]
+        sums = f"{left[2]} to {right[0]} : {value}"
+    return sums, min(options, key=lambda o: (abs(int(o) - value), rng.random()))
+
+
+def measure(graph: SceneGraph, category: str) -> tuple[Question, tuple[str, ...]] | None:
+    """A question of this category and its options in order, if the two shapes of the scene allow it."""
+    first, second = shapes = sorted(graph.objects, key=lambda o: cell_of(o.box))
+    a, b = ([int(v) for v in o.box] for o in shapes)
+    text, options = MEASURES[category]
+    options = tuple(o.format(first.label, second.label) for o in options)
+    left, right = sorted((a, b))
+    if category == "relation":
+        fits = left[0] // CELL == right[0] // CELL and 0 < right[0] - left[0] <= NEARLY
+    else:
+        value = right[0] - left[2] if category == "distance" else a[2] - a[0] + b[2] - b[0]
+        fits = str(value) in options
+    if not fits:
+        return None
+    sums, answer = read_off(category, a, b, options, random)
+    same_row = cell_of(a) // GRID == cell_of(b) // GRID
+    question = Question(
+        key=f"{graph.image_id} {category}",
+        image_id=graph.image_id,
+        category=category,
+        form=f"{category}/measured",
+        topic=category,
+        text=text.format(first.label, second.label),
+        answer=answer,
+        wrong=tuple(o for o in options if o != answer),
+        objects=(first.id, second.id),
+        relationships=((first.id, "left of" if same_row else "above", second.id),),
+        level="hard",
+        rating=8,
+        fact=sums,
+    )
+    return question, options
+
+
+def measured_example(graph: SceneGraph, q: Question, options: tuple[str, ...], rng) -> str:
+    """The completion of an annotator who measures badly and reasons well."""
+    known = {o.id: o for o in graph.objects}
+    shapes = [known[i] for i in q.objects]
+    boxes = [read_edges(o.box, rng) for o in shapes]
+    said = [(s, "next to" if rng.random() < VAGUE else p, o) for s, p, o in q.relationships]
+    sums, choice = read_off(q.category, *boxes, options, rng)
+    seen = ", ".join(f"{POSITIONS[cell_of(s.box)]} {s.label}" for s in shapes)
+    scene = scene_json(zip(q.objects, boxes, strict=True), said)
+    return (
+        f"<observe> {seen} </observe>\n<scene>{scene}</scene>\n<think> {sums}, so {choice} </think>\n"
+        f"<answer> ({LETTERS[options.index(choice)]}) {choice} </answer>"
+    )
+
+
+def read_edges(box, rng) -> list[int]:
+    """A box whose edges are exact or at the nearest mark; never of no width or height."""
+    x1, y1, x2, y2 = (int(v) if rng.random() < FINE else round(v / MARK) * MARK for v in box)
+    return [x1, y1, max(x2, x1 + 2), max(y2, y1 + 2)]
+
+
+def measured_rows(n: int, seed: object, taken: set) -> Iterator[dict]:
+    """n rows with a bad annotator's `completion`; categories and their answers are even."""
+    rng, categories = random.Random(f"{seed} measured"), list(MEASURES)
+    for i in range(n):
+        category = categories[i % len(categories)]
+        wanted = i // len(categories)
+        while True:
+            raw = draw_graph(rng, (2,))
+            if raw.image_id in taken:
+                continue
+            graph, _ = clean(raw)
+            asked = measure(graph, category)
+            if asked and asked[0].answer == asked[1][wanted % len(asked[1])]:
+                break
+        taken.add(raw.image_id)
+        completion = measured_example(graph, *asked, rng)
+        yield row(graph, *asked, f"{seed}-{i:06d}") | {"completion": completion}
+
+
+def write_measured(cfg, out: Path):
+    """train.parquet and val.parquet; with cfg.worked also worked.parquet and worked_val.parquet to imitate.
+
+    No scene is in two of them. Each row has a bad annotator's `completion`.
+    """
+    sizes = {"val": 1024 if cfg.n_val is None else cfg.n_val, "train": cfg.n_train or 4096}
+    sizes |= {"worked_val": 512, "worked": 16_000} if cfg.worked else {}
+    taken, features = set(), stvqa_features(completion="string")
+    for name, n in sizes.items():
+        rows = measured_rows(n, f"{cfg.seed} {name}", taken)
+        write_parquet(out / f"{name}.parquet", rows, features)
+    print(f"measured  wrote {', '.join(f'{n:,} {name}' for name, n in sizes.items())} to {out}")
 
 
 # ---- the untrained model -----------------------------------------------------------------------------------

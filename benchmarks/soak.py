@@ -1,6 +1,6 @@
 """Host memory over a long run of the demo: vLLM samples, the trainer updates, and nothing may grow.
 
-    python synthesize.py out=runs/tiny/data
+    python synthesize.py out=runs/drawn
     python benchmarks/soak.py [steps=200] [key=value ...]       (8 minutes for 200 steps)
 
 The demo with 8 prompts of 4 completions a step, in a folder that is removed. Prints what the process holds,
