@@ -1,7 +1,7 @@
 """What honest work and cheats earn under the spatial reward and each of its options.
 
     python benchmarks/cheats.py               # both tables of docs/rewards.md; half a minute
-    python benchmarks/cheats.py --n 100
+    python benchmarks/cheats.py --source vg:/data/visual_genome gqa:/data/gqa     # of real scenes as well
 
 Scenes are those of the drawn set, and of graphs like Visual Genome's (tests/graph_files.py), with questions
 by the rules of questions.py. A constant scene is the one that earns most, searched anew for every
@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from graph_files import write_big_vg  # noqa: E402
 
 import tiny  # noqa: E402
+from config import plain_errors  # noqa: E402
 from questions import candidates  # noqa: E402
 from rewards import Weights, score_completion  # noqa: E402
 from scenes import clean  # noqa: E402
@@ -70,7 +71,12 @@ def drawn(n: int, seed: int = 0) -> list[Scene]:
 def like_vg(n: int, seed: int = 0) -> list[Scene]:
     with tempfile.TemporaryDirectory() as folder:
         write_big_vg(Path(folder), n, seed)
-        graphs = [clean(raw)[0] for raw in read(f"vg:{folder}")]
+        return of_source(n, seed, f"vg:{folder}")
+
+
+def of_source(n: int, seed: int, *sources: str) -> list[Scene]:
+    """At most n questions about the scene graphs of KIND:PATH, as synthesize.py reads them."""
+    graphs = [clean(raw)[0] for source in sources for raw in read(source)]
     by_id = {graph.image_id: graph for graph in graphs}
     chosen = choose([q for graph in graphs for q in candidates(graph, 2)], n, {"relation": 0.5}, 2, seed)
     options = order_options(seed, chosen)
@@ -183,8 +189,14 @@ def markdown(table: dict) -> str:
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=400, help="questions of each kind of scene")
-    n = parser.parse_args(argv).n
-    for name, scenes in ("Drawn scenes", drawn(n)), ("Scenes like Visual Genome's", like_vg(n)):
+    parser.add_argument(
+        "--source", nargs="*", default=[], help="KIND:PATH of scene graphs, for a third table"
+    )
+    args = parser.parse_args(argv)
+    with plain_errors():
+        real = {" ".join(args.source): of_source(args.n, 0, *args.source)} if args.source else {}
+    tables = {"Drawn scenes": drawn(args.n), "Scenes like Visual Genome's": like_vg(args.n)} | real
+    for name, scenes in tables.items():
         objects, relations = (
             sum(map(len, part)) / len(scenes) for part in list(zip(*scenes, strict=True))[:2]
         )

@@ -6,7 +6,7 @@
     python benchmarks/study.py report=true            # the picture and the table of what is there
 
 An arm is configs/study/ARM.yaml on top of configs/measured.yaml, or of configs/study/sft.yaml. Each arm and
-seed is trained, merged, evaluated on all held-out rows, and leaves one small file in benchmarks/study: what
+seed is trained, merged, evaluated on all held-out rows, and leaves one small file in assets/study: what
 is there is not done again, and a killed run goes on from its last checkpoint. The rows are the measured
 set's of tiny.py: who reads off exact boxes answers right.
 """
@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from hashlib import sha256
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class StudyConfig(Config):
     jobs: int = opt(2, "runs at a time; they share the cores", ge=1)
     report: bool = opt(False, "run nothing: draw and print what is there")
     out: str = opt("runs/study", "folder of data and runs", path=True)
-    results: str = opt(str(REPO / "benchmarks/study"), "folder of the small result files", path=True)
+    results: str = opt(str(REPO / "assets/study"), "folder of the small result files", path=True)
 
 
 # ---- running -----------------------------------------------------------------------------------------------
@@ -124,12 +124,22 @@ def do(arm: str, seed: int, cfg: StudyConfig):
         "minutes": round((time.time() - began) / 60, 1),
     }
     result |= {"curve": curve(folder / "metrics.jsonl"), "items": items(records)}
-    with write_whole(file_of(arm, seed, cfg)) as tmp:
+    path = Path(cfg.results) / f"{arm}-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_whole(path) as tmp:
         Path(tmp).write_text(json.dumps(result, separators=(",", ":")) + "\n")
 
 
-def file_of(arm: str, seed: int, cfg: StudyConfig) -> Path:
-    return Path(cfg.results) / f"{arm}-{seed}.json"
+def do_all(wanted: list[tuple[int, str]], cfg: StudyConfig):
+    """These seeds and arms, cfg.jobs at a time; after a failure none is begun."""
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        jobs = [pool.submit(do, arm, seed, cfg) for seed, arm in wanted]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def curve(path: Path) -> list[dict]:
@@ -258,9 +268,7 @@ def main():
             run("synthesize.py", "source=measured", f"out={out}/data")
         wanted = [(0, START)] + [(seed, arm) for seed in seeds for arm in arms]
         wanted = [(seed, arm) for seed, arm in wanted if seed not in found.get(arm, {})]
-        with ThreadPoolExecutor(cfg.jobs) as pool:
-            for _ in pool.map(lambda job: do(job[1], job[0], cfg), wanted):
-                pass
+        do_all(wanted, cfg)
         found = load(cfg)
     if not found:
         raise SystemExit(f"error: no results in {cfg.results}")
