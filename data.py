@@ -160,6 +160,7 @@ class Samples(Sequence):
         self.texts = hashlib.blake2b(digest_size=16)  # of what else the rows hold
         self.max_images = 0  # of one row
         self.without_image = 0  # rows
+        self.open_answers = 0  # rows that are no choice of options
         self.clipped = 0  # rows with a gold box clipped to the image
         self.overhang = 0.0  # the most that was cut off a box, pixels
         self.skipped: list[str] = []  # a message for each row left out
@@ -249,7 +250,7 @@ def load_samples(
             return error
         texts = sample.problem, sample.answer, sample.ground_truth, sample.completion
         texts += (sample.kind, sample.meta) if sample.kind != "choice" else ()
-        return asked, repr(texts), overhang, len(sample.encoded_images)
+        return asked, repr(texts), overhang, len(sample.encoded_images), sample.kind != "choice"
 
     with ThreadPoolExecutor(threads) as pool:
         checked = pool.map(check, range(total))
@@ -258,7 +259,7 @@ def load_samples(
                 samples.skipped.append(f"{found.reason}: {found}")
                 samples.reasons[found.reason] += 1
                 continue
-            asked, texts, overhang, n_images = found
+            asked, texts, overhang, n_images, is_open = found
             samples.rows.append(row)
             samples.asked.append(asked)
             samples.texts.update(texts.encode())
@@ -266,6 +267,7 @@ def load_samples(
             samples.overhang = max(samples.overhang, overhang)
             samples.max_images = max(samples.max_images, n_images)
             samples.without_image += not n_images
+            samples.open_answers += is_open
     passed.save()
     allowed = 1.0 if skip_bad_rows or skip_long_prompts else max_bad_rows
     if len(samples.skipped) > allowed * total or not samples.rows:

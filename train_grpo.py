@@ -713,6 +713,10 @@ def load_rows(cfg: GRPOConfig, encoder: PromptEncoder, accelerator):
             loaded["held out"] = load_samples(**source, **limits, **apart)
     if accelerator.is_main_process:
         print(report_rows(loaded, Path(cfg.out, "bad_rows.txt")), flush=True)
+        if (n := loaded["train"].open_answers) and cfg.reward == "spatial" and not cfg.judge_answers:
+            print(
+                f"{n} open answers are right as equal texts only; judge_answers=true reads them as evaluation"
+            )
     return loaded["train"], loaded.get("held out", [])
 
 

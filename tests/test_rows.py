@@ -285,6 +285,11 @@ def mixed(load):
     return load(*rows, ONE | {"question_with_options": "This:\n<image>\nWhich?\n(A) cup\n(B) plate"})
 
 
+def test_open_answers_are_counted(load):
+    samples = mixed(load)
+    assert (len(samples), samples.open_answers, samples.without_image) == (6, 5, 1)
+
+
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
 def test_prompts_are_those_of_the_processors_own_chat_template(model_type, load, family):
     """The ids, and the pixels in their order; what vLLM is sent expands to them at the images' places."""
