@@ -830,6 +830,29 @@ GROUPS = [
         ("cfg.accept, i[\"unanimous\"])}", "cfg.accept)}"),
         ('keep = {k for k in items if not votes.is_blind(said[name].get(k, []))}', "keep = set(items)"),
     ]),
+    # ---- tiny.py: the measured set ----
+    ("tiny.py", "tests/test_tiny.py", [
+        ("first = value > 0 or", "first = value < 0 or"),
+        ("(abs(int(o) - value), rng", "(int(o) - value, rng"),
+        ("left, right = sorted((a, b))\n        value", "left, right = a, b\n        value"),
+        ("wanted % len(asked[1])", "0"),
+        ("        taken.add(raw.image_id)\n        completion", "        completion"),
+        ("if rng.random() < FINE else round", "if True else round"),
+        ("max(x2, x1 + 2)", "x2"),
+    ]),
+    # ---- benchmarks/study.py ----
+    ("benchmarks/study.py", "tests/test_study.py", [
+        ('[0.0] * (r["gold_objects"] - len(r["matches"]))', "[]"),
+        ('key=lambda r: r["row"]', 'key=lambda r: -r["row"]'),
+        ("rng.multinomial(s, [1 / s] * s, DRAWS) / s", "np.full((DRAWS, s), 1 / s)"),
+        ("rng.multinomial(n, [1 / n] * n, DRAWS) / n", "np.full((DRAWS, n), 1 / n)"),
+        ("(1 + (abs(signs", "(0 + (abs(signs"),
+        ("(abs(signs @ change) >= abs", "((signs @ change) >= abs"),
+        ('matrix(pick[0], "correct") - matrix(pick[1], "correct")',
+         'matrix(pick[1], "correct") - matrix(pick[0], "correct")'),
+        (">= SEEN", "< SEEN"),
+        ('result["identity"] != identity(arm)', "False"),
+    ]),
 ]  # fmt: skip
 
 MUTANTS = [(file, old, new, tests) for file, tests, pairs in GROUPS for old, new in pairs]
