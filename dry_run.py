@@ -23,7 +23,7 @@ from config import to_yaml
 from data import load_samples, report_rows
 from metrics import lacking_tracker
 from packing import check_family
-from scoring import find_function
+from scoring import load_reward
 
 GIB = 2**30
 # ---- assumptions ----
@@ -583,7 +583,7 @@ def dry_run(cfg) -> int:
     if cfg.sampler == "vllm" and importlib.util.find_spec("vllm") is None:
         missing.append("vllm: not installed (pip install -r requirements.txt, or sampler=hf)")
     try:
-        find_function(cfg.reward)
+        load_reward(cfg.reward, **cfg.scoring)
     except ValueError as error:
         missing.append(str(error))
     missing += [why] if (why := lacking_tracker(cfg.tracker)) else []

@@ -60,16 +60,16 @@ def find_function(where: str) -> Callable:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a foreign file raises
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"reward {where}: {file} cannot be loaded: {why}") from error
+        raise ValueError(f"{file} cannot be loaded: {why}") from error
     if not callable(function := getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
-        raise ValueError(f"reward {where}: expected a function {name!r} in {file}, which has {known[:20]}")
+        raise ValueError(f"expected a function {name!r} in {file}, which has {known[:20]}")
     return function
 
 
 def adapt(function: Callable) -> Callable:
-    """A function of TRL's, verl's or the plain signature as one of (completion, row)."""
-    parameters = inspect.signature(function).parameters.values()
+    """A function of TRL's, verl's or the plain signature as one of (completion, row). Raises: ValueError."""
+    parameters = (signature := inspect.signature(function)).parameters.values()
     names, takes_all = {p.name for p in parameters}, any(p.kind == p.VAR_KEYWORD for p in parameters)
 
     def call(arguments: dict):
@@ -85,7 +85,13 @@ def adapt(function: Callable) -> Callable:
         terms = call(known | {"solution_str": completion, "extra_info": {"index": row["row_id"]} | row})
         return {"reward": terms["score"]} | terms if isinstance(terms, dict) and "score" in terms else terms
 
-    return trl if "completions" in names else verl if "solution_str" in names else function
+    if "completions" in names or "solution_str" in names:
+        return trl if "completions" in names else verl
+    try:
+        signature.bind("completion", {})
+    except TypeError:
+        raise ValueError(f"expected parameters (completion, row), TRL's or verl's, got {signature}") from None
+    return function
 
 
 def load_reward(where: str, **options) -> Callable[[str, dict], SimpleNamespace]:
@@ -94,7 +100,10 @@ def load_reward(where: str, **options) -> Callable[[str, dict], SimpleNamespace]
 
     Raises: ValueError if there is no such function; when called, RewardError naming the row.
     """
-    function = adapt(find_function(where))
+    try:
+        function = adapt(find_function(where))
+    except ValueError as error:
+        raise ValueError(f"reward {where}: {error}") from None
     function = functools.partial(function, **options) if where == "spatial" else function
 
     def score(completion: str, row: dict) -> SimpleNamespace:

@@ -32,6 +32,7 @@ def fails(completion, row): return row["lacking"]
 def leaves(completion, row): raise SystemExit("bye")
 def two(completions, **columns): return [1.0, 2.0]
 def needs(completions, other): return [1.0]
+def three(completion, row, other): return 1.0
 def spoils(completion, row): row.clear(); return 1
 number = 3
 """
@@ -88,6 +89,10 @@ def test_a_function_that_is_not_there(mine, tmp_path):
         (
             f"{broken}:f",
             "broken.py cannot be loaded: ModuleNotFoundError: No module named 'not_installed_here'",
+        ),
+        (
+            f"{mine}:three",
+            "expected parameters (completion, row), TRL's or verl's, got (completion, row, other)",
         ),
         (f"{mine}:missing", "expected a function 'missing' in"),
         (f"{mine}:number", "expected a function 'number' in"),
