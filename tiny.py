@@ -281,6 +281,7 @@ MEASURES = {  # category: question, options
     "relation": ("Which is further left, the {0} or the {1}?", ("{0}", "{1}")),
 }
 MARK, FINE, VAGUE = 14, 0.3, 0.6  # pixels between marks; shares of exact edges and of vague relations
+MEASURED_WORKED = {"worked_val": 512, "worked": 16_000}  # rows to imitate
 NEARLY = 8  # pixels that left edges differ at most in a question about them
 
 
@@ -381,7 +382,7 @@ def write_measured(cfg, out: Path):
     No scene is in two of them. Each row has a bad annotator's `completion`.
     """
     sizes = {"val": 1024 if cfg.n_val is None else cfg.n_val, "train": cfg.n_train or 4096}
-    sizes |= {"worked_val": 512, "worked": 16_000} if cfg.worked else {}
+    sizes |= MEASURED_WORKED if cfg.worked else {}
     taken, features = set(), stvqa_features(completion="string")
     for name, n in sizes.items():
         rows = measured_rows(n, f"{cfg.seed} {name}", taken)

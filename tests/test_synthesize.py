@@ -14,6 +14,7 @@ from programs import REPO, run_script, settings
 from servers import KEY, openai_answer, serve, text_of
 
 import synthesize
+import tiny
 from data import load_samples
 from rewards import parse_ground_truth
 from scenes import clean
@@ -48,6 +49,22 @@ def drawn(tmp_path_factory):
 
 
 # ---- the set ----
+def test_the_measured_set_is_written_at_once(tmp_path, capsys):
+    sizes = {"n_train": 12, "n_val": 6, "worked": "true", "source": "measured"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "MEASURED_WORKED", {"worked_val": 3, "worked": 9})
+        patch.setattr(sys, "argv", ["synthesize.py", *settings(out=tmp_path, **sizes)])
+        synthesize.main()
+    said = {"val": 6, "train": 12, "worked_val": 3, "worked": 9}
+    scenes = [
+        r["images"]["bytes"] for name in said for r in pq.read_table(tmp_path / f"{name}.parquet").to_pylist()
+    ]
+    assert len(set(scenes)) == len(scenes) == 30
+    assert "wrote 6 val, 12 train, 3 worked_val, 9 worked" in capsys.readouterr().out
+    samples = load_samples(str(tmp_path / "train.parquet"))
+    assert len(samples) == 12 and samples[0].completion.startswith("<observe>")
+
+
 def test_the_set_has_stvqas_columns_and_can_be_trained_on(drawn):
     for split, n in (("train", 200), ("val", 40)):
         samples = load_samples(str(drawn), split=split)
