@@ -4,7 +4,7 @@
 
 Every path runs alone in a process of its own and is timed from its first prompt to its last reply, the model
 being loaded. The plain loop is what evaluators usually do: four items at a time through the processor and
-`generate`. Two models: the demo's (2.5 million parameters, 512 items) and an untrained one of 77 million, 64
+`generate`. Two models: the tiny one (2.5 million parameters, 512 items) and an untrained one of 77 million, 64
 items of 64 tokens. Then: replies read and graded in a second.
 """
 
@@ -93,7 +93,7 @@ def grade_speed(data: str):
 
 
 def larger_model(folder: Path):
-    """The demo's architecture at a width of 768 and 12 layers, with random weights."""
+    """The tiny model's architecture at a width of 768 and 12 layers, with random weights."""
     import torch
     from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
