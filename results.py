@@ -380,9 +380,9 @@ IDENTITY = (  # what makes a run, of the header's config and data: another value
 
 
 HEAD = b'{"header": {'  # how a results file begins
-TYPES = {  # of what a record has; its category may be anything
-    "row": int, "turns": int, "kind": str, "gold": str, "choices": list, "size": list, "meta": dict,
-    "cluster": str, "question_hash": str, "reply": str, "finish_reason": str, "method": str, "correct": bool,
+TYPES = {  # of what a record has; its category may be anything and is read as a text
+    "id": str, "row": int, "turns": int, "kind": str, "gold": str, "choices": list, "size": list,
+    "meta": dict, "cluster": str, "question_hash": str, "reply": str, "finish_reason": str, "method": str, "correct": bool,
 }  # fmt: skip
 
 
@@ -406,28 +406,34 @@ def read_records(path, slim: bool = False) -> tuple[dict, list[Record]]:
             try:
                 record = json.loads(line)
                 wrong = [key for key, kind in TYPES.items() if type(record.get(key, kind())) is not kind]
-                if wrong or not {"row", "finish_reason"} <= record.keys():
+                if wrong or not {"id", "row", "finish_reason"} <= record.keys():
                     raise ValueError("no record")
-                records[str(record["id"])] = record
+                records[record["id"]] = record | {"category": str(record.get("category") or "")}
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 lost.append(number)
                 continue
             for text in ("reply", "choices", "ground_truth", "error") if slim else ():
-                record.pop(text, None)
+                records[record["id"]].pop(text, None)
     if lost:
         print(f"{path}: passed over {len(lost)} lines that hold no record, the first is line {lost[0]}")
     return header, sorted(records.values(), key=lambda r: (r["row"], r["id"]))
 
 
 @contextlib.contextmanager
-def names_file(*paths):
-    """Say which file it was whose header or records lack what ours have. Raises: ValueError."""
+def names_file(*paths, also: tuple[type[Exception], ...] = ()):
+    """Say which file, or record of it, has not what ours have. Raises: ValueError.
+
+    Args: also: errors that no other cause can have within.
+    """
+    names = " and ".join(map(str, paths))
     try:
         yield
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, *also) as error:
         what = f"{type(error).__name__}: {error}"
-        names = " and ".join(map(str, paths))
         raise ValueError(f"{names}: expected records of evaluate.py, got others: {what}") from None
+    except ValueError as error:
+        named = any(str(path) in str(error) for path in paths)
+        raise (error if named else ValueError(f"{names}: {error}")) from None
 
 
 @contextlib.contextmanager
@@ -588,9 +594,8 @@ def compare(path_a, path_b, seed: int = 0, draws: int = 10_000) -> dict:
     import numpy as np
     from scipy.stats import binomtest
 
-    with names_file(path_a, path_b):
-        a, b = shared_records(path_a, path_b)
-        right = np.array([[x["correct"], y["correct"]] for x, y in zip(a, b, strict=True)], dtype=int)
+    a, b = shared_records(path_a, path_b)
+    right = np.array([[x["correct"], y["correct"]] for x, y in zip(a, b, strict=True)], dtype=int)
     change = right[:, 1] - right[:, 0]  # (n,): 1 where b alone is right, -1 where a alone is
     _, cluster = np.unique([x["cluster"] for x in a], return_inverse=True)
     k = cluster.max() + 1
@@ -629,12 +634,14 @@ def shared_records(path_a, path_b) -> tuple[list[dict], list[dict]]:
 
     Raises: ValueError if there are none, or if the files are of different items.
     """
-    sides, circular, empty = [], set(), []
+    sides, circular, empty, needed = [], set(), [], ("row", "correct", "cluster", "question_hash")
     for path in (path_a, path_b):
         header, records = read_records(path, slim=True)
-        circular.add(bool(header["config"].get("circular")))
-        records = collapse(records) if header["config"].get("circular") else records
-        sides.append({r["row"]: r for r in records if r["finish_reason"] != "failed"})
+        with names_file(path):
+            circular.add(bool(header["config"].get("circular")))
+            records = collapse(records) if header["config"].get("circular") else records
+            answered = [r for r in records if r["finish_reason"] != "failed"]
+            sides.append({r["row"]: {key: r[key] for key in needed} for r in answered})
         empty += [f"{path} ({len(records)} failed items)"] if not sides[-1] else []
     if len(circular) > 1:
         raise ValueError(f"{path_a} and {path_b}: expected --circular in both or in none")
