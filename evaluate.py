@@ -344,14 +344,15 @@ def finish(args, paths: list[Path]):
 
 
 def rescore(path: Path):
-    """Grade the replies of a results file anew, in place."""
+    """Grade the replies of a results file anew, in place; lines that hold no record stay, at its end."""
+    lost = {}
     with locked(path, "rb"):
-        header, records = read_records(path)
+        header, records = read_records(path, lost=lost)
         with names_file(path):
             graded = [regrade(r) for r in records]
         with write_whole(path) as tmp:
-            lines = [{"header": header}, *graded]
-            tmp.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            lines = [json.dumps(line).encode() + b"\n" for line in [{"header": header}, *graded]]
+            tmp.write_bytes(b"".join([*lines, *lost.values()]))
     changed = sum(a.get("correct") != b["correct"] for a, b in zip(records, graded, strict=True))
     print(f"{path}: {len(graded)} replies graded, {changed} grades changed")
 

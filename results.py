@@ -382,16 +382,17 @@ IDENTITY = (  # what makes a run, of the header's config and data: another value
 HEAD = b'{"header": {'  # how a results file begins
 TYPES = {  # of what a record has; its category may be anything and is read as a text
     "id": str, "row": int, "turns": int, "kind": str, "gold": str, "choices": list, "size": list,
-    "meta": dict, "cluster": str, "question_hash": str, "reply": str, "finish_reason": str, "method": str, "correct": bool,
+    "meta": dict, "cluster": str, "question_hash": str, "reply": str, "finish_reason": str, "method": str,
+    "correct": bool,
 }  # fmt: skip
 
 
-def read_records(path, slim: bool = False) -> tuple[dict, list[Record]]:
+def read_records(path, slim: bool = False, lost: dict | None = None) -> tuple[dict, list[Record]]:
     """(header, the last record of every item, in the order of the data); slim: without the long texts.
 
-    Lines that hold no record are passed over and named: their items count as not asked.
+    Lines that hold no record are passed over, named, and put into `lost`: their items count as not asked.
     """
-    records, lost = {}, []
+    records, lost = {}, {} if lost is None else lost  # lost: {number of a line: the line}
     with open(path, "rb") as f:
         try:
             header = json.loads(f.readline())["header"]
@@ -401,21 +402,21 @@ def read_records(path, slim: bool = False) -> tuple[dict, list[Record]]:
             message = f"{path}: expected results of evaluate.py, got something else: {error}"
             raise ValueError(message) from None
         for number, line in enumerate(f, 2):
-            if not line.endswith(b"\n"):  # a killed run leaves half a line
-                continue
             try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("half a line")
                 record = json.loads(line)
                 wrong = [key for key, kind in TYPES.items() if type(record.get(key, kind())) is not kind]
                 if wrong or not {"id", "row", "finish_reason"} <= record.keys():
                     raise ValueError("no record")
                 records[record["id"]] = record | {"category": str(record.get("category") or "")}
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                lost.append(number)
+                lost[number] = line
                 continue
             for text in ("reply", "choices", "ground_truth", "error") if slim else ():
                 records[record["id"]].pop(text, None)
-    if lost:
-        print(f"{path}: passed over {len(lost)} lines that hold no record, the first is line {lost[0]}")
+    if named := [number for number, line in lost.items() if line.endswith(b"\n")]:  # half of one is a kill's
+        print(f"{path}: passed over {len(named)} lines that hold no record, the first is line {named[0]}")
     return header, sorted(records.values(), key=lambda r: (r["row"], r["id"]))
 
 
