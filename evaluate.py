@@ -34,7 +34,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from answers import parse_choice  # noqa: F401 a public name here
-from apis import Decoding, NoService, Reply
+from apis import Decoding, NoService, Reply, split_url
 from backends import APIS, PROVIDERS, choose_provider, encoder_for, package_version
 from config import append, git_revision, plain_errors, public_command, public_url, write_whole
 from config import path_argument as a_path
@@ -134,6 +134,8 @@ def parse_args(argv=None):
             p.error(f"--{name}: expected at least {least:g}, got {getattr(args, name)}")
     try:
         parse_reader(args.reader or "openai:m")
+        for name in ("base_url", "reader_url"):  # before the first item is asked
+            split_url(getattr(args, name), f"--{name}")
     except ValueError as error:
         p.error(str(error))
     if args.min_pixels > args.max_pixels:
@@ -289,13 +291,15 @@ def ask(
                 raise NoService(f"the first {patience} requests failed: {reply.error}")
 
 
-def read_all(args, benchmarks: dict[str, Loaded], paths: dict[str, Path], decoding: Decoding):
-    """Have a model read what the rules leave unread."""
+def read_all(args, benchmarks: dict[str, Loaded], paths: dict[str, Path], decoding: Decoding) -> int:
+    """Have a model read what the rules leave unread. Returns: how many replies could not be shown to it."""
     decoding = dataclasses.replace(decoding, max_new_tokens=1024, temperature=0.0, base_url=args.reader_url)
+    failed = 0
     for name, loaded in benchmarks.items():
         items = loaded.items
         questions = {items.id_of(i): items[i].question for i in range(len(items))}
-        read_unread(args.reader, paths[name], questions, decoding)
+        failed += read_unread(args.reader, paths[name], questions, decoding)
+    return failed
 
 
 def load_processor(args):
@@ -317,8 +321,11 @@ def warn_of_overlap(benchmarks: dict[str, Loaded]):
 
 
 # ---- scoring ----
-def finish(args, paths: list[Path]):
-    """Score results files, write and print their tables, draw if asked; end with status 1 if items failed."""
+def finish(args, paths: list[Path], unshown: int = 0):
+    """Score results files, write and print their tables, draw if asked; end with status 1 if items failed.
+
+    Args: unshown: replies that the reader could not be shown, which count as failed.
+    """
     summaries = []
     for path in paths:
         header, records = read_records(path, slim=True)
@@ -336,9 +343,10 @@ def finish(args, paths: list[Path]):
 
         print("wrote " + ", ".join(map(str, write_results(paths, paths[0].parent, args.seed))))
     failures = sum(s["failed"] + s["missing"] for s in summaries)
-    if failures > args.max_failures:
+    if failures + unshown > args.max_failures:
+        unread = f" and {unshown} replies could not be shown to {args.reader}" if unshown else ""
         raise SystemExit(
-            f"{failures} items failed or are missing, expected at most {args.max_failures} "
+            f"{failures} items failed or are missing{unread}, expected at most {args.max_failures} "
             "(--max_failures): their records say why, and the same command asks them again"
         )
 
@@ -402,15 +410,14 @@ def main(argv=None):
     try:
         with plain_errors():
             ask(args, benchmarks, paths, encoder, decoding)
-            if args.reader:
-                read_all(args, benchmarks, paths, decoding)
+            unshown = read_all(args, benchmarks, paths, decoding) if args.reader else 0
     except KeyboardInterrupt:
         raise SystemExit(f"\nstopped; {again}") from None
     except NoService as error:
         raise SystemExit(f"error: {error}\nnothing is lost; {again}") from None
     print(f"asked for {time.time() - started:.0f} s")
     with plain_errors():
-        finish(args, list(paths.values()))
+        finish(args, list(paths.values()), unshown)
 
 
 def describe(args, name: str, loaded: Loaded, encoder: PromptEncoder):
