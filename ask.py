@@ -23,7 +23,7 @@ from answers import LETTERS
 from apis import Decoding, NoService, Reply
 from backends import APIS, PROVIDERS, choose_provider, encoder_for
 from config import path_argument, write_whole
-from data import CONTROL_TOKEN, TEMPLATES, PromptEncoder, Sample
+from data import FIT, TEMPLATES, UNFIT, PromptEncoder, Sample
 from drawing import draw_scene
 from images import open_image, to_rgb
 from results import read_reply
@@ -100,8 +100,8 @@ def read_question(text: str, options: list[str]) -> tuple[str, tuple[str, ...]]:
     """
     if not text.strip():
         raise ValueError("question: expected a text, got nothing")
-    if token := CONTROL_TOKEN.search(" ".join([text, *options])):
-        raise ValueError(f"question: expected no control token of a model, got {token[0]}")
+    if token := UNFIT.search(" ".join([text, *options])):
+        raise ValueError(f"question: expected {FIT}, got {token[0]!r}")
     shown, lettered = find_options(text), "\n".join(options)
     if shown and options:
         raise ValueError("--options: expected options in the question or here, got both")

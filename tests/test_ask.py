@@ -68,6 +68,7 @@ def test_options_reach_the_model_as_it_was_trained_on_them(text, options, expect
     [
         (" ", [], "question: expected a text"),
         ("Where is <|image_pad|>?", [], "no control token"),
+        ("Where?", ["left", "\udcff"], r"no half of a surrogate pair, got '\\udcff'"),
         ("Where?", ["left"], "expected 2 to 10 texts"),
         ("Where?", ["left", " "], "expected 2 to 10 texts"),
         ("Where?", list("abcdefghijk"), "expected 2 to 10 texts"),
