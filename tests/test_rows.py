@@ -154,6 +154,10 @@ BAD = {
         ONE | {"images": "a.MP4"},
         "video: row row-0 (#0), column images: expected images: no v",
     ),
+    "a file that is no picture": (
+        ONE | {"images": "file:///etc/passwd"},
+        "image: row row-0 (#0), column images: expected a readable image, got cannot identify image file",
+    ),
     "no kind": (
         NUMBER | {"kind": None},
         "column options: expected a list of 2 to 10 texts, or an open answer",
