@@ -331,9 +331,10 @@ def finish(args, paths: list[Path], unshown: int = 0):
         header, records = read_records(path, slim=True)
         with names_file(path):
             summaries.append(summarise_results(header, records))
+            figures = details(summaries[-1])
         with write_whole(path.with_suffix(".summary.json")) as tmp:
             tmp.write_text(json.dumps(summaries[-1], indent=2) + "\n", encoding="utf-8")
-        print(f"\n{summaries[-1]['dataset']}\n{details(summaries[-1])}")
+        print(f"\n{summaries[-1]['dataset']}\n{figures}")
     write_tables(paths[0].parent)
     print(f"\n{overview(summaries, released=args.scoring == 'released')}")
     files = paths[0] if len(paths) == 1 else f"{len(paths)} files of results in {paths[0].parent}"

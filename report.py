@@ -517,11 +517,11 @@ def write_page(before_path, after_path, data: str, path: Path, n: int, seed: int
     before, after = (read_records(p)[1] for p in (before_path, after_path))
     rows = load_samples(data, "val", need_scene=any("terms" in b for b in before), max_bad_rows=1)
     by_row = {row: i for i, row in enumerate(rows.rows)}
-    # Evaluation asks some rows that training leaves out; the page does without them.
-    pairs = [pair for pair in pair_up(before, after) if pair[0]["row"] in by_row]
-    if not pairs:
-        raise ValueError(f"{before_path}: expected records of rows of {data}, got none")
     with names_file(before_path, after_path):
+        # Evaluation asks some rows that training leaves out; the page does without them.
+        pairs = [pair for pair in pair_up(before, after) if pair[0]["row"] in by_row]
+        if not pairs:
+            raise ValueError(f"expected records of rows of {data}, got none")
         chosen = choose([(b["category"], outcome(b, a)) for b, a in pairs], n, seed)
         samples = {i: rows[by_row[pairs[i][0]["row"]]] for i in chosen}
         for i, sample in samples.items():

@@ -396,9 +396,11 @@ def read_records(path, slim: bool = False, lost: dict | None = None) -> tuple[di
     with open(path, "rb") as f:
         try:
             header = json.loads(f.readline())["header"]
-            if not isinstance(header["config"], dict):
-                raise ValueError("no header")
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            named = (
+                header["config"].get(key, "") for key in ("dataset", "model_path", "template", "provider")
+            )
+            "".join(named).encode()  # texts, and such as can be written
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             message = f"{path}: expected results of evaluate.py, got something else: {error}"
             raise ValueError(message) from None
         for number, line in enumerate(f, 2):
@@ -755,7 +757,8 @@ def details(summary: dict, markdown: bool = False) -> str:
         lines.append("letters: " + "; ".join(counts))
     usd = f", ${summary['usd']:.2f}" if "usd" in summary else ""
     lines.append(f"{summary['prompt_tokens']:,} prompt tokens, {summary['tokens']:,} generated{usd}")
-    return ("\n\n" if markdown else "\n").join([*parts, *lines])
+    text = ("\n\n" if markdown else "\n").join([*parts, *lines])
+    return text.encode(errors="backslashreplace").decode()  # a category may have half a surrogate pair
 
 
 def write_tables(out: Path):

@@ -224,6 +224,7 @@ def refused(command, *args) -> str:
         ((1, "category"), {"a": 1}, ""),
         ((1, "category"), ABSENT, ""),
         ((1, "category"), 7, ""),
+        ((1, "category"), "\ud83d", ""),
         ((1, "parsed"), 5, ""),
         ((2, "parsed"), ["a", "b"], "record 1: expected records of evaluate.py, got others: ValueError"),
         ((2, "parsed"), "5", "record 1: expected records of evaluate.py, got others: ValueError"),
@@ -238,6 +239,17 @@ def refused(command, *args) -> str:
         ((1, "id"), "99", "expected records of its data set's items, got one of '99'"),
         ((0, "header", "data", "fingerprint"), ABSENT, "expected fingerprint None, got "),
         ((0, "header", "data"), [1], "expected records of evaluate.py, got others: AttributeError"),
+        (
+            (0, "header", "config", "template"),
+            5,
+            "expected results of evaluate.py, got something else: sequence",
+        ),
+        (
+            (0, "header", "config", "model_path"),
+            "\ud83d",
+            "expected results of evaluate.py, got something else: ",
+        ),
+        ((0, "header", "config"), [1], "expected results of evaluate.py, got something else: "),
         ((0, "header", "config", "limit"), "x", "expected records of evaluate.py, got others: TypeError"),
     ],
 )
@@ -265,6 +277,7 @@ def test_a_record_that_cannot_be_shown_is_named(path, value, says, tmp_path):
         ("category", None, ""),
         ("parsed", 5, ""),
         ("reply", ABSENT, "record 3: expected records of evaluate.py, got others: KeyError: 'reply'"),
+        ("row", None, "other.jsonl: expected the same items before and after, got 23 and 24"),
         ("meta", ABSENT, "expected records of evaluate.py, got others: KeyError: 'meta'"),
         ("matches", [[99, 0, 0.9, 0.9]], "record 3: expected records of evaluate.py, got others: IndexError"),
     ],
@@ -275,7 +288,8 @@ def test_a_pair_that_cannot_be_shown_is_named(key, value, says, tmp_path, tiny_d
     change(lines, 4, key, value=value)
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = tiny_data / "val.parquet"
-    said = refused(main, "--before", file, "--after", file, "--data", data, "--out", tmp_path)
+    other = write_results(tmp_path / "other.jsonl", samples, lambda i, s: "")
+    said = refused(main, "--before", file, "--after", other, "--data", data, "--out", tmp_path)
     assert says in said and bool(says) == (f"error: {file}" in said)
 
 
@@ -283,4 +297,4 @@ def test_a_page_of_no_records_says_so(tmp_path, tiny_data):
     file = write_results(tmp_path / "r.jsonl", [], None)
     data = tiny_data / "val.parquet"
     said = refused(main, "--before", file, "--after", file, "--data", data, "--out", tmp_path)
-    assert f"error: {file}: expected records of rows of {data}, got none" in said
+    assert f"error: {file} and {file}: expected records of rows of {data}, got none" in said
