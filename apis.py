@@ -467,23 +467,27 @@ def api_key(variable: str, base_url: str | None) -> str:
     raise NoService(f"{variable} is not set: export {variable}=..., or name your own server with --base_url")
 
 
+def split_url(url: str | None, name: str = "base_url") -> tuple[str | None, str]:
+    """(address, query) of a server. Raises: ValueError with the name of the option if the URL is none."""
+    if not url:
+        return url, ""
+    address, _, query = url.strip().partition("#")[0].partition("?")
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{name}: expected http://HOST:PORT/PATH, got {public_url(url) or 'another text'}")
+    return address, query
+
+
 def connection(key: str, base_url: str | None) -> tuple[dict, Callable]:
     """(settings of a client, what hides the secrets in a text: the key, and all of a URL but its place).
 
     Raises: ValueError if the URL is none.
     """
-    address, query = base_url, ""
-    if base_url:
-        address, _, query = base_url.strip().partition("#")[0].partition("?")
-        try:
-            parts = urlsplit(address)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ValueError(
-                f"base_url: expected http://HOST:PORT/PATH, got {public_url(base_url) or 'another text'}"
-            )
+    address, query = split_url(base_url)
     secrets = {*url_secrets(base_url or ""), *([key] if key != "EMPTY" else [])}
     spelled = {form for s in secrets for form in (s, quote(s, safe=""), quote_plus(s), json.dumps(s)[1:-1])}
     longest_first = sorted(filter(None, spelled), key=len, reverse=True)

@@ -23,11 +23,11 @@ from answers import LETTERS
 from apis import Decoding, NoService, Reply
 from backends import APIS, PROVIDERS, choose_provider, encoder_for
 from config import path_argument, write_whole
-from data import CONTROL_TOKEN, TEMPLATES, PromptEncoder, Sample
+from data import FIT, TEMPLATES, UNFIT, PromptEncoder, Sample
 from drawing import draw_scene
 from images import open_image, to_rgb
 from results import read_reply
-from rewards import MAX_CHARS, MAX_OBJECTS, MAX_RELATIONSHIPS, parse_scene
+from rewards import MAX_CHARS, MAX_OBJECTS, MAX_RELATIONSHIPS, parse_scene, scene_or_fault
 from stvqa import with_letters
 from testsets import find_options
 
@@ -100,8 +100,8 @@ def read_question(text: str, options: list[str]) -> tuple[str, tuple[str, ...]]:
     """
     if not text.strip():
         raise ValueError("question: expected a text, got nothing")
-    if token := CONTROL_TOKEN.search(" ".join([text, *options])):
-        raise ValueError(f"question: expected no control token of a model, got {token[0]}")
+    if token := UNFIT.search(" ".join([text, *options])):
+        raise ValueError(f"question: expected {FIT}, got {token[0]!r}")
     shown, lettered = find_options(text), "\n".join(options)
     if shown and options:
         raise ValueError("--options: expected options in the question or here, got both")
@@ -218,9 +218,12 @@ def ask(args, sample: Sample, show=None) -> Reply:
 def describe(sample: Sample, reply: Reply, image) -> tuple[dict, object]:
     """(what --json prints but the picture's path, the picture)."""
     parsed, method = read_reply(sample, reply.text, reply.finish_reason)
-    answer = parsed
-    if parsed is not None and sample.options:
+    if parsed is None:
+        answer = None
+    elif sample.options:
         answer = f"({parsed}) {sample.options[LETTERS.index(parsed)]}"
+    else:  # the prompt's example has a letter, and some replies copy it
+        answer = re.sub(r"^\(?[a-j][).:]\s+", "", parsed)
     scene, objects, relationships = read_scene(reply.text, sample.size)
     says = f"answer: {'unread' if answer is None else answer}, {HOW[method]}"
     notes = [says] if objects else ["no boxes in the reply", says]
@@ -230,6 +233,10 @@ def describe(sample: Sample, reply: Reply, image) -> tuple[dict, object]:
         "method": method, "boxes": objects, "relationships": relationships,
         "finish_reason": reply.finish_reason,
     }, picture  # fmt: skip
+
+
+def number(things: list, one: str, many: str) -> str:
+    return f"{len(things)} {one if len(things) == 1 else many}"
 
 
 def main(argv=None):
@@ -257,8 +264,9 @@ def main(argv=None):
         return print(json.dumps(said | {"png": str(out)}))
     if reply.finish_reason == "length":
         print(f"the reply was cut off after {reply.n_tokens} tokens (--max_new_tokens)")
-    scene = "scene" if said["scene"] else "no well-formed scene"
-    print(f"{scene}: {len(said['boxes'])} boxes, {len(said['relationships'])} relations; wrote {out}")
+    scene = "scene" if said["scene"] else f"no well-formed scene ({scene_or_fault(reply.text)})"
+    counts = number(said["boxes"], "box", "boxes"), number(said["relationships"], "relation", "relations")
+    terminal.show(f"{scene}: {', '.join(counts)}; wrote {out}\n")
 
 
 if __name__ == "__main__":

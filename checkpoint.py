@@ -476,10 +476,13 @@ def other_base(ours: dict, theirs: dict) -> str | None:
     return f"{different[0]} and {len(different) - 1} more" if different else None
 
 
-def resume(accelerator, model, optimizer, out: Path, how: str) -> int:
+def resume(
+    accelerator, model, optimizer, out: Path, how: str, steps: float = math.inf, or_longer: str = ""
+) -> int:
     """Continue from the run's last checkpoint; where there is none, from the checkpoint `how`, if it is one.
 
     Lines of metrics.jsonl beyond the checkpoint are of steps that are lost and are cut off.
+    Args: steps: of the whole run; or_longer: what but another `out` a run that has them all can be given.
     Returns: finished steps. Raises: CheckpointError.
     """
     found = checkpoints(out)
@@ -490,6 +493,10 @@ def resume(accelerator, model, optimizer, out: Path, how: str) -> int:
             raise CheckpointError(f"resume={how}: expected auto, never or a checkpoint's folder")
         found = [Path(how)]
     step = load(accelerator, model, optimizer, found[-1]) if found and how != "never" else 0
+    if step >= steps:
+        accelerator.print(f"{out} holds a run that is finished at step {step}: choose another out{or_longer}")
+    elif step:
+        accelerator.print(f"continuing from {found[-1]}")
     metrics = out / "metrics.jsonl"
     if accelerator.is_main_process and metrics.exists():
         try:

@@ -93,7 +93,7 @@ REASONS = {
     "image": "missing, damaged, of more pixels than can be meant, or 200 times as long as wide",
     "video": "none is taken: its frames can be a row's images",
     "marks": "of images in the text, neither one for each image nor none",
-    "text": "empty, or with a control token of the model, such as <|image_pad|>",
+    "text": "empty, or with a control token of the model, such as <|image_pad|>, or half a surrogate pair",
     "kind": "of the answer, not one of answers.KINDS, or a frame that is none",
     "options": "not 2 to 10 texts, each another; or some beside an open answer",
     "answer": "none of the options, not of its kind, or another one in the gold scene's text",
@@ -108,7 +108,8 @@ REASONS = {
 PARTS = {"norm1": 1, "norm1000": 1000}  # of a side
 OVER_EDGE = 0.1  # of the image's side: the most that a gold box may reach over it
 LONGEST_SIDE = 200  # times the other: from there on Qwen2-VL's processor refuses an image
-CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+UNFIT = re.compile(r"<\|\w+\|>|[\ud800-\udfff]")  # in a text: no tokeniser or file takes half a pair
+FIT = "no control token of a model and no half of a surrogate pair"
 OPTION_LINE = re.compile(r"^[ \t]*(\([A-J]\))(.*)$", re.M)
 LETTERED = re.compile(r"\(\s*([A-Ja-j])\s*\)\s*(.*)", re.S)
 
@@ -367,7 +368,8 @@ def row_to_sample(
     def bad(reason, key, expected, got):
         texts = (" ".join(str(x).split()) for x in (expected, got))
         expected, got = (text if len(text) < 200 else f"{text[:200]}..." for text in texts)
-        return BadRow(reason, f"row {row_id}, column {columns[key]}: expected {expected}, got {got}")
+        message = f"row {row_id}, column {columns[key]}: expected {expected}, got {got}"
+        return BadRow(reason, message.encode(errors="backslashreplace").decode())
 
     def get(key, kind=str):
         value = row.get(columns[key])
@@ -375,8 +377,8 @@ def row_to_sample(
             value = str(value)
         if value is not None and not isinstance(value, kind):
             raise bad("record", key, "a text" if kind is str else "a list", repr(value))
-        if isinstance(value, str) and (token := CONTROL_TOKEN.search(value)):
-            raise bad("text", key, "no control token of a model", token[0])
+        if isinstance(value, str) and (token := UNFIT.search(value)):
+            raise bad("text", key, FIT, token[0])
         return value
 
     question, problem = get("question"), get("problem") or ""
@@ -403,17 +405,18 @@ def row_to_sample(
         if isinstance(written, bool) or not isinstance(written, (str, int, float, list)):
             raise bad("answer", "answer", f"a {kind}", repr(written))
         written = json.dumps(written) if isinstance(written, list) else str(written).strip()
-        if token := CONTROL_TOKEN.search(written):
-            raise bad("text", "answer", "no control token of a model", token[0])
+        if token := UNFIT.search(written):
+            raise bad("text", "answer", FIT, token[0])
         answer, said = read_open(kind, written, size, box_format, bad)
         question = with_hint(question, kind)
 
+    graph = get("scene_answer", str if need_scene and images else object)
     ground_truth, overhang = said, 0.0
     if need_scene and not images:
         ground_truth = f"{NO_SCENE}\n<answer>{said}</answer>"
     elif need_scene:
         frame_of = size, box_format
-        ground_truth, n_objects, overhang = gold_scene(get("scene_answer"), written, said, *frame_of, bad)
+        ground_truth, n_objects, overhang = gold_scene(graph, written, said, *frame_of, bad)
         if to_train and not n_objects:
             raise bad("empty_scene", "scene_answer", "a gold scene with objects", "none")
     sample = Sample(
@@ -550,8 +553,8 @@ def read_answer(question: str, get: Callable, bad: Callable) -> tuple[tuple[str,
     options = tuple(get("options", list) or ())
     if not 2 <= len(options) <= 10 or not all(isinstance(o, str) and plain(o) for o in options):
         raise bad("options", "options", "a list of 2 to 10 texts, or an open answer's kind", options)
-    if token := CONTROL_TOKEN.search(" ".join(options)):
-        raise bad("text", "options", "no control token of a model", token[0])
+    if token := UNFIT.search(" ".join(options)):
+        raise bad("text", "options", FIT, token[0])
     answer = get("answer")
     by_letter = dict(zip("ABCDEFGHIJ", options, strict=False))
     found = LETTERED.fullmatch(answer.strip()) if answer else None

@@ -118,7 +118,7 @@ def lay_out(relationships, looks: dict, notes: Sequence[str], width: int, height
         x += gap
     line += bool(words)
     if (more := len(relationships) - MAX_RELATIONS) > 0:
-        notes = [f"and {more} more relations", *notes]
+        notes = [f"and {more} more relation{'s' * (more > 1)}", *notes]
     for note in notes:
         for text in textwrap.wrap(printable(note, 400), max(8, int(1.4 * (width - 2 * gap) / height))):
             words.append((gap - pen.pad, line, text, PAPER))

@@ -34,7 +34,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from answers import parse_choice  # noqa: F401 a public name here
-from apis import Decoding, NoService, Reply
+from apis import Decoding, NoService, Reply, split_url
 from backends import APIS, PROVIDERS, choose_provider, encoder_for, package_version
 from config import append, git_revision, plain_errors, public_command, public_url, write_whole
 from config import path_argument as a_path
@@ -134,6 +134,8 @@ def parse_args(argv=None):
             p.error(f"--{name}: expected at least {least:g}, got {getattr(args, name)}")
     try:
         parse_reader(args.reader or "openai:m")
+        for name in ("base_url", "reader_url"):  # before the first item is asked
+            split_url(getattr(args, name), f"--{name}")
     except ValueError as error:
         p.error(str(error))
     if args.min_pixels > args.max_pixels:
@@ -289,13 +291,15 @@ def ask(
                 raise NoService(f"the first {patience} requests failed: {reply.error}")
 
 
-def read_all(args, benchmarks: dict[str, Loaded], paths: dict[str, Path], decoding: Decoding):
-    """Have a model read what the rules leave unread."""
+def read_all(args, benchmarks: dict[str, Loaded], paths: dict[str, Path], decoding: Decoding) -> int:
+    """Have a model read what the rules leave unread. Returns: how many replies could not be shown to it."""
     decoding = dataclasses.replace(decoding, max_new_tokens=1024, temperature=0.0, base_url=args.reader_url)
+    failed = 0
     for name, loaded in benchmarks.items():
         items = loaded.items
         questions = {items.id_of(i): items[i].question for i in range(len(items))}
-        read_unread(args.reader, paths[name], questions, decoding)
+        failed += read_unread(args.reader, paths[name], questions, decoding)
+    return failed
 
 
 def load_processor(args):
@@ -317,16 +321,20 @@ def warn_of_overlap(benchmarks: dict[str, Loaded]):
 
 
 # ---- scoring ----
-def finish(args, paths: list[Path]):
-    """Score results files, write and print their tables, draw if asked; end with status 1 if items failed."""
+def finish(args, paths: list[Path], unshown: int = 0):
+    """Score results files, write and print their tables, draw if asked; end with status 1 if items failed.
+
+    Args: unshown: replies that the reader could not be shown, which count as failed.
+    """
     summaries = []
     for path in paths:
         header, records = read_records(path, slim=True)
         with names_file(path):
             summaries.append(summarise_results(header, records))
+            figures = details(summaries[-1])
         with write_whole(path.with_suffix(".summary.json")) as tmp:
             tmp.write_text(json.dumps(summaries[-1], indent=2) + "\n", encoding="utf-8")
-        print(f"\n{summaries[-1]['dataset']}\n{details(summaries[-1])}")
+        print(f"\n{summaries[-1]['dataset']}\n{figures}")
     write_tables(paths[0].parent)
     print(f"\n{overview(summaries, released=args.scoring == 'released')}")
     files = paths[0] if len(paths) == 1 else f"{len(paths)} files of results in {paths[0].parent}"
@@ -336,22 +344,24 @@ def finish(args, paths: list[Path]):
 
         print("wrote " + ", ".join(map(str, write_results(paths, paths[0].parent, args.seed))))
     failures = sum(s["failed"] + s["missing"] for s in summaries)
-    if failures > args.max_failures:
+    if failures + unshown > args.max_failures:
+        unread = f" and {unshown} replies could not be shown to {args.reader}" if unshown else ""
         raise SystemExit(
-            f"{failures} items failed or are missing, expected at most {args.max_failures} "
+            f"{failures} items failed or are missing{unread}, expected at most {args.max_failures} "
             "(--max_failures): their records say why, and the same command asks them again"
         )
 
 
 def rescore(path: Path):
-    """Grade the replies of a results file anew, in place."""
+    """Grade the replies of a results file anew, in place; lines that hold no record stay, at its end."""
+    lost = {}
     with locked(path, "rb"):
-        header, records = read_records(path)
+        header, records = read_records(path, lost=lost)
         with names_file(path):
             graded = [regrade(r) for r in records]
         with write_whole(path) as tmp:
-            lines = [{"header": header}, *graded]
-            tmp.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            lines = [json.dumps(line).encode() + b"\n" for line in [{"header": header}, *graded]]
+            tmp.write_bytes(b"".join([*lines, *lost.values()]))
     changed = sum(a.get("correct") != b["correct"] for a, b in zip(records, graded, strict=True))
     print(f"{path}: {len(graded)} replies graded, {changed} grades changed")
 
@@ -401,15 +411,14 @@ def main(argv=None):
     try:
         with plain_errors():
             ask(args, benchmarks, paths, encoder, decoding)
-            if args.reader:
-                read_all(args, benchmarks, paths, decoding)
+            unshown = read_all(args, benchmarks, paths, decoding) if args.reader else 0
     except KeyboardInterrupt:
         raise SystemExit(f"\nstopped; {again}") from None
     except NoService as error:
         raise SystemExit(f"error: {error}\nnothing is lost; {again}") from None
     print(f"asked for {time.time() - started:.0f} s")
     with plain_errors():
-        finish(args, list(paths.values()))
+        finish(args, list(paths.values()), unshown)
 
 
 def describe(args, name: str, loaded: Loaded, encoder: PromptEncoder):

@@ -89,17 +89,17 @@ def verdict(record: Record, said: str):
     return read_number(word)[0] if re.fullmatch(r"-?[\d.,]+", word) else None
 
 
-def read_unread(reader: str, path: Path, questions: Mapping[str, str], decoding: Decoding):
+def read_unread(reader: str, path: Path, questions: Mapping[str, str], decoding: Decoding) -> int:
     """Have a results file's unread replies read; each verdict is on disk before the next is asked for.
 
-    Args: reader: "provider:model"; questions: {id of an item: its question}. A request that failed leaves no
-        trace but a line on screen: the same command makes it again.
+    Args: reader: "provider:model"; questions: {id of an item: its question}. Returns: how many requests
+        failed, which leave no trace but a line on screen: the same command makes them again.
     """
     provider, model = parse_reader(reader)
     with locked(path, "rb"):
         records = [r for r in read_records(path)[1] if r["id"] in questions and is_unread(r, reader)]
         if not records:
-            return
+            return 0
         processor, failed = None, 0
         if provider not in APIS:
             from transformers import AutoProcessor
@@ -119,3 +119,4 @@ def read_unread(reader: str, path: Path, questions: Mapping[str, str], decoding:
             append(path, json.dumps(records[k] | seen) + "\n")
         if failed:
             print(f"{path}: {failed} of {len(requests)} unread replies could not be shown to {reader}: {why}")
+        return failed

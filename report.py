@@ -30,7 +30,7 @@ from PIL import Image
 from config import path_argument, plain_errors, write_whole
 from data import Sample, load_samples
 from images import open_image, to_rgb
-from results import Record, percent, read_records, run_name, summarise
+from results import Record, names_file, percent, read_records, run_name, summarise
 from rewards import Weights, in_pixels, parse_ground_truth, parse_scene
 from testsets import Selection, load_items, summarise_results
 
@@ -273,8 +273,8 @@ def show_reply(text: str) -> str:
 
 def show_side(title: str, sample: Sample, uri: str, gold: list[dict], record: dict) -> str:
     mark = "right" if record["correct"] else "wrong"
-    said, how = record["parsed"], e(record["method"])
-    said = f"({e(said)})" if record["kind"] == "choice" and said else e(str(said))
+    said, how = e(str(record["parsed"])), e(record["method"])
+    said = f"({said})" if record["kind"] == "choice" else said
     answer = f"no answer ({how})" if record["parsed"] is None else f"{said} {mark} ({how})"
     look = draw_scene(sample, uri, gold, record) + show_terms(record)
     title = f'<h3>{title} <span class="{mark}">{answer}</span></h3>'
@@ -316,7 +316,14 @@ def show_summary(before: dict, after: dict) -> str:
 
 
 def page(samples: Sequence[Sample], pairs: list[tuple[dict, dict]], chosen: list[int], title: str) -> str:
-    """The whole page; samples[i] belongs to pairs[i], and `chosen` are those shown."""
+    """The whole page; samples[i] belongs to pairs[i], and `chosen` are those shown.
+
+    Raises: ValueError that names a record which cannot be shown.
+    """
+    articles = []
+    for i in chosen:
+        with names_file(f"record {pairs[i][0]['id']}", also=(ValueError,)):
+            articles.append(show_item(samples[i], *pairs[i]))
     before, after = (summarise(records) for records in zip(*pairs, strict=True))
     counts = Counter(outcome(b, a) for b, a in pairs)
     shown = Counter(outcome(*pairs[i]) for i in chosen)
@@ -330,7 +337,7 @@ def page(samples: Sequence[Sample], pairs: list[tuple[dict, dict]], chosen: list
         "malformed completion is rejected and scores 0, an answer that is not exact earns no spatial term.",
         selects={"category": categories},
         buttons={k: (name, shown[k]) for k, name in OUTCOMES.items()},
-        items=[show_item(samples[i], *pairs[i]) for i in chosen],
+        items=articles,
     )
 
 
@@ -381,11 +388,14 @@ def write_results(paths: Sequence[Path], out: Path, seed: int = 0, n: int = 48) 
     summaries, articles, names, categories, counts = [], [], [], set(), Counter()
     for path in paths:
         header, records = read_records(path)
-        summaries.append(summarise_results(header, records))
+        with names_file(path):
+            summaries.append(summarise_results(header, records))
+            chosen = choose_items(path, header, records, n, seed)
         name = path.stem if summaries[-1]["dataset"] in names else summaries[-1]["dataset"]
         names.append(name)
-        for sample, record in choose_items(path, header, records, n, seed):
-            articles.append(show_result(name, sample, record))
+        for sample, record in chosen:
+            with names_file(f"{path}, record {record['id']}", also=(ValueError,)):
+                articles.append(show_result(name, sample, record))
             categories.add(record["category"])
             counts["right" if record["correct"] else "wrong"] += 1
             counts["unparsed"] += record["parsed"] is None
@@ -405,15 +415,16 @@ def write_results(paths: Sequence[Path], out: Path, seed: int = 0, n: int = 48) 
 def choose_items(
     path: Path, header: dict, records: list[Record], n: int, seed: int
 ) -> list[tuple[Sample, Record]]:
-    """At most n items of a results file with their images. Raises: ValueError if the data set is another."""
+    """At most n items of a results file with their images. Raises: ValueError if the data are others."""
     loaded = load_items(header["config"]["dataset"], Selection.of(header["config"]))
-    if loaded.fingerprint != header["data"]["fingerprint"]:
+    if loaded.fingerprint != (before := header["data"].get("fingerprint")):
         raise ValueError(
-            f"{path}: its data set has changed since: expected fingerprint "
-            f"{header['data']['fingerprint']}, got {loaded.fingerprint}"
+            f"{path}: its data set has changed since: expected fingerprint {before}, got {loaded.fingerprint}"
         )
     items = loaded.items
     places = {items.id_of(i): i for i in range(len(items))}
+    if strange := [r["id"] for r in records if r["id"] not in places]:
+        raise ValueError(f"{path}: expected records of its data set's items, got one of {strange[0]!r}")
     chosen = choose([(r["category"], r["correct"]) for r in records], n, seed)
     return [(items.shown(places[records[k]["id"]]), records[k]) for k in chosen]
 
@@ -504,19 +515,20 @@ def draw_bars(summaries: Sequence[dict], path: Path):
 # ---- main ----
 def write_page(before_path, after_path, data: str, path: Path, n: int, seed: int, title: str):
     before, after = (read_records(p)[1] for p in (before_path, after_path))
-    rows = load_samples(data, "val", need_scene="terms" in before[0], max_bad_rows=1)
+    rows = load_samples(data, "val", need_scene=any("terms" in b for b in before), max_bad_rows=1)
     by_row = {row: i for i, row in enumerate(rows.rows)}
-    # Evaluation asks some rows that training leaves out; the page does without them.
-    pairs = [pair for pair in pair_up(before, after) if pair[0]["row"] in by_row]
-    chosen = choose([(b["category"], outcome(b, a)) for b, a in pairs], n, seed)
-    samples = {i: rows[by_row[pairs[i][0]["row"]]] for i in chosen}
-    for i, sample in samples.items():
-        record = pairs[i][0]
-        if sample.id != record["meta"]["item"]:
-            raise ValueError(
-                f"{data}, row {record['row']}: expected item {record['meta']['item']}, got {sample.id}"
-            )
-    write_html(path, page(samples, pairs, chosen, title))
+    with names_file(before_path, after_path):
+        # Evaluation asks some rows that training leaves out; the page does without them.
+        pairs = [pair for pair in pair_up(before, after) if pair[0]["row"] in by_row]
+        if not pairs:
+            raise ValueError(f"expected records of rows of {data}, got none")
+        chosen = choose([(b["category"], outcome(b, a)) for b, a in pairs], n, seed)
+        samples = {i: rows[by_row[pairs[i][0]["row"]]] for i in chosen}
+        for i, sample in samples.items():
+            row, item = pairs[i][0]["row"], pairs[i][0]["meta"]["item"]
+            if sample.id != item:
+                raise ValueError(f"{data}, row {row}: expected item {item}, got {sample.id}")
+        write_html(path, page(samples, pairs, chosen, title))
 
 
 def main(argv=None):

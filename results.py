@@ -380,54 +380,63 @@ IDENTITY = (  # what makes a run, of the header's config and data: another value
 
 
 HEAD = b'{"header": {'  # how a results file begins
-TYPES = {  # of what a record has; its category may be anything
-    "row": int, "turns": int, "kind": str, "gold": str, "choices": list, "size": list, "meta": dict,
-    "cluster": str, "question_hash": str, "reply": str, "finish_reason": str, "method": str, "correct": bool,
+TYPES = {  # of what a record has; its category may be anything and is read as a text
+    "id": str, "row": int, "turns": int, "kind": str, "gold": str, "choices": list, "size": list,
+    "meta": dict, "cluster": str, "question_hash": str, "reply": str, "finish_reason": str, "method": str,
+    "correct": bool,
 }  # fmt: skip
 
 
-def read_records(path, slim: bool = False) -> tuple[dict, list[Record]]:
+def read_records(path, slim: bool = False, lost: dict | None = None) -> tuple[dict, list[Record]]:
     """(header, the last record of every item, in the order of the data); slim: without the long texts.
 
-    Lines that hold no record are passed over and named: their items count as not asked.
+    Lines that hold no record are passed over, named, and put into `lost`: their items count as not asked.
     """
-    records, lost = {}, []
+    records, lost = {}, {} if lost is None else lost  # lost: {number of a line: the line}
     with open(path, "rb") as f:
         try:
             header = json.loads(f.readline())["header"]
-            if not isinstance(header["config"], dict):
-                raise ValueError("no header")
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            named = (
+                header["config"].get(key, "") for key in ("dataset", "model_path", "template", "provider")
+            )
+            "".join(named).encode()  # texts, and such as can be written
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             message = f"{path}: expected results of evaluate.py, got something else: {error}"
             raise ValueError(message) from None
         for number, line in enumerate(f, 2):
-            if not line.endswith(b"\n"):  # a killed run leaves half a line
-                continue
             try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("half a line")
                 record = json.loads(line)
                 wrong = [key for key, kind in TYPES.items() if type(record.get(key, kind())) is not kind]
-                if wrong or not {"row", "finish_reason"} <= record.keys():
+                if wrong or not {"id", "row", "finish_reason"} <= record.keys():
                     raise ValueError("no record")
-                records[str(record["id"])] = record
+                records[record["id"]] = record | {"category": str(record.get("category") or "")}
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                lost.append(number)
+                lost[number] = line
                 continue
             for text in ("reply", "choices", "ground_truth", "error") if slim else ():
-                record.pop(text, None)
-    if lost:
-        print(f"{path}: passed over {len(lost)} lines that hold no record, the first is line {lost[0]}")
+                records[record["id"]].pop(text, None)
+    if named := [number for number, line in lost.items() if line.endswith(b"\n")]:  # half of one is a kill's
+        print(f"{path}: passed over {len(named)} lines that hold no record, the first is line {named[0]}")
     return header, sorted(records.values(), key=lambda r: (r["row"], r["id"]))
 
 
 @contextlib.contextmanager
-def names_file(*paths):
-    """Say which file it was whose header or records lack what ours have. Raises: ValueError."""
+def names_file(*paths, also: tuple[type[Exception], ...] = ()):
+    """Say which file, or record of it, has not what ours have. Raises: ValueError.
+
+    Args: also: errors that no other cause can have within.
+    """
+    names = " and ".join(map(str, paths))
     try:
         yield
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, *also) as error:
         what = f"{type(error).__name__}: {error}"
-        names = " and ".join(map(str, paths))
         raise ValueError(f"{names}: expected records of evaluate.py, got others: {what}") from None
+    except ValueError as error:
+        named = any(str(path) in str(error) for path in paths)
+        raise (error if named else ValueError(f"{names}: {error}")) from None
 
 
 @contextlib.contextmanager
@@ -588,9 +597,8 @@ def compare(path_a, path_b, seed: int = 0, draws: int = 10_000) -> dict:
     import numpy as np
     from scipy.stats import binomtest
 
-    with names_file(path_a, path_b):
-        a, b = shared_records(path_a, path_b)
-        right = np.array([[x["correct"], y["correct"]] for x, y in zip(a, b, strict=True)], dtype=int)
+    a, b = shared_records(path_a, path_b)
+    right = np.array([[x["correct"], y["correct"]] for x, y in zip(a, b, strict=True)], dtype=int)
     change = right[:, 1] - right[:, 0]  # (n,): 1 where b alone is right, -1 where a alone is
     _, cluster = np.unique([x["cluster"] for x in a], return_inverse=True)
     k = cluster.max() + 1
@@ -629,12 +637,14 @@ def shared_records(path_a, path_b) -> tuple[list[dict], list[dict]]:
 
     Raises: ValueError if there are none, or if the files are of different items.
     """
-    sides, circular, empty = [], set(), []
+    sides, circular, empty, needed = [], set(), [], ("row", "correct", "cluster", "question_hash")
     for path in (path_a, path_b):
         header, records = read_records(path, slim=True)
-        circular.add(bool(header["config"].get("circular")))
-        records = collapse(records) if header["config"].get("circular") else records
-        sides.append({r["row"]: r for r in records if r["finish_reason"] != "failed"})
+        with names_file(path):
+            circular.add(bool(header["config"].get("circular")))
+            records = collapse(records) if header["config"].get("circular") else records
+            answered = [r for r in records if r["finish_reason"] != "failed"]
+            sides.append({r["row"]: {key: r[key] for key in needed} for r in answered})
         empty += [f"{path} ({len(records)} failed items)"] if not sides[-1] else []
     if len(circular) > 1:
         raise ValueError(f"{path_a} and {path_b}: expected --circular in both or in none")
@@ -747,7 +757,8 @@ def details(summary: dict, markdown: bool = False) -> str:
         lines.append("letters: " + "; ".join(counts))
     usd = f", ${summary['usd']:.2f}" if "usd" in summary else ""
     lines.append(f"{summary['prompt_tokens']:,} prompt tokens, {summary['tokens']:,} generated{usd}")
-    return ("\n\n" if markdown else "\n").join([*parts, *lines])
+    text = ("\n\n" if markdown else "\n").join([*parts, *lines])
+    return text.encode(errors="backslashreplace").decode()  # a category may have half a surrogate pair
 
 
 def write_tables(out: Path):

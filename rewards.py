@@ -274,12 +274,20 @@ def parse_scene(text: str) -> dict | None:
     >>> parse_scene('{"objects": [{"id": "cup.1", "bbox": [0, 0, 5, NaN]}]}') is None
     True
     """
-    if not isinstance(text, str) or len(text) > MAX_CHARS:
-        return None
+    found = scene_or_fault(text)
+    return found if isinstance(found, dict) else None
+
+
+def scene_or_fault(text: str) -> dict | str:
+    """What `parse_scene` returns; where that is None, why: one of REJECTION_REASONS and what was expected."""
     try:
-        return _parse(text if (block := _last_block(text, "scene")) is None else block)
-    except _Rejected:
-        return None
+        if not isinstance(text, str) or len(text) > MAX_CHARS:
+            raise _Rejected("too_long", f"expected text of at most {MAX_CHARS} characters")
+        if (block := _last_block(text, "scene")) is None and not text.lstrip().startswith("{"):
+            raise _Rejected("missing_tag", "expected <scene>...</scene>, got none that is closed")
+        return _parse(text if block is None else block)
+    except _Rejected as error:
+        return f"{error.reason}: {error}"
 
 
 def parse_ground_truth(ground_truth: str) -> tuple[dict, str]:

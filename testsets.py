@@ -27,7 +27,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from answers import LETTERS, parse_polygon, read_number
-from data import COLUMNS, MARK, Sample, other_columns, row_to_sample, with_hint
+from data import COLUMNS, FIT, MARK, UNFIT, Sample, other_columns, row_to_sample, with_hint
 from images import check_pixels, open_image, read_bytes
 from results import (
     cv_bench,
@@ -691,6 +691,9 @@ def check_rows(
     for row in tqdm(rows, desc=f"checking {name}", disable=None, leave=False):
         try:
             sample = convert(table[row], row)
+            texts = sample.question, *sample.options, sample.answer, sample.problem, sample.category
+            if token := UNFIT.search(" ".join([*texts, *map(str, sample.meta.values())])):
+                raise ValueError(f"row #{row}: expected {FIT}, got {token[0]!r}")
             images = [check_image(row, encoded) for encoded in sample.encoded_images]
             if sample.kind == "choice" and (selection.circular or selection.shuffle_options):
                 permuted(sample, range(len(sample.options)))  # raises if it cannot be reordered

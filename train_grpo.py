@@ -748,7 +748,8 @@ def train(cfg: GRPOConfig):
     with in_turn(accelerator):
         learner = make_learner(accelerator, cfg, forbidden, prompt_of)
     # Before the engine takes its share of the GPU: Adam's moments are made here, and now there is room.
-    first = resume(accelerator, learner.policy, learner.optimizer, out, cfg.resume)
+    longer = " or more steps" if cfg.final_learning_rate is None else ""
+    first = resume(accelerator, learner.policy, learner.optimizer, out, cfg.resume, cfg.steps, longer)
     start_tracker(accelerator, cfg, "grpo", first)
     if cfg.sampler == "vllm":
         sampler = VLLMSampler(cfg, encoder, forbidden, max(s.max_images for s in (data, val or data)))

@@ -197,7 +197,7 @@ def train(cfg: SFTConfig):
     base = accelerator.unwrap_model(model)
 
     steps = max(1, round(cfg.epochs * len(samples) / cfg.batch_size))
-    first = resume(accelerator, model, optimizer, out, cfg.resume)
+    first = resume(accelerator, model, optimizer, out, cfg.resume, steps)
     start_tracker(accelerator, cfg, "sft", first)
     rank, world = accelerator.process_index, accelerator.num_processes
     accelerator.print(

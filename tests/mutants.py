@@ -507,11 +507,11 @@ GROUPS = [
             "drawn = rng.integers(0, k, (100, k))",
             "drawn = rng.permuted(np.tile(np.arange(k), (100, 1)), axis=1)",
         ),
-        ('if r["finish_reason"] != "failed"})', "})"),
+        ('answered = [r for r in records if r["finish_reason"] != "failed"]', "answered = records"),
         ("mean(scores.values()), **scores}", "scores[\"aAcc\"], **scores}"),
         ('str(r.get("category") or "")', 'r.get("category") or ""'),
         ("f.truncate(0)", "f.truncate(1)"),
-        ("lost.append(number)\n                continue", "raise"),
+        ("lost[number] = line\n                continue", "raise"),
         ("if empty:", "if False:"),
     ]),
     ("results.py", TESTSETS, [

@@ -68,6 +68,7 @@ def test_options_reach_the_model_as_it_was_trained_on_them(text, options, expect
     [
         (" ", [], "question: expected a text"),
         ("Where is <|image_pad|>?", [], "no control token"),
+        ("Where?", ["left", "\udcff"], r"no half of a surrogate pair, got '\\udcff'"),
         ("Where?", ["left"], "expected 2 to 10 texts"),
         ("Where?", ["left", " "], "expected 2 to 10 texts"),
         ("Where?", list("abcdefghijk"), "expected 2 to 10 texts"),
@@ -250,7 +251,10 @@ def test_a_server_streams_and_gets_the_one_prompt(api, photo, capsys, monkeypatc
     assert on_screen[:2] == [REPLY[:20], REPLY[20:]]
     out = capsys.readouterr().out
     assert out.startswith(REPLY) and out.count(REPLY) == 1
-    assert "answer: (A) on top of\nread: answer_tag, in the answer block\nscene: 2 boxes, 1 relations" in out
+    assert (
+        "answer: (A) on top of\nread: answer_tag, in the answer block\nscene: 2 boxes, 1 relation; wrote "
+        in out
+    )
 
 
 @pytest.mark.parametrize("fault", ["whole", "broken off", "refused", "cut", "garbage"])
@@ -269,8 +273,25 @@ def test_what_cannot_be_streamed_is_printed_at_the_end(fault, api, photo, capsys
     assert out.startswith("(C\n(B)\n" if fault == "broken off" else "(B)\n")
     assert (
         "answer: (B) in front of\nread: letter, by a letter at" in out
-        and "no well-formed scene: 0 boxes" in out
+        and "\nno well-formed scene (missing_tag: expected <scene>...</scene>, got none that is closed): 0 b"
+        in out
     )
+
+
+@pytest.mark.parametrize(
+    "scene, says",
+    [
+        ('{"objects":[{"id":"cat.1","bbox":[0,0,5,9]}]}', "\nscene: 1 box, 0 relations; wrote "),
+        ('{"objects":[{"id":"cat.1","bbox":[5,0,0,9]}]}',
+         "\nno well-formed scene (bad_box: expected finite x1 < x2 and y1 < y2, got cat.1 [5, 0,"),
+        ("{", "\nno well-formed scene (bad_json: expected JSON, got '{': "),
+    ],
+)  # fmt: skip
+def test_why_a_scene_is_not_well_formed_is_said(scene, says, photo, capsys):
+    reply = f"<scene>{scene}</scene><answer>(A)</answer>"
+    with serve(lambda body, nth: (200, openai_answer(reply), {})) as (url, _):
+        main([photo, QUESTION, "--model_path", "m", "--provider", "openai", "--base_url", url])
+    assert says in capsys.readouterr().out
 
 
 def test_scripts_get_one_object(api, photo, capsys):
@@ -288,6 +309,9 @@ def test_scripts_get_one_object(api, photo, capsys):
         ("<answer>Three cats</answer>", "3 cats", "answer_tag"),
         ("", None, "empty"),
         ("I cannot tell.", None, "none"),
+        ("<answer>(A) No</answer>", "no", "answer_tag"),
+        ("B. Yes", "yes", "text"),
+        ("<answer>a cat</answer>", "a cat", "answer_tag"),
     ],
 )
 def test_a_question_without_options_is_open(reply, answer, method, photo, capsys):

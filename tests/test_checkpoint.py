@@ -57,8 +57,8 @@ class Parts:
             **({"scores": {}, "keep_last": 9} | kwargs),
         )
 
-    def resume(self, out, how="auto"):
-        return resume(self.accelerator, self.model, self.optimizer, out, how)
+    def resume(self, out, how="auto", *steps):
+        return resume(self.accelerator, self.model, self.optimizer, out, how, *steps)
 
 
 def names(out):
@@ -74,6 +74,28 @@ def test_continued_exactly(tmp_path):
     assert b.resume(tmp_path) == 1
     b.step()
     assert torch.equal(a.model.weight, b.model.weight) and torch.equal(a.model.bias, b.model.bias)
+
+
+@pytest.mark.parametrize(
+    "saved, steps, says",
+    [
+        (0, [2], ""),
+        (2, [3], "continuing from OUT/checkpoint-2\n"),
+        (2, [2], "OUT holds a run that is finished at step 2: choose another out\n"),
+        (
+            2,
+            [1, " or more steps"],
+            "OUT holds a run that is finished at step 2: choose another out or more steps\n",
+        ),
+    ],
+)
+def test_where_a_run_goes_on_is_said(saved, steps, says, tmp_path, capsys):
+    parts = Parts()
+    if saved:
+        parts.save(tmp_path, saved)
+    capsys.readouterr()
+    assert parts.resume(tmp_path, "auto", *steps) == saved
+    assert capsys.readouterr().out == says.replace("OUT", str(tmp_path))
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):

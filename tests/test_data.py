@@ -166,7 +166,7 @@ BAD = {  # what is wrong: (row -> row, reason, words of the message)
     "token": (
         lambda r: r | {"question_with_options": "Is <|image_pad|> left? (A) yes (B) no"},
         "text",
-        r"no control token of a model, got <\|image_pad\|>",
+        r"no control token of a model.*, got <\|image_pad\|>",
     ),
     "no image": (lambda r: with_image(r, b"not an image"), "image", "column images"),
     "empty image": (lambda r: with_image(r, b""), "image", "neither bytes nor a path"),

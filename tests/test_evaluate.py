@@ -378,14 +378,16 @@ def test_rescoring_grades_what_was_said(tiny_data, tmp_path, capsys):
     lines = [json.loads(line) for line in honest.splitlines()]
     for line in lines[1:]:
         line |= {"correct": not line["correct"], "parsed": "D", "method": "luck"}
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    strange, half = ["no record\n", "[1]\n"], '{"id": "7", "row": 7, "finish'
+    written = [json.dumps(line) + "\n" for line in lines]
+    path.write_text("".join([*written[:3], strange[0], *written[3:], strange[1], half]))
     main(["--rescore", str(path), "--scoring", "released"])
     out = capsys.readouterr().out
     assert "24 replies graded, 24 grades changed" in out and "released scoring" in out
     assert path.read_text() == "".join(
         json.dumps(r) + "\n"
         for r in sorted(map(json.loads, honest.splitlines()), key=lambda r: r.get("row", -1))
-    )
+    ) + "".join([*strange, half])
     summary = json.loads((tmp_path / "x.summary.json").read_text())
     assert summary["accuracy"] >= 0.5 and len(api.bodies) == 24
     assert 0 < summary["released"] <= summary["accuracy"]

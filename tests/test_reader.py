@@ -72,6 +72,13 @@ def test_its_name(capsys):
         assert "--reader: expected PROVIDER:MODEL" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--reader_url", "--base_url"])
+def test_a_url_that_is_none_is_refused_before_anything_is_asked(option, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--reader", "openai:m", option, "http:/me:hidd3n@h"])
+    assert f"error: {option}: expected http://HOST:PORT/PATH, got http:/h\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 def test_a_run_with_a_reader_pays_for_nothing_twice(provider, tiny_data, tmp_path, capsys, monkeypatch):
     """The model's replies are right but odd, or nothing; the reader fails on one at first."""
@@ -96,7 +103,10 @@ def test_a_run_with_a_reader_pays_for_nothing_twice(provider, tiny_data, tmp_pat
         assert "reader" not in plain and not shown.bodies and "with reader" not in capsys.readouterr().out
         run += ["--reader", f"{provider}:r", "--reader_url", f"{reader_url}"]
         n_asked = len(asked.bodies)
-        main(run)  # what is answered is not asked again, what is unread is shown
+        with pytest.raises(
+            SystemExit, match=rf"0 items failed .* and \d+ replies .* shown to {provider}:r, "
+        ):
+            main(run)  # what is answered is not asked again, what is unread is shown
         out = capsys.readouterr().out
         records = read_records(tmp_path / "x.jsonl")[1]
         unread = [r for r in records if r["parsed"] is None]

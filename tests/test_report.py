@@ -6,13 +6,16 @@ import json
 import re
 from html.parser import HTMLParser
 
+import fixtures
 import pytest
 from PIL import Image
 
+import evaluate
 import report
 from data import load_samples
 from report import choose, draw_curves, draw_scene, main, outcome, pair_up, read_metrics, series, smooth
 from results import grade
+from testsets import Selection, load_items
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'</pre></article>$summary &lt;b&gt; \u202e"
 
@@ -190,3 +193,108 @@ def test_metrics_that_cannot_be_read_are_one_line(text, says, tmp_path):
         (tmp_path / "m.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=says):
         main(["--metrics", str(tmp_path / "m.jsonl"), "--out", str(tmp_path)])
+
+
+# ---- records of others ----
+ABSENT = object()
+
+
+def change(lines, *path, value):
+    """Set (or take away) what stands at a path of keys."""
+    *above, key = path
+    for k in above:
+        lines = lines[k]
+    lines.pop(key) if value is ABSENT else lines.__setitem__(key, value)
+
+
+def refused(command, *args) -> str:
+    """The one line that a command ends with; "" where it goes through."""
+    try:
+        command([*map(str, args)])
+    except SystemExit as end:
+        assert "\n" not in str(end)
+        return str(end)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "path, value, says",
+    [
+        ((1, "category"), ["a"], ""),
+        ((1, "category"), {"a": 1}, ""),
+        ((1, "category"), ABSENT, ""),
+        ((1, "category"), 7, ""),
+        ((1, "category"), "\ud83d", ""),
+        ((1, "parsed"), 5, ""),
+        ((2, "parsed"), ["a", "b"], "record 1: expected records of evaluate.py, got others: ValueError"),
+        ((2, "parsed"), "5", "record 1: expected records of evaluate.py, got others: ValueError"),
+        ((2, "parsed"), {"x": 1}, "record 1: expected records of evaluate.py, got others: KeyError: 0"),
+        ((1, "reply"), ABSENT, "record 0: expected records of evaluate.py, got others: KeyError: 'reply'"),
+        (
+            (1, "terms"),
+            {"format": "x"},
+            "expected records of evaluate.py, got others: KeyError: 'gold_objects'",
+        ),
+        ((1, "correct"), ABSENT, "expected records of evaluate.py, got others: KeyError: 'correct'"),
+        ((1, "id"), "99", "expected records of its data set's items, got one of '99'"),
+        ((0, "header", "data", "fingerprint"), ABSENT, "expected fingerprint None, got "),
+        ((0, "header", "data"), [1], "expected records of evaluate.py, got others: AttributeError"),
+        (
+            (0, "header", "config", "template"),
+            5,
+            "expected results of evaluate.py, got something else: sequence",
+        ),
+        (
+            (0, "header", "config", "model_path"),
+            "\ud83d",
+            "expected results of evaluate.py, got something else: ",
+        ),
+        ((0, "header", "config"), [1], "expected results of evaluate.py, got something else: "),
+        ((0, "header", "config", "limit"), "x", "expected records of evaluate.py, got others: TypeError"),
+    ],
+)
+def test_a_record_that_cannot_be_shown_is_named(path, value, says, tmp_path):
+    fixtures.write(tmp_path / "robospatial_home.parquet", *fixtures.robospatial_home())
+    config = {"dataset": "robospatial_home", "local_path": str(tmp_path), "model_path": "m"}
+    loaded = load_items("robospatial_home", Selection.of(config))
+    config |= {"template": "t", "provider": "hf"}
+    data = {"n": 2, "rows": 2, "fingerprint": loaded.fingerprint}
+    records = fixtures.records_of("robospatial_home", tmp_path, lambda i, sample: True)
+    records = [r | {"reply": "r", "matches": [], "mean_iou": None, "reason": None} for r in records]
+    lines = [{"header": {"config": config, "data": data}}, *records]
+    change(lines, *path, value=value)
+    file = tmp_path / "r.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = refused(evaluate.main, "--report", file)
+    assert says in said and bool(says) == (f"error: {file}" in said)
+    assert (tmp_path / "results.html").exists() == (not says)
+
+
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("category", ["a"], ""),
+        ("category", None, ""),
+        ("parsed", 5, ""),
+        ("reply", ABSENT, "record 3: expected records of evaluate.py, got others: KeyError: 'reply'"),
+        ("row", None, "other.jsonl: expected the same items before and after, got 23 and 24"),
+        ("meta", ABSENT, "expected records of evaluate.py, got others: KeyError: 'meta'"),
+        ("matches", [[99, 0, 0.9, 0.9]], "record 3: expected records of evaluate.py, got others: IndexError"),
+    ],
+)
+def test_a_pair_that_cannot_be_shown_is_named(key, value, says, tmp_path, tiny_data, samples):
+    file = write_results(tmp_path / "r.jsonl", samples, lambda i, s: gold_reply(s))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    change(lines, 4, key, value=value)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = tiny_data / "val.parquet"
+    other = write_results(tmp_path / "other.jsonl", samples, lambda i, s: "")
+    said = refused(main, "--before", file, "--after", other, "--data", data, "--out", tmp_path)
+    assert says in said and bool(says) == (f"error: {file}" in said)
+
+
+def test_a_page_of_no_records_says_so(tmp_path, tiny_data):
+    file = write_results(tmp_path / "r.jsonl", [], None)
+    data = tiny_data / "val.parquet"
+    said = refused(main, "--before", file, "--after", file, "--data", data, "--out", tmp_path)
+    assert f"error: {file} and {file}: expected records of rows of {data}, got none" in said

@@ -611,6 +611,7 @@ def test_a_header_that_was_cut_off_costs_nothing(half, tmp_path, capsys):
         b"5",
         b"\xff",
         b'{"id": "2", "row": null, "finish_reason": 1}',
+        b'{"id": 2, "row": 1, "finish_reason": "stop"}',
     ],
 )
 def test_a_line_that_is_no_record_costs_one_item(line, tmp_path, capsys):
@@ -653,6 +654,15 @@ def test_what_a_server_gave_for_a_count_locks_no_file(n, tokens):
     answer = {"method": "x", "parsed": "A", "prompt_tokens": n, "n_tokens": n}
     got = summarise_run({"config": config, "data": {"n": 1}}, [record(1, kind="word", **answer)])
     assert (got["prompt_tokens"], got["tokens"], got["usd"]) == (tokens, tokens, 2 * tokens)
+
+
+@pytest.mark.parametrize("key", ["correct", "cluster", "question_hash"])
+def test_a_comparison_names_the_file_that_lacks_what_it_needs(key, tmp_path):
+    good, bad = write_results(tmp_path / "good.jsonl", [1, 0]), write_results(tmp_path / "bad.jsonl", [0, 0])
+    bad.write_text(bad.read_text().replace(key, "other"))
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match=f"^{bad}: expected records of evaluate.py, .*KeyError: '{key}'"):
+            compare(*pair)
 
 
 def test_a_comparison_with_nothing_but_failures_says_so(tmp_path):

@@ -154,6 +154,10 @@ BAD = {
         ONE | {"images": "a.MP4"},
         "video: row row-0 (#0), column images: expected images: no v",
     ),
+    "a file that is no picture": (
+        ONE | {"images": "file:///etc/passwd"},
+        "image: row row-0 (#0), column images: expected a readable image, got cannot identify image file",
+    ),
     "no kind": (
         NUMBER | {"kind": None},
         "column options: expected a list of 2 to 10 texts, or an open answer",
@@ -194,6 +198,27 @@ BAD = {
     ),
     "of 1": (NUMBER | {"kind": "box", "answer_option_text_only": [0, 0, 0.5, 1]}, "box_frame: row row-0"),
 }
+UNFIT = {  # text that no tokeniser or file takes, wherever a row has it
+    "question_with_options": ("Where\ud83d?\n(A) cup\n(B) plate", "\\ud83d"),
+    "options": (["cup", "plate\udfff"], "\\udfff"),
+    "answer_option_text_only": ("(A) cup\ud83d", "\\ud83d"),
+    "answer_option_text": ("<scene>{}</scene><|vision_start|>", "<|vision_start|>"),
+    "problem": ("\ud83d", "\\ud83d"),
+    "category": ("\ud83d", "\\ud83d"),
+    "level": ("<|x|>", "<|x|>"),
+    "completion": ("<|im_end|>", "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("key", UNFIT)
+def test_text_that_nothing_takes_is_found_at_once(key, load):
+    value, token = UNFIT[key]
+    says = f"column {key}: expected no control token of a model and no half of a surrogate pair, got {token}"
+    samples = load(ONE | {key: value}, ONE, max_bad_rows=0.5)
+    assert len(samples) == 1 and samples.reasons == {"text": 1} and samples.skipped[0].endswith(says)
+    with pytest.raises(ValueError) as refused:
+        load(ONE | {key: value}, evaluate=True)
+    assert says in str(refused.value)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -342,6 +342,7 @@ def test_bad_input_is_one_line(keys, says, tmp_path, capsys):
         make(**{"out": tmp_path / "out", "n_train": 8, "n_val": 2} | keys)
     said = f"{error.value}{capsys.readouterr().err}"
     assert says.replace("EMPTY", str(empty)) in said and "Traceback" not in said
+    assert (tmp_path / "out").exists() == (keys.get("source") == f"coco:{empty}" or "exclude" in keys)
 
 
 def test_graphs_that_support_nothing_are_said_so(tmp_path):

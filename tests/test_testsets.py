@@ -1,5 +1,7 @@
 """testsets.py: every benchmark's rows read rightly, items drawn and reordered, the paper's figures."""
 
+import json
+
 import fixtures
 import pytest
 from hypothesis import given
@@ -424,6 +426,15 @@ def test_bad_rows_are_named(change, message):
     row = fixtures.cv_bench()[1][0] | change
     with pytest.raises(ValueError, match=message):
         benchmark_sample(row, 1, source)
+
+
+@pytest.mark.parametrize("key", ["text", "answer", "category"])
+def test_text_that_nothing_takes_is_found_at_once(key, tmp_path):
+    row = {"image": "a.png", "text": "Which?", "answer": "red", "category": "x", "question_id": 1}
+    (tmp_path / "a.png").write_bytes(fixtures.png(0))
+    (tmp_path / "x.jsonl").write_text(json.dumps(row | {key: "Half \ud83d?"}))
+    with pytest.raises(ValueError, match=r"row #0: expected no control token .*, got '\\ud83d'"):
+        load_items("spatialbench", Selection(local_path=str(tmp_path / "x.jsonl")))
 
 
 def test_a_gold_that_is_neither_0_nor_1_is_refused():
