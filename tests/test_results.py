@@ -528,6 +528,8 @@ def test_overview_and_details_name_everything():
         record(c, kind="yes_no", parsed="yes", method="text", category=name, finish_reason="stop")
         for c, name in ((1, "x"), (0, "y"))
     ]
+    half = details(summarise_run(header, [records[0] | {"category": "\ud83d"}, records[1]]))
+    assert half.splitlines()[2].split()[0] == "\\ud83d"  # what can be printed
     one = summarise_run(header, records)
     assert run_name(one) == "m, t"
     assert overview([one]).splitlines()[1].split() == ["d", "2", "50.0", "9.5", "-", "90.5", "0", "0", "0"]
