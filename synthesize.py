@@ -609,7 +609,9 @@ def main():
     if (out / "config.yaml").exists():  # what this folder was begun with, unless said otherwise
         cfg = SynthesizeConfig.parse_args([out / "config.yaml", *sys.argv[1:]])
     with plain_errors(), model_errors():
-        if not out.exists():  # a folder that was begun may have all that it needs of its source
+        if (
+            not out.exists() and cfg.source != "measured"
+        ):  # a folder that was begun may have all that it needs of its source
             sources.read(cfg.source, images=cfg.images)  # reads nothing yet, but refuses what is no source
         out.mkdir(parents=True, exist_ok=True)
         with alone(out):

@@ -4,8 +4,8 @@
 
 Every path runs alone in a process of its own and is timed from its first prompt to its last reply, the model
 being loaded. The plain loop is what evaluators usually do: four items at a time through the processor and
-`generate`. Two models: the tiny one (2.5 million parameters, 512 items) and an untrained one of 77 million, 64
-items of 64 tokens. Then: replies read and graded in a second.
+`generate`. Two models: the tiny one (2.5 million parameters, 512 items) and an untrained one of 77 million,
+64 items of 64 tokens. Then: replies read and graded in a second.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python synthesize.py out=runs/drawn
     python benchmarks/soak.py [steps=200] [key=value ...]       (8 minutes for 200 steps)
 
-configs/tiny.yaml with 8 prompts of 4 completions a step, in a folder that is removed. Prints what the process holds,
-files mapped from disk left out, after every tenth step, and the slope of a straight line through the last
-half; ends with status 1 where that is too steep. The first half is warm-up: oneDNN keeps 1,024 compiled
-products, one for every number of sequences and layer shape, about 250 MB in vLLM.
+configs/tiny.yaml with 8 prompts of 4 completions a step, in a folder that is removed. Prints what the
+process holds, files mapped from disk left out, after every tenth step, and the slope of a straight line
+through the last half; ends with status 1 where that is too steep. The first half is warm-up: oneDNN keeps
+1,024 compiled products, one for every number of sequences and layer shape, about 250 MB in vLLM.
 """
 
 import sys
