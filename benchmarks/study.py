@@ -3,12 +3,12 @@
     python benchmarks/study.py                        # every arm, three seeds; a night on two cores
     python benchmarks/study.py quick=true             # three arms of one seed; half an hour
     python benchmarks/study.py arms=dense,sparse seeds=0
-    python benchmarks/study.py report=true            # the picture and the table of what is there
+    python benchmarks/study.py report=true results=assets/study      # picture and table of what is there
 
 An arm is configs/study/ARM.yaml on top of configs/measured.yaml, or of configs/study/sft.yaml. Each arm and
-seed is trained, merged, evaluated on all held-out rows, and leaves one small file in assets/study: what
-is there is not done again, and a killed run goes on from its last checkpoint. The rows are the measured
-set's of tiny.py: who reads off exact boxes answers right.
+seed is trained, merged, evaluated on all held-out rows, and leaves one small file in `results`: what is
+there is not done again, and a killed run goes on from its last checkpoint. Those of the README are in
+assets/study. The rows are the measured set's of tiny.py: who reads off exact boxes answers right.
 """
 
 import json
@@ -57,7 +57,7 @@ class StudyConfig(Config):
     jobs: int = opt(2, "runs at a time; they share the cores", ge=1)
     report: bool = opt(False, "run nothing: draw and print what is there")
     out: str = opt("runs/study", "folder of data and runs", path=True)
-    results: str = opt(str(REPO / "assets/study"), "folder of the small result files", path=True)
+    results: str = opt("runs/study/results", "folder of the small result files", path=True)
 
 
 # ---- running -----------------------------------------------------------------------------------------------
@@ -183,18 +183,18 @@ def matrix(seeds: dict[int, dict], term: str) -> np.ndarray:
     return np.array([result["items"][term] for _, result in sorted(seeds.items())], dtype=float)
 
 
-def interval(values: np.ndarray, rng) -> tuple[float, float]:
+def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % of the mean of (S, N) values: seeds and rows are both drawn with replacement."""
-    s, n = values.shape
+    (s, n), rng = values.shape, np.random.default_rng(0)
     by_seed = rng.multinomial(s, [1 / s] * s, DRAWS) / s  # (DRAWS, S)
     by_row = rng.multinomial(n, [1 / n] * n, DRAWS) / n  # (DRAWS, N)
     means = ((by_seed @ values) * by_row).sum(1)
     return tuple(np.quantile(means, [0.025, 0.975]))
 
 
-def p_value(change: np.ndarray, rng) -> float:
+def p_value(change: np.ndarray) -> float:
     """Two-sided, of (N,) changes: signs flipped at random, the row being what was drawn."""
-    signs = rng.integers(0, 2, (DRAWS, len(change)), dtype=np.int8) * 2 - 1
+    signs = np.random.default_rng(0).integers(0, 2, (DRAWS, len(change)), dtype=np.int8) * 2 - 1
     return (1 + (abs(signs @ change) >= abs(change.sum()) - 1e-9).sum()) / (1 + DRAWS)
 
 
@@ -209,10 +209,9 @@ def table(found: dict) -> str:
     """Markdown, a line an arm: percent, with half of a 95 % interval."""
 
     def shown(values, sign: str = "") -> str:
-        low, high = interval(values, rng)
+        low, high = interval(values)
         return f"{100 * values.mean():{sign}.1f}±{50 * (high - low):.1f}"
 
-    rng = np.random.default_rng(0)
     lines = [["", *SHOWN, "right/wrong", "to dense", "p"]]
     lines.append(["---"] * len(lines[0]))
     for arm, seeds in found.items():
@@ -222,7 +221,7 @@ def table(found: dict) -> str:
         dense = found.get("dense", {})
         seeds = dict.fromkeys(dense, seeds[0]) if arm == START else seeds  # it has none of its own
         if arm != "dense" and (change := against(seeds, dense)) is not None:
-            p = p_value(change.mean(0), rng)
+            p = p_value(change.mean(0))
             cells[-2:] = shown(change, "+"), f"{p:.3f}" if p >= 0.001 else "<.001"
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
