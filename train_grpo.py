@@ -1,7 +1,7 @@
 """GRPO with the gated spatial reward: rollout (vLLM), reward, group advantage, clipped update, weight sync.
 
     accelerate launch train_grpo.py configs/7b.yaml              # the paper's run: 4 x 80 GB, hours
-    python train_grpo.py configs/tiny.yaml                       # the whole loop on a laptop CPU, minutes
+    python train_grpo.py configs/measured.yaml                   # the whole loop on a laptop CPU, minutes
     python train_grpo.py configs/7b.yaml dry_run=true            # what would run, and what is missing
 
 What separates this from GRPO as first published (arXiv:2402.03300), beside the reward:
