@@ -30,16 +30,16 @@ import tiny  # noqa: E402
 from config import Config, opt, write_whole  # noqa: E402
 from results import read_records  # noqa: E402
 
-ARMS = {  # in the table's order
-    "dense": "the paper's reward",
-    "no_gate": "dense without the gate",
-    "spatial": "format, accuracy, spatial",
-    "sparse": "format, accuracy",
-    "sparse_relation": "format, accuracy, relation",
-    "dense_strict": "dense, strict about boxes and labels",
-    "sft_answers": "SFT on answers",
-    "sft_scenes": "SFT on scenes and answers",
-}
+ARMS = (
+    "dense",
+    "no_gate",
+    "spatial",
+    "sparse",
+    "sparse_relation",
+    "dense_strict",
+    "sft_answers",
+    "sft_scenes",
+)
 START = "start"  # no arm: what all begin with
 QUICK = ("dense", "sparse", "sft_scenes")
 TERMS = ("correct", "reward", "iou", "recall50", "count", "format", "worst_iou", "relations")
@@ -243,10 +243,10 @@ def draw(found: dict, path: Path):
             color = f"C{i}"
             if steps:
                 values = np.array([[c[s] for s in steps] for c in curves])
-                axis.plot(steps, values.mean(0), color=color, label=ARMS[arm])
+                axis.plot(steps, values.mean(0), color=color, label=arm, lw=5 if arm == "dense" else 1.6)
                 axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
             elif term == "correct":  # supervised: where it ends
-                axis.axhline(matrix(seeds, term).mean(), color=color, ls=":", label=f"{ARMS[arm]} (its end)")
+                axis.axhline(matrix(seeds, term).mean(), color=color, ls=":", label=f"{arm} (its end)")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
