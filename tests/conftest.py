@@ -57,7 +57,7 @@ def tiny_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_start():
-    """Folder of the tiny model that the demo starts from: it answers in the trained format."""
+    """Folder of the start on the drawn set: it answers in the trained format."""
     return Path(__file__).parents[1] / "assets" / "tiny"
 
 
