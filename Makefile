@@ -3,7 +3,7 @@
 # make quick   lint and the tests that are fast: three minutes, for people at work
 # make mutants every formula broken once, and the test that notices (an hour)
 # make house   the files: their size, their longest function, whom they import
-# make study   which part of the reward pays: eight arms, three seeds (two hours; STUDY="quick=true": 25 minutes)
+# make study   which part of the reward pays: eight arms, three seeds (two hours; STUDY=quick=true: 15 minutes)
 # make warm-start   the starts, from nothing (25 minutes); assets/tiny and assets/measured hold the results
 # make bench   all measurements (an hour on two cores; a GPU if there is one)
 # make lint    ruff: mistakes, and the format

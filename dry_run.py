@@ -148,11 +148,11 @@ def sizes(config) -> Sizes:
 
 # ---- the cards ---------------------------------------------------------------------------------------------
 def read_gpus(text: str) -> tuple[int, int]:
-    """(number of cards, bytes of one) of "4x80GB". Raises: ValueError."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)GB", text)
-    if not match:
-        raise ValueError(f"gpus: expected cards x memory, as 4x80GB, got {text!r}")
-    return int(match[1]), int(int(match[2]) * VISIBLE * GIB)
+    """(number of cards, bytes of one) of "4x80GB" or "4xH100". Raises: ValueError."""
+    match = re.fullmatch(r"([1-9]\d*)x(?:([1-9]\d*)GB|(.+))", text)
+    if not match or not (match[2] or match[3] in CARDS):
+        raise ValueError(f"gpus: expected cards x memory, as 4x80GB, or x one of {[*CARDS]}, got {text!r}")
+    return int(match[1]), int(int(match[2] or CARDS[match[3]][0]) * VISIBLE * GIB)
 
 
 @dataclass(frozen=True)

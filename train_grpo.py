@@ -154,7 +154,7 @@ class GRPOConfig(DataConfig):
     samples_every: int = opt(5, "steps between saved samples of completions with their images; 0: none", ge=0)
     timeout_min: float = opt(120, "minutes that a process waits for the others before it gives up", gt=0)
     dry_run: bool = opt(False, "print what would run and what is missing, load no model, exit")
-    gpus: str | None = opt(None, "cards to plan for without having them, as 4x80GB")
+    gpus: str | None = opt(None, "cards to plan for without having them, as 4x80GB or 8xH100")
 
     @model_validator(mode="after")
     def _check(self):

@@ -1,6 +1,6 @@
 """What honest work and cheats earn under the spatial reward and each of its options.
 
-    python benchmarks/cheats.py               # both tables of docs/rewards.md; half a minute
+    python benchmarks/cheats.py               # two tables of docs/rewards.md; a quarter of a minute
     python benchmarks/cheats.py --source vg:/data/visual_genome gqa:/data/gqa     # of real scenes as well
 
 Scenes are those of the drawn set, and of graphs like Visual Genome's (tests/graph_files.py), with questions

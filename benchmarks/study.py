@@ -1,7 +1,7 @@
 """What each part of the reward is worth: the same start, the same completions, eight ways to learn from them.
 
-    python benchmarks/study.py                        # every arm, three seeds; a night on two cores
-    python benchmarks/study.py quick=true             # three arms of one seed; half an hour
+    python benchmarks/study.py                        # every arm, three seeds; two hours on two cores
+    python benchmarks/study.py quick=true             # three arms of one seed; a quarter of an hour
     python benchmarks/study.py arms=dense,sparse seeds=0
     python benchmarks/study.py report=true results=assets/study      # picture and table of what is there
 

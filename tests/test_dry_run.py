@@ -277,11 +277,15 @@ def test_hours_are_of_the_order_of_a_model_made_by_hand():
 
 
 # ---- the command ----
-@pytest.mark.parametrize("text", ["4*80GB", "0x80GB", "4x80", "x80GB", "4x80GBs"])
+@pytest.mark.parametrize("text", ["4*80GB", "0x80GB", "4x80", "x80GB", "4x80GBs", "8xX", "xH100"])
 def test_cards_that_cannot_be_read_are_one_line(text):
-    with pytest.raises(ValueError, match=r"gpus: expected cards x memory, as 4x80GB, got '") as caught:
+    with pytest.raises(ValueError, match=r"gpus: expected cards x memory, as 4x80GB, or .*got '") as caught:
         GRPOConfig(gpus=text)
     assert "\n" not in str(caught.value.errors()[0]["msg"])
+
+
+def test_a_card_is_also_known_by_its_name():
+    assert read_gpus("8xH100") == read_gpus("8x80GB") and read_gpus("1xRTX 4090") == read_gpus("1x24GB")
 
 
 def test_the_cards_of_this_machine_are_read(monkeypatch):
