@@ -283,9 +283,12 @@ GROUPS = [
         ('judge_answers and row["kind"] != "choice"', "judge_answers"),
         ("if takes_all or k in names}", "if k in names}"),
         ("if takes_all or k in names}", "if takes_all or k}"),
-        ("function(completion, dict(row))", "function(completion, row)"),
+        ("function(completion, copy.deepcopy(row))", "function(completion, row)"),
+        ("function(completion, copy.deepcopy(row))", "function(completion, dict(row))"),
         ("or not math.isfinite(value):", ":"),
-        ('{"reward": terms["score"]} | terms', "terms"),
+        ('TOTALS = "reward", "score", "overall"', 'TOTALS = "reward", "score"'),
+        ("if isinstance(value, Real):", "if value:"),
+        ("asyncio.run(value) if inspect.iscoroutine(value) else value", "value"),
         ("except (Exception, SystemExit) as error:  # whatever a foreign function",
          "except Exception as error:  # whatever a foreign function"),
         ("sum(values) / len(values)", "sum(values) / len(scores)"),
@@ -380,6 +383,7 @@ GROUPS = [
     ]),
     # ---- metrics.py ----
     ("metrics.py", METRICS, [
+        ("line | vars(r.score) | line", "line | vars(r.score)"),
         ("max(self.mismatch_max, mismatch_max)", "mismatch_max"),
         ("getattr(self, name) + (value", "(value"),
         ("for of in stats for one in of) for f", "for of in stats[:1] for one in of) for f"),
