@@ -192,6 +192,8 @@ GROUPS = [
         ("accuracy * spatial, accuracy * relation", "accuracy * spatial, relation"),
         ("min(1.0, held[s, o] / said[s, o])", "1.0"),
         ("held[s, o] / said[s, o]", "1 / said[s, o]"),
+        ("+= (o, predicate, s) in claims & wanted", "+= 0"),
+        ("for s, predicate, o in claims - wanted:", "for s, predicate, o in claims:"),
         ("    if gate:", "    if True:"),
         ("right = judge(completion) if judge else ", "right = "),
         ("if s != o and s in index", "if s in index"),
