@@ -44,10 +44,11 @@ def vanilla(completion: str, row: dict) -> dict:
 
 def columns_of(sample, record: dict) -> dict:
     """A row as a reward function sees it: the columns of its record, images encoded as they are stored, and
-    row_id, image_size (W, H), kind, gold (scene in pixels and answer, or the answer where none is needed).
+    row_id, image_size (W, H), kind, gold (scene in pixels and answer, or the answer where none is needed), and
+    where no column has this name, problem: the row's prompt, or its question with its options.
     The trainer adds `correct`: whether the completion's answer is right as evaluation reads it."""
     added = {"row_id": sample.id, "image_size": sample.size, "kind": sample.kind, "gold": sample.ground_truth}
-    return record | added
+    return {"problem": sample.problem or sample.question} | record | added
 
 
 @functools.cache

@@ -3,8 +3,9 @@
 import pytest
 from test_rewards import GOLD, GOOD, SIZE
 
+from data import Sample
 from rewards import Score
-from scoring import RewardError, load_reward, means
+from scoring import RewardError, columns_of, load_reward, means
 
 ROW = {"row_id": "7 (#3)", "image_size": SIZE, "kind": "choice", "gold": GOLD, "correct": True}
 ROW |= {"answer_option_text": GOLD, "problem": "Which?", "color": "red"}
@@ -147,6 +148,19 @@ def test_the_built_in_rewards_and_those_of_rewards_py_take_the_same_path():
     assert (verl.reward, verl.spatial) == (expected["reward"], expected["spatial"])
     assert load_reward("rewards.py:compute_score_batch")(GOOD, ROW).reward == expected["reward"]
     assert vars(load_reward("vanilla")("<answer>(B) left</answer>", ROW))["reward"] == 0.5
+
+
+@pytest.mark.parametrize("record, full, prompt", [
+    ({"problem": "Which?", "kind": "theirs"}, "Look. Which?", "Which?"),
+    ({"prompt": "Look. Which?"}, "Look. Which?", "Look. Which?"),
+    ({}, "", "Left or right?"),
+])  # fmt: skip
+def test_columns_have_a_prompt_whatever_its_column_is_called(mine, record, full, prompt):
+    sample = Sample("7", (), SIZE, "Left or right?", ("left", "right"), "(A) left", "(A) left", problem=full)
+    row = columns_of(sample, record)
+    added = {"problem": prompt, "row_id": "7", "image_size": SIZE, "kind": "choice", "gold": "(A) left"}
+    assert row == record | added
+    assert load_reward(f"{mine}:trl_few")("hi", row).reward == (prompt == "Which?")
 
 
 @pytest.mark.parametrize("kind, judged, accuracy", [
