@@ -44,8 +44,8 @@ def vanilla(completion: str, row: dict) -> dict:
 
 def columns_of(sample, record: dict) -> dict:
     """A row as a reward function sees it: the columns of its record, images encoded as they are stored, and
-    row_id, image_size (W, H), kind, gold (scene in pixels and answer, or the answer where none is needed), and
-    where no column has this name, problem: the row's prompt, or its question with its options.
+    row_id, image_size (W, H), kind, gold (scene in pixels and answer, or the answer where none is needed),
+    and where no column has this name, problem: the row's prompt, or its question with its options.
     The trainer adds `correct`: whether the completion's answer is right as evaluation reads it."""
     added = {"row_id": sample.id, "image_size": sample.size, "kind": sample.kind, "gold": sample.ground_truth}
     return {"problem": sample.problem or sample.question} | record | added
@@ -177,7 +177,11 @@ def checked(name: str, value):
     """A term as a float, or as text or None where it is no number. Raises: ValueError if the reward is not
     a number, or a number not finite."""
     if name == "matches":
-        return tuple((int(i), int(j), float(iou), float(ciou)) for i, j, iou, ciou in value)
+        try:
+            return tuple((int(i), int(j), float(iou), float(ciou)) for i, j, iou, ciou in value)
+        except (TypeError, ValueError):
+            expected = "expected matches of (predicted, gold, IoU, CIoU)"
+            raise ValueError(f"{expected}, got {repr(value)[:80]}") from None
     if math.prod(getattr(value, "shape", (0,))) == 1:  # of numpy or torch
         value = value.item()
     if name != "reward" and (name == "reason" or not isinstance(value, Real)):

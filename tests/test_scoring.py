@@ -44,6 +44,7 @@ def message(completions, **_): return [float(c[0]["content"]) for c in completio
 def numbers(completion, row): return [0.5, 0.5]
 def pair(completion, row): return np.ones(2)
 def huge(completion, row): return 10**400
+def found(completion, row): return {"reward": 1, "matches": 3}
 def quiet(completion, row): raise ValueError("\\n")
 def nan(completion, row): return float("nan")
 def nan_term(completion, row): return {"reward": 1, "part": np.inf}
@@ -101,6 +102,7 @@ def test_each_signature(mine, name, expected):
     ("pair", "expected reward to be a finite number, got array([1., 1.])"),
     ("huge", "OverflowError: int too large"),
     ("quiet", "ValueError: "),
+    ("found", "expected matches of (predicted, gold, IoU, CIoU), got 3"),
     ("needs", "missing 1 required positional argument: 'other'"),
 ])  # fmt: skip
 def test_a_failing_function_names_the_row(mine, name, message):
