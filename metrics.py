@@ -154,7 +154,8 @@ def write_samples(folder: Path, groups: list[list], data, encoder) -> list[tuple
             image.save(folder / f"{name}_{k}.png")
         for r in group:
             line = {"id": sample.id, "question": sample.question, "gold": sample.ground_truth, "text": r.text}
-            lines.append(line | {"finished": r.finished} | vars(r.score))
+            line |= {"finished": r.finished}
+            lines.append(line | vars(r.score) | line)  # a term named `text` hides none of these
         saved.append((images, lines))
     text = "".join(json.dumps(line) + "\n" for _, lines in saved for line in lines)
     (folder / "completions.jsonl").write_text(text)

@@ -506,9 +506,12 @@ def _triples(scene: dict) -> set[tuple[int, str, int]]:
 
 
 def _found(triples: set, partner: dict[int, int], wanted: set) -> float:
-    """Share of the wanted triples. A pair with more predicates than gold has for it earns less for each."""
+    """Share of the wanted triples. A pair with more predicates than gold has for it earns less for each, and
+    so does a relation that is stated the other way round as well: who states both knows none."""
     claims = {(partner.get(s), predicate, partner.get(o)) for s, predicate, o in triples}
     said, held = (Counter((s, o) for s, _, o in of) for of in (claims, wanted))
+    for s, predicate, o in claims - wanted:
+        said[o, s] += (o, predicate, s) in claims & wanted
     return sum(min(1.0, held[s, o] / said[s, o]) for s, _, o in claims & wanted) / len(wanted)
 
 
@@ -560,8 +563,9 @@ def score_completion(
         relation  0 if the answer is wrong; else the share of gold's distinct relationships (between two of
                   its objects) that the completion has, with the same predicate up to case, `_`, `-` and
                   spaces, between objects matched with theirs under labels of similarity above 0. Where a pair
-                  has n predicates and gold m < n, each right one counts for m / n. If gold has none: 1 if
-                  none is predicted, else 0. Weighs nothing by default.
+                  has n predicates and gold m < n, each right one counts for m / n; one that is stated the
+                  other way round as well, and is not so in gold, adds to n. If gold has none: 1 if none is
+                  predicted, else 0. Weighs nothing by default.
     `matches` is filled whenever the format is right and both scenes have objects, whatever the answer.
     Raises: ValueError on bad ground truth or image size.
     """

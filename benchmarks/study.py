@@ -2,7 +2,7 @@
 
     python benchmarks/study.py                        # every arm, three seeds; two hours on two cores
     python benchmarks/study.py quick=true             # three arms of one seed; a quarter of an hour
-    python benchmarks/study.py arms=dense,sparse seeds=0
+    python benchmarks/study.py "arms=[dense,sparse]" "seeds=[0]"
     python benchmarks/study.py report=true results=assets/study      # picture and table of what is there
 
 An arm is configs/study/ARM.yaml on top of configs/measured.yaml, or of configs/study/sft.yaml. Each arm and
@@ -167,15 +167,38 @@ def items(records: list[dict]) -> dict[str, list]:
 
 # ---- figures -----------------------------------------------------------------------------------------------
 def load(cfg: StudyConfig) -> dict[str, dict[int, dict]]:
-    """{arm: {seed: result}} of the files that are there. Raises: SystemExit if one is of other settings."""
-    found = {}
+    """{arm: {seed: result}} of the files that are there. Raises: SystemExit if one is damaged, of other
+    settings, or of another number of rows."""
+    found, sizes = {}, {}
     for arm in (START, *ARMS):
         for path in sorted(Path(cfg.results).glob(f"{arm}-*.json")):
-            result = json.loads(path.read_text())
+            result = read_result(path)
             if result["identity"] != identity(arm):
-                raise SystemExit(f"error: {path} was made with other settings, data or start; remove it")
+                why = f"was made with other settings, data or start; remove it and what {cfg.out} has of it"
+                raise SystemExit(f"error: {path} {why}")
+            sizes[len(result["items"]["correct"])] = path.name
             found.setdefault(arm, {})[result["seed"]] = result
+    if len(sizes) > 1:
+        rows = " and ".join(f"{n} ({name})" for n, name in sizes.items())
+        raise SystemExit(f"error: {cfg.results}: expected the same held-out rows in all, got {rows}")
     return found
+
+
+def read_result(path: Path) -> dict:
+    """What `do` has left. Raises: SystemExit if it is not whole, or under another's name."""
+    try:
+        result = json.loads(path.read_text())
+        name, steps = f"{result['arm']}-{result['seed']}", [point["step"] for point in result["curve"]]
+        values = np.array([result["items"][term] for term in TERMS], dtype=float)  # (terms, N)
+        whole = (
+            name == path.stem and type(result["seed"]) is int and values.size and {"identity"} <= set(result)
+        )
+        whole = whole and np.isfinite([*values.ravel(), *steps]).all()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise SystemExit(f"error: {path} is no whole result of this name; remove it")
+    return result
 
 
 def matrix(seeds: dict[int, dict], term: str) -> np.ndarray:
@@ -219,7 +242,9 @@ def table(found: dict) -> str:
         split = [f"{100 * correct[where].mean():.0f}" if where.any() else "-" for where in (right, ~right)]
         cells = [arm, *(shown(matrix(seeds, term)) for term in SHOWN.values()), "/".join(split), "", ""]
         dense = found.get("dense", {})
-        seeds = dict.fromkeys(dense, seeds[0]) if arm == START else seeds  # it has none of its own
+        seeds = (
+            dict.fromkeys(dense, next(iter(seeds.values()))) if arm == START else seeds
+        )  # it has none of its own
         if arm != "dense" and (change := against(seeds, dense)) is not None:
             p = p_value(change.mean(0))
             cells[-2:] = shown(change, "+"), f"{p:.3f}" if p >= 0.001 else "<.001"
@@ -249,7 +274,8 @@ def draw(found: dict, path: Path):
                 axis.axhline(matrix(seeds, term).mean(), color=color, ls=":", label=f"{arm} (its end)")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    if set(found) > {START}:
+        axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -265,7 +291,7 @@ def main():
     if not cfg.report:
         if not (out / "data" / "train.parquet").exists():
             run("synthesize.py", "source=measured", f"out={out}/data")
-        wanted = [(0, START)] + [(seed, arm) for seed in seeds for arm in arms]
+        wanted = dict.fromkeys([(0, START)] + [(seed, arm) for seed in seeds for arm in arms])  # each once
         wanted = [(seed, arm) for seed, arm in wanted if seed not in found.get(arm, {})]
         do_all(wanted, cfg)
         found = load(cfg)

@@ -145,9 +145,8 @@ RED = Image.new("RGB", (6, 4), (255, 0, 0))
 
 def saved_samples(folder):
     """Two prompts, of one image and of two, with two completions each."""
-    groups = [
-        [Rollout(k, 7, [1], [-1.0], f"<scene>{k}{i}", True, Score(0.5)) for i in (0, 1)] for k in (0, 1)
-    ]
+    score = types.SimpleNamespace(**vars(Score(0.5)), text="a term of this name")
+    groups = [[Rollout(k, 7, [1], [-1.0], f"<scene>{k}{i}", True, score) for i in (0, 1)] for k in (0, 1)]
     data = [types.SimpleNamespace(id=f"row/{k}", question="Where?", ground_truth="(A) on") for k in (0, 1)]
     encoder = types.SimpleNamespace(images=lambda sample: [RED] * (1 + data.index(sample)))
     return save_samples(folder, groups, data, encoder)

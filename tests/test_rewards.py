@@ -1359,6 +1359,9 @@ ON, NEAR_BY = rel("dog.1", "on", "cat.1"), rel("bird.1", "next to", "dog.1")
     ([ON, BY], [ON, BY], 1),
     ([ON, BY, AT], [ON, BY], 2 / 3),
     ([ON, rel("cat.1", "under", "dog.1")], [ON], 1),  # of a pair that gold does not relate: costs count only
+    ([ON, rel("cat.1", "on", "dog.1")], [ON], 0.5),  # both ways round: one of two guesses
+    ([ON, BY, rel("cat.1", "on", "dog.1")], [ON, BY], 2 / 3),
+    ([ON, rel("cat.1", "on", "dog.1")], [ON, rel("cat.1", "ON", "dog.1")], 1),  # as gold has it
     ([ON], [ON, rel("dog.1", "On", "cat.1")], 1),  # gold says one thing twice
     ([ON], [ON, rel("dog.1", "on", "dog.1"), rel("dog.1", "on", "gone.1")], 1),  # what no reply can say
     ([], [], 1),

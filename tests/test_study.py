@@ -1,6 +1,7 @@
 """The study's figures: what it keeps of a run, its intervals and tests, its table."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -85,8 +86,43 @@ def test_the_table_is_paired_and_the_picture_is_drawn(tmp_path):
     assert (tmp_path / "study.png").stat().st_size > 5000
 
 
-def test_results_of_other_settings_are_refused(tmp_path):
-    path = tmp_path / "dense-0.json"
-    path.write_text(json.dumps(result("dense", 0, [1], [1]) | {"identity": "0"}))
-    with pytest.raises(SystemExit, match="dense-0.json was made with other settings"):
+@pytest.mark.parametrize("spoil, message", [
+    (lambda r: json.dumps(r | {"identity": "0"}), "dense-0.json was made with other settings"),
+    (lambda r: json.dumps(r)[:-40], "dense-0.json is no whole result of this name; remove it"),
+    (lambda r: "", "dense-0.json is no whole"),
+    (lambda r: "[]", "dense-0.json is no whole"),
+    (lambda r: json.dumps(r | {"seed": 1}), "dense-0.json is no whole"),
+    (lambda r: json.dumps(r | {"arm": "sparse"}), "dense-0.json is no whole"),
+    (lambda r: json.dumps({k: v for k, v in r.items() if k != "identity"}), "dense-0.json is no whole"),
+    (lambda r: json.dumps(r | {"curve": [{}]}), "dense-0.json is no whole"),
+    (lambda r: json.dumps(r | {"items": r["items"] | {"iou": [0.5]}}), "dense-0.json is no whole"),
+    (lambda r: json.dumps(r | {"items": r["items"] | {"iou": [0.5, None]}}), "dense-0.json is no whole"),
+    (lambda r: json.dumps(r | {"items": {t: v[:1] for t, v in r["items"].items()}}),
+     "same held-out rows in all, got 1 \\(dense-0.json\\) and 2 \\(sparse-0.json\\)"),
+])  # fmt: skip
+def test_results_that_are_damaged_or_others_are_refused(tmp_path, spoil, message):
+    (tmp_path / "dense-0.json").write_text(spoil(result("dense", 0, [1, 0], [1, 1])))
+    (tmp_path / "sparse-0.json").write_text(json.dumps(result("sparse", 0, [1, 0], [1, 1])))
+    with pytest.raises(SystemExit, match=message) as error:
         study.load(study.StudyConfig(results=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_an_arm_and_seed_named_twice_is_run_once(tmp_path, monkeypatch):
+    done, start = [], result("start", 3, [1], [1])
+    (tmp_path / "start-3.json").write_text(json.dumps(start))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").touch()
+    monkeypatch.setattr(study, "do", lambda arm, seed, cfg: done.append((arm, seed)))
+    words = f"arms=[sparse,dense,sparse] seeds=[1,1] jobs=1 out={tmp_path} results={tmp_path}".split()
+    monkeypatch.setattr("sys.argv", ["study.py", *words])
+    study.main()
+    assert done == [("start", 0), ("sparse", 1), ("dense", 1)]
+    assert "| start |" in (tmp_path / "study.md").read_text()
+
+
+def test_the_commands_of_the_docstring_are_read():
+    lines = [line for line in study.__doc__.splitlines() if line.startswith("    python ")]
+    settings = [study.StudyConfig.load(shlex.split(line, comments=True)[2:]) for line in lines]
+    assert [cfg.seeds for cfg in settings] == [[0, 1, 2], [0, 1, 2], [0], [0, 1, 2]]
+    assert settings[2].arms == ["dense", "sparse"]
