@@ -105,24 +105,11 @@ def do(arm: str, seed: int, cfg: StudyConfig):
             run("merge.py", folder, model, **how)
     name = f"{arm}-{seed}"
     asked = ["--dataset", out / "data" / "val.parquet", "--min_pixels", 784, "--max_new_tokens", 192]
-    run(
-        "evaluate.py",
-        *asked,
-        "--model_path",
-        model,
-        "--out",
-        out / "answers",
-        "--custom_filename",
-        name,
-        **how,
-    )
+    asked += ["--model_path", model, "--out", out / "answers", "--custom_filename", name]
+    run("evaluate.py", *asked, **how)
     _, records = read_records(out / "answers" / f"{name}.jsonl")
-    result = {
-        "arm": arm,
-        "seed": seed,
-        "identity": identity(arm),
-        "minutes": round((time.time() - began) / 60, 1),
-    }
+    minutes = round((time.time() - began) / 60, 1)
+    result = {"arm": arm, "seed": seed, "identity": identity(arm), "minutes": minutes}
     result |= {"curve": curve(folder / "metrics.jsonl"), "items": items(records)}
     path = Path(cfg.results) / f"{arm}-{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,9 +229,8 @@ def table(found: dict) -> str:
         split = [f"{100 * correct[where].mean():.0f}" if where.any() else "-" for where in (right, ~right)]
         cells = [arm, *(shown(matrix(seeds, term)) for term in SHOWN.values()), "/".join(split), "", ""]
         dense = found.get("dense", {})
-        seeds = (
-            dict.fromkeys(dense, next(iter(seeds.values()))) if arm == START else seeds
-        )  # it has none of its own
+        if arm == START:  # it has no seeds of its own
+            seeds = dict.fromkeys(dense, next(iter(seeds.values())))
         if arm != "dense" and (change := against(seeds, dense)) is not None:
             p = p_value(change.mean(0))
             cells[-2:] = shown(change, "+"), f"{p:.3f}" if p >= 0.001 else "<.001"

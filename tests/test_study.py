@@ -1,10 +1,12 @@
 """The study's figures: what it keeps of a run, its intervals and tests, its table."""
 
 import json
+import re
 import shlex
 
 import numpy as np
 import pytest
+from programs import REPO
 
 from benchmarks import study
 
@@ -126,3 +128,17 @@ def test_the_commands_of_the_docstring_are_read():
     settings = [study.StudyConfig.load(shlex.split(line, comments=True)[2:]) for line in lines]
     assert [cfg.seeds for cfg in settings] == [[0, 1, 2], [0, 1, 2], [0], [0, 1, 2]]
     assert settings[2].arms == ["dense", "sparse"]
+
+
+def test_the_readme_has_every_arm_and_seed_of_the_results_beside_it():
+    found = study.load(study.StudyConfig(results=str(REPO / "assets/study")))
+    assert {arm: sorted(seeds) for arm, seeds in found.items()} == {"start": [0]} | dict.fromkeys(
+        study.ARMS, [0, 1, 2]
+    )
+    assert {len(r["items"]["correct"]) for seeds in found.values() for r in seeds.values()} == {1024}
+    lines, pasted = study.table(found).splitlines(), (REPO / "README.md").read_text().splitlines()
+    at = pasted.index(lines[0])
+    for line, shown in zip(lines, pasted[at:], strict=False):
+        numbers = [[float(x) for x in re.findall(r"[+-]?\d+\.\d+", text)] for text in (line, shown)]
+        assert line.split()[1] == shown.split()[1] and len(numbers[0]) == len(numbers[1])
+        assert np.allclose(*numbers, atol=0.25)  # another numpy may draw otherwise
