@@ -12,6 +12,7 @@
 
 export PYTHON
 python = .venv/bin/python
+pytest = $(python) -m pytest -n 2 --dist loadfile
 demo = runs/tiny
 evaluate = $(python) evaluate.py --dataset $(demo)/data/val.parquet --min_pixels 784 --max_new_tokens 192 --out $(demo)
 
@@ -42,10 +43,10 @@ warm-start: .venv/.ready
 	@echo "To ship them: cp runs/warm/sft/final/* assets/tiny/; cp runs/measured/sft/final/* assets/measured/"
 
 test: lint
-	$(python) -m pytest $(PYTEST_ARGS)
+	$(pytest) $(PYTEST_ARGS)
 
 quick: lint
-	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(pytest) -m "not slow" $(PYTEST_ARGS)
 
 mutants: .venv/.ready
 	$(python) tests/mutants.py

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -474,7 +475,7 @@ def test_run_record(tmp_path):
     assert record["config"] == config.model_dump(mode="json")
     assert {"torch", "transformers", "accelerate", "datasets", "numpy", "scipy"} <= set(record["packages"])
     assert record["packages"]["numpy"] == np.__version__
-    assert "pytest" in record["command"]
+    assert shlex.split(record["command"]) == sys.orig_argv
 
 
 def test_git_revision_marks_changes(tmp_path, monkeypatch):

@@ -257,10 +257,16 @@ def test_the_makefile_makes_the_warm_start_with_the_config(warm):
     makefile = (REPO / "Makefile").read_text()
     recipe = re.search(r"^warm-start:.*\n((?:\t.*\n)+)", makefile, flags=re.M)[1]
     assert "synthesize.py out=runs/warm/data worked=true" in recipe
-    assert re.findall(r"train_sft.py (.*)", recipe) == ["configs/tiny_sft.yaml"]
+    assert "synthesize.py source=measured worked=true out=runs/measured/data" in recipe
+    measured = "configs/measured_sft.yaml model=runs/warm/sft/final"
+    assert re.findall(r"train_sft.py (.*)", recipe) == ["configs/tiny_sft.yaml", measured]
     config = SFTConfig.load([str(REPO / "configs" / "tiny_sft.yaml")])
     for path in (config.model, config.data, config.val_data):  # what the first command has written
         assert Path(path.replace("runs/warm", str(warm))).exists()
+    config = SFTConfig.load([str(REPO / "configs" / "measured_sft.yaml")])
+    assert (config.data, config.val_data) == tuple(
+        f"runs/measured/data/{n}.parquet" for n in ("worked", "worked_val")
+    )
 
 
 def test_lora_trains_linear_layers_only_and_is_merged(warm, tmp_path):
