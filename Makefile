@@ -1,6 +1,6 @@
 # make demo    train, merge and evaluate a tiny model on this machine, GPU or not
 # make test    lint and the whole test suite (PYTEST_ARGS="-k reward -x" narrows it)
-# make quick   lint and the tests that are fast: three minutes, for people at work
+# make quick   lint and the tests that are fast: two minutes, for people at work
 # make mutants every formula broken once, and the test that notices (an hour)
 # make house   the files: their size, their longest function, whom they import
 # make study   which part of the reward pays: eight arms, three seeds (two hours; STUDY=quick=true: 15 minutes)
