@@ -53,6 +53,7 @@ from stvqa import LETTERS, stvqa_features, stvqa_row, write_parquet
 SPLITS = ("train", "val")
 NUMBERS = [range(n) for n in range(10)]
 PER_FORM = 8  # questions of a form and an image from which the set is chosen
+MEASURED_KEYS = {"out", "source", "n_train", "n_val", "worked", "seed"}  # what source=measured has a use for
 PROVENANCE = ("key", "source", "image_group", "licence", "form", "topic", "fact", "writer", "votes", "blind")
 
 
@@ -119,6 +120,9 @@ class SynthesizeConfig(Config):
                 raise ValueError(f"{key}: expected PROVIDER:MODEL of {', '.join(PROVIDERS)}, got {spec}")
         if self.worked and self.source not in ("drawn", "measured"):
             raise ValueError(f"worked: expected source=drawn or measured, got {self.source}")
+        if self.source == "measured" and (others := sorted(self.model_fields_set - MEASURED_KEYS)):
+            used = ", ".join(sorted(MEASURED_KEYS))
+            raise ValueError(f"source: measured takes {used} alone, got {', '.join(others)}")
         return self
 
     @property
@@ -609,9 +613,8 @@ def main():
     if (out / "config.yaml").exists():  # what this folder was begun with, unless said otherwise
         cfg = SynthesizeConfig.parse_args([out / "config.yaml", *sys.argv[1:]])
     with plain_errors(), model_errors():
-        if (
-            not out.exists() and cfg.source != "measured"
-        ):  # a folder that was begun may have all that it needs of its source
+        if not out.exists() and cfg.source != "measured":
+            # A folder that was begun may have all that it needs of its source.
             sources.read(cfg.source, images=cfg.images)  # reads nothing yet, but refuses what is no source
         out.mkdir(parents=True, exist_ok=True)
         with alone(out):

@@ -316,7 +316,7 @@ def measure(graph: SceneGraph, category: str) -> tuple[Question, tuple[str, ...]
         fits = str(value) in options
     if not fits:
         return None
-    sums, answer = read_off(category, a, b, options, random)
+    sums, answer = read_off(category, a, b, options, random)  # exact boxes leave nothing to chance
     same_row = cell_of(a) // GRID == cell_of(b) // GRID
     question = Question(
         key=f"{graph.image_id} {category}",
@@ -384,6 +384,7 @@ def write_measured(cfg, out: Path):
     sizes = {"val": 1024 if cfg.n_val is None else cfg.n_val, "train": cfg.n_train or 4096}
     sizes |= MEASURED_WORKED if cfg.worked else {}
     taken, features = set(), stvqa_features(completion="string")
+    sizes = {name: n for name, n in sizes.items() if n}
     for name, n in sizes.items():
         rows = measured_rows(n, f"{cfg.seed} {name}", taken)
         write_parquet(out / f"{name}.parquet", rows, features)

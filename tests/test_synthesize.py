@@ -332,6 +332,10 @@ def test_without_any_picture_it_ends_with_one_line_and_keeps_the_questions(coco)
         ({"exclude": "/no/such/list"}, "/no/such/list"),
         ({"writer": "gpt"}, "expected PROVIDER:MODEL of vllm, hf, openai, anthropic, got gpt"),
         ({"worked": "true", "source": "vg:/x"}, "worked: expected source=drawn"),
+        (
+            {"source": "measured", "n": "5"},
+            "source: measured takes n_train, n_val, out, seed, source, worked alone, got n",
+        ),
     ],
 )
 def test_bad_input_is_one_line(keys, says, tmp_path, capsys):
